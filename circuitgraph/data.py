@@ -110,10 +110,10 @@ def _load_dataset(source: str, config: str | None, split: str) -> Any:
             return load_dataset(source, name=config, split=split)
         file_format = next(_FORMATS[suffix] for suffix in reversed(path.suffixes) if suffix in _FORMATS)
         return load_dataset(file_format, data_files=source, split="train")
-    except (ConnectionError, FileNotFoundError, DatasetsError) as error:
-        if path.exists():
+    except (ConnectionError, FileNotFoundError, DatasetsError, ValueError) as error:
+        if path.exists() or isinstance(error, ValueError):
             raise ValueError(f"source {source!r} could not be read as a dataset ({error.__cause__ or error}): it must be a .txt file, a folder of them, "
-                             "or what datasets.load_dataset reads") from error
+                             "or what datasets.load_dataset reads with this config and split") from error
         raise ValueError(f"source must be 'default', a .txt file or a folder of them, a dataset (object, file, folder, or name on the hub) or a list of strings, got {source!r}: "
                          f"there is no such file, and the hub could not be reached or has no such dataset ({error}). Check the spelling and the network; 'default' needs none") from error
 
