@@ -49,7 +49,7 @@ def _check_edges(edges: pd.DataFrame, names: pd.Index) -> pd.DataFrame:
     source, target, port = (edges[c].cat.codes.to_numpy().astype(np.int64) for c in ("source", "target", "port"))
     for column, codes in (("source", source), ("target", target), ("port", port)):
         if (codes < 0).any(): raise GraphError(f"{column} of edge {int(np.argmax(codes < 0))} is not one of the {'ports ' + str(PORTS) if column == 'port' else 'nodes'}")
-    label = lambda bad: _edge_names(edges.iloc[[int(np.argmax(bad))]])[0]  # noqa: E731
+    label = lambda bad: _edge_names(edges[np.arange(len(edges)) == np.argmax(bad)])[0]  # noqa: E731
     if (bad := source >= target).any(): raise GraphError(f"edges must point forward in the order of nodes, but {label(bad)} does not")
     key = (source * len(names) + target) * len(PORTS) + port
     if len(np.unique(key)) < len(key): raise GraphError(f"edges must be unique, but {label(pd.Series(key).duplicated().to_numpy())} stands twice")
@@ -174,7 +174,7 @@ class Graph:
 
 # %% ../nbs/06_graph.ipynb #2f6c1e43
 def _cut(graph: Graph, mask: np.ndarray, what: str) -> Graph:
-    return Graph(graph.nodes, graph.edges[mask], graph.meta | {"history": [*graph.meta["history"], what]})
+    return Graph(graph.nodes, graph.edges.loc[mask], graph.meta | {"history": [*graph.meta["history"], what]})
 
 
 def _magnitude(graph: Graph, by: str) -> np.ndarray:
@@ -239,7 +239,7 @@ def subgraph(
     if modules is None and layers is None: raise ValueError("modules or layers must be given")
     kept = wanted[graph.edges["source"].cat.codes] & wanted[graph.edges["target"].cat.codes]
     edges = graph.edges[kept].assign(source=lambda e: e["source"].astype(str), target=lambda e: e["target"].astype(str))
-    return Graph(nodes[wanted], edges, graph.meta | {"history": [*graph.meta["history"], f"subgraph({int(wanted.sum())} nodes)"]})
+    return Graph(nodes.loc[wanted], edges, graph.meta | {"history": [*graph.meta["history"], f"subgraph({int(wanted.sum())} nodes)"]})
 
 # %% ../nbs/06_graph.ipynb #442216ea
 def strength(
@@ -351,7 +351,8 @@ def load_graph(
 # %% ../nbs/06_graph.ipynb #1394a1a9
 def to_networkx(graph: Graph) -> nx.MultiDiGraph:
     "A networkx graph: all columns as attributes, edge keys are ports."
-    out = nx.MultiDiGraph(**{k: json.dumps(v) for k, v in graph.meta.items()})
+    out = nx.MultiDiGraph()
+    out.graph.update({k: json.dumps(v) for k, v in graph.meta.items()})
     for row in graph.nodes.to_dict("records"): out.add_node(row.pop("name"), **row)
     for row in graph.edges.to_dict("records"): out.add_edge(row.pop("source"), row.pop("target"), key=row["port"], **row)
     return out

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['GRAINS', 'TINY_MODELS', 'Norm', 'norm_scale', 'apply_norm', 'norm_vjp', 'Attention', 'MLP', 'Layer', 'Model',
            'project_heads', 'rotate', 'rotary_tables', 'attention_mask', 'attention_pattern', 'run_attention',
-           'write_heads', 'run_mlp', 'run_block', 'freeze_block', 'run_logits', 'Reader', 'list_readers', 'list_nodes',
-           'embed_tokens', 'Trace', 'trace_modules', 'UnsupportedModel', 'take_apart', 'check_decomposition',
-           'load_model', 'tiny_model']
+           'write_heads', 'get_mlp', 'run_mlp', 'run_block', 'freeze_block', 'run_logits', 'Reader', 'list_readers',
+           'list_nodes', 'embed_tokens', 'Trace', 'trace_modules', 'UnsupportedModel', 'take_apart',
+           'check_decomposition', 'load_model', 'tiny_model']
 
 # %% ../nbs/02_model.ipynb #2429c059
 import copy
@@ -277,6 +277,13 @@ def write_heads(
     return apply_norm(post, result, post_scale[:, :, None]), post_scale
 
 # %% ../nbs/02_model.ipynb #b915ab3c
+def get_mlp(model: Model, layer: int) -> MLP:
+    "The MLP of a layer. Raises ValueError if it has none."
+    mlp = model.layers[layer].mlp
+    if mlp is None: raise ValueError(f"layer {layer} of {model.name} has no MLP: the model is attention-only")
+    return mlp
+
+
 def run_mlp(
     model: Model,
     layer: int,
@@ -286,8 +293,7 @@ def run_mlp(
     post_scale: Float[Tensor, "batch pos one"] | None = None,  # and of the norm after, where there is one
 ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos one"] | None]:  # write, without the output bias; the post-norm's scale
     "What the MLP of a layer writes."
-    mlp, block = model.layers[layer].mlp, model.layers[layer]
-    if mlp is None: raise ValueError(f"layer {layer} of {model.name} has no MLP: the model is attention-only")
+    mlp, block = get_mlp(model, layer), model.layers[layer]
     h = apply_norm(block.ln2, x, scale)
     up = F.linear(h, mlp.W_in, mlp.b_in)
     hidden = mlp.act(up) if mlp.W_gate is None else mlp.act(F.linear(h, mlp.W_gate, mlp.b_gate)) * up
@@ -502,9 +508,10 @@ def _read_attention(component: Any, cfg: Any) -> Attention:
     scale = getattr(own, "scaling", None)
     native = cfg.architecture == "TransformerLensNative"
     rotary = "none" if cfg.positional_embedding_type != "rotary" else "pairs" if native or cfg.rotary_adjacent_pairs else "halves"
-    split = lambda t: None if t is None else t.unflatten(0, (-1, d_head))  # noqa: E731
+    W_Q, W_K, W_V = (W.unflatten(0, (-1, d_head)) for W in (W_Q, W_K, W_V))
+    b_Q, b_K, b_V = (None if b is None else b.unflatten(0, (-1, d_head)) for b in (b_Q, b_K, b_V))
     return Attention(
-        split(W_Q), split(W_K), split(W_V), W_O.unflatten(1, (-1, d_head)), split(b_Q), split(b_K), split(b_V), b_O,
+        W_Q, W_K, W_V, W_O.unflatten(1, (-1, d_head)), b_Q, b_K, b_V, b_O,
         scale=float(scale) if scale is not None else 1 / float(getattr(own, "scale", math.sqrt(d_head))),
         softcap=_positive(getattr(own, "attn_logit_softcapping", None), cfg.attn_scores_soft_cap),
         window=None if (w := _positive(getattr(own, "sliding_window", None))) is None else int(w),
@@ -621,7 +628,7 @@ def _embedded_folder() -> Path:
     with _no_progress_bar(): loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
     # transformers refuses to save what it loaded from GGUF, so the weights move to a fresh model of the same shape.
     config = loaded.config
-    if hasattr(config, "quantization_config"): del config.quantization_config
+    if hasattr(config, "quantization_config"): delattr(config, "quantization_config")
     fresh = type(loaded)(config)
     fresh.load_state_dict(loaded.state_dict())
     home.mkdir(parents=True, exist_ok=True)
