@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from circuitgraph.build import Rule
-from circuitgraph.model import Model, Reader, Trace, freeze_block, list_readers, norm_scale, run_attention, run_block, run_logits, run_mlp, write_heads
+from circuitgraph.model import Model, Reader, Trace, freeze_block, norm_scale, run_attention, run_block, run_logits, run_mlp, write_heads
 
 
 def random_tokens(model: Model, n_seq: int = 2, n_pos: int = 10, seed: int = 1) -> Tensor:
     return torch.randint(model.d_vocab, (n_seq, n_pos), generator=torch.Generator().manual_seed(seed))
 
 
-def reader_values(model: Model, reader: Reader, trace: Trace, tokens: Tensor, rule: Rule, x: Tensor | list[Tensor], others_clean: bool = True) -> Tensor:
+def reader_values(model: Model, reader: Reader, trace: Trace, tokens: Tensor, rule: Rule, x: Tensor | list[Tensor]) -> Tensor:
     """The value of each reader `[batch pos name]` by its definition, as a function of what it reads: `x`, or one tensor `[batch pos head d_model]` for each of q, k, v."""
     clean, i = trace.reads[reader.module], reader.layer
     frozen = rule.norm == "frozen"
@@ -64,7 +64,3 @@ def autograd_weights(model: Model, reader: Reader, trace: Trace, tokens: Tensor,
                 if d is not None: g += weight * d
         rows += [torch.einsum("bpd, bpwd -> w", g, contributions[:, :, : reader.n_before]) for g in grads]
     return torch.stack(rows)
-
-
-def readers_of(model: Model, grain: str) -> list[Reader]:
-    return list_readers(model, grain)[0]

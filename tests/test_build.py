@@ -1,0 +1,175 @@
+"""The build stage against slow, direct definitions, on every architecture, grain, baseline and option."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from circuitgraph.build import Rule, build_graph, complete_graph, list_edges, logit_values, trace_mean, weigh_edges
+from circuitgraph.model import GRAINS, TINY_MODELS, list_readers, norm_scale, norm_vjp, tiny_model, trace_modules
+from oracles import autograd_weights, random_tokens, reader_values
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and TransformerLens warn while they boot a model
+
+SETUPS = [("zero", "frozen", "live"), ("zero", "frozen", "frozen"), ("corrupted", "frozen", "live"), ("corrupted", "live", "live"), ("mean", "live", "frozen"), ("mean", "frozen", "live")]
+
+
+def every_reader(name, grain, setup, attribution, n_steps):
+    """Reader by reader: the fast weights, and what the definitions need."""
+    baseline, norm, pattern = setup
+    model = tiny_model(name)
+    tokens, rule = random_tokens(model), Rule(attribution, n_steps, baseline, norm, pattern)
+    trace = trace_modules(model, tokens, grain)
+    base = {"zero": lambda: None, "corrupted": lambda: trace_modules(model, random_tokens(model, seed=2), grain), "mean": lambda: trace_mean(model, tokens, grain, progress=False)}[baseline]()
+    contributions = trace.writes.clone() if base is None else trace.writes - base.writes
+    writers = list_readers(model, grain)[1]
+    for reader, weights in weigh_edges(model, trace, tokens, grain, rule, base):
+        x = trace.reads[reader.module]
+        x0 = torch.zeros_like(x) if base is None else base.reads[reader.module].expand_as(x)
+        if "const" in writers and base is None: contributions[:, :, writers.index("const")] = trace.biases[reader.module]
+        yield model, reader, trace, tokens, rule, x, x0, contributions, weights
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("grain", GRAINS)
+def test_gradients_equal_automatic_differentiation(name, grain):
+    for setup, (attribution, n) in itertools.product(SETUPS, (("gradient", 1), ("ig", 3))):
+        for model, reader, trace, tokens, rule, _, x0, contributions, weights in every_reader(name, grain, setup, attribution, n):
+            truth = autograd_weights(model, reader, trace, tokens, rule, x0, contributions)
+            if reader.kind == "attn" and rule.pattern == "frozen": truth = truth[2::3]
+            if reader.kind == "attn" and len(reader.names) == 1 and rule.pattern == "live": assert weights.shape[2] == 3
+            assert (weights.sum((0, 1)) - truth).abs().max() < 1e-10 * max(1, truth.abs().max())
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("setup", SETUPS)
+def test_integrated_gradients_are_complete(name, setup):
+    """Smooth activations 1e-3 at 16 steps, ReLU 1e-2; under a live norm the path bends more, and 1e-2 holds."""
+    tolerance = 1e-2 if "relu" in name or setup[1] == "live" else 1e-3
+    for grain in GRAINS:
+        for model, reader, trace, tokens, rule, x, x0, _, weights in every_reader(name, grain, setup, "ig", 16):
+            change = (reader_values(model, reader, trace, tokens, rule, x) - reader_values(model, reader, trace, tokens, rule, x0)).sum((0, 1))
+            total = weights.sum((0, 1, 3)).view(len(reader.names), -1).sum(1)
+            assert ((total - change).abs() <= tolerance * change.abs().clamp_min(1e-2)).all(), (grain, reader.module)
+
+
+def test_completeness_error_shrinks_with_steps():
+    for name in TINY_MODELS:
+        errors = []
+        for n in (2, 8, 32):
+            worst = 0.0
+            for model, reader, trace, tokens, rule, x, x0, _, weights in every_reader(name, "head", SETUPS[0], "ig", n):
+                change = (reader_values(model, reader, trace, tokens, rule, x) - reader_values(model, reader, trace, tokens, rule, x0)).sum((0, 1))
+                worst = max(worst, ((weights.sum((0, 1, 3)).view(len(reader.names), -1).sum(1) - change).abs() / change.abs()).max().item())
+            errors.append(worst)
+        assert errors[2] < 1e-12 or errors[0] > errors[1] > errors[2] or errors[1] < 1e-10, (name, errors)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "attention-only", "no-norm"])
+def test_weights_into_logits_are_direct_logit_attribution(name):
+    model = tiny_model(name)
+    tokens = random_tokens(model)
+    graph = build_graph(model, tokens, progress=False)
+    trace = trace_modules(model, tokens)
+    left = model.W_U[tokens[:, 1:]] - model.W_U.mean(0)
+    direct = norm_vjp(model.ln_final, left, norm_scale(model.ln_final, trace.reads["logits"][:, :-1]))
+    writes = trace.writes.clone()
+    names = list_readers(model)[1]
+    if "const" in names: writes[:, :, names.index("const")] = trace.biases["logits"]
+    expected = torch.einsum("bpd, bpwd -> bpw", direct, writes[:, :-1])[:, 1:].mean((0, 1))
+    got = graph.edges.query("target == 'logits'")
+    assert got["source"].tolist() == names and np.allclose(got["weight"], expected)
+    logits = model(tokens)
+    value = logits[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0] - logits[:, :-1].mean(-1)
+    assert torch.allclose(logit_values(model, trace.reads["logits"], tokens), value, atol=1e-6)
+
+
+def test_merged_ports_are_the_sum_of_split_ports():
+    model = tiny_model("llama")
+    tokens = random_tokens(model)
+    for grain in ("layer", "head"):
+        split = build_graph(model, tokens, grain, progress=False).edges.groupby(["source", "target"], observed=True)["weight"].sum()
+        merged = build_graph(model, tokens, grain, ports="merged", progress=False).edges
+        assert set(merged["port"]) == {"in", "mlp", "logits"}
+        assert np.allclose(split.loc[list(zip(merged["source"], merged["target"], strict=True))], merged["weight"])
+
+
+@pytest.mark.parametrize("baseline", ["zero", "mean", "corrupted"])
+def test_batches_and_resume_give_the_same_bits(tmp_path, baseline, monkeypatch):
+    model = tiny_model("llama", dtype=torch.float32)
+    tokens, other = random_tokens(model, 7), random_tokens(model, 7, seed=5)
+    options = {"baseline": baseline, "corrupted": other if baseline == "corrupted" else None, "batch_size": 2, "progress": False}
+    whole = build_graph(model, tokens, checkpoint=tmp_path / "whole", **options)
+    import circuitgraph.build as stage
+    real, calls = stage.add_batch, []
+
+    def stop_after_two(*args):
+        if len(calls) == 2: raise KeyboardInterrupt
+        calls.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(stage, "add_batch", stop_after_two)
+    with pytest.raises(KeyboardInterrupt): build_graph(model, tokens, checkpoint=tmp_path / "stopped", **options)
+    monkeypatch.setattr(stage, "add_batch", real)
+    assert build_graph(model, tokens, checkpoint=tmp_path / "stopped", **options) == whole
+    assert build_graph(model, tokens, checkpoint=tmp_path / "whole", **options) == whole  # finished: nothing is computed again
+    with pytest.raises(ValueError, match="belongs to a run"): build_graph(model, tokens.flip(0), checkpoint=tmp_path / "whole", **options | {"corrupted": options["corrupted"]})
+
+
+def test_damaged_checkpoint_is_refused(tmp_path):
+    model = tiny_model("llama", dtype=torch.float32)
+    tokens = random_tokens(model)
+    build_graph(model, tokens, checkpoint=tmp_path, progress=False)
+    path = tmp_path / "partial.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="partial.safetensors is damaged"): build_graph(model, tokens, checkpoint=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("grain, ports", list(itertools.product(GRAINS, ("split", "merged"))))
+def test_complete_graph_has_the_edges_of_a_built_one(grain, ports):
+    model = tiny_model("gpt2")
+    every = complete_graph(model, grain, ports=ports)
+    built = build_graph(model, random_tokens(model), grain, ports=ports, progress=False)
+    assert every.edge_names == built.edge_names and (every.edges["weight"] == 1).all()
+
+
+def test_the_number_of_edges_of_smollm2():
+    model = tiny_model("llama")
+    edges = list_edges(model, "head")
+    # embed, 4 heads, m0, 4 heads, m1: 12 ports read 1, m0 reads 5, 12 ports read 6, m1 reads 10, logits read 11
+    assert len(edges) == 12 * 1 + 5 + 12 * 6 + 10 + 11
+
+
+def bad(**options):
+    model = tiny_model("llama", dtype=torch.float32)
+    tokens = options.pop("tokens", random_tokens(model))
+    return lambda: build_graph(options.pop("model", model), tokens, progress=False, **options)
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"nodes": "neuron"}, "grain must be one of block, layer, head"),
+    ({"attribution": "lrp"}, "attribution must be one of 'ig', 'gradient'"),
+    ({"baseline": "noise"}, "baseline must be one of"),
+    ({"norm": "live"}, "norm='live' has no meaning with baseline='zero'"),
+    ({"n_steps": 0}, "n_steps must be at least 1"),
+    ({"skip_first": -1}, "skip_first must be at least 0"),
+    ({"baseline": "corrupted"}, "corrupted missing"),
+    ({"corrupted": torch.zeros(2, 10, dtype=torch.long)}, "corrupted given"),
+    ({"baseline": "corrupted", "corrupted": torch.zeros(2, 9, dtype=torch.long)}, "shape of corpus"),
+    ({"tokens": torch.full((2, 10), 50)}, "50"),
+    ({"tokens": torch.full((2, 10), -1)}, "corpus"),
+    ({"tokens": torch.zeros(2, 25, dtype=torch.long)}, "24"),
+    ({"tokens": torch.zeros(0, 10, dtype=torch.long)}, "corpus"),
+    ({"tokens": torch.zeros(2, 2, dtype=torch.long)}, "at least skip_first"),
+    ({"model": "llama"}, "model must be a Model"),
+])
+def test_bad_input_is_refused(options, words):
+    with pytest.raises(ValueError, match=".*".join(words.split("...")).replace("(", r"\(")): bad(**options)()
+
+
+def test_unwritable_checkpoint_is_found_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    import circuitgraph.build as stage
+    monkeypatch.setattr(stage, "add_batch", lambda *_: pytest.fail("work began"))
+    with pytest.raises(OSError, match="checkpoint must be a folder that can be written"): bad(checkpoint=tmp_path / "file" / "below")()
