@@ -578,10 +578,10 @@ def take_apart(
         if value.is_floating_point() and not value.isfinite().all(): raise ValueError(f"weights of {name} must be finite, but {key.replace('_original_component.', '')} holds NaN or infinity: the checkpoint is damaged")
     try:
         if not hasattr(bridge, "blocks"): raise UnsupportedModel("no list of layers")
-        if cfg.positional_embedding_type not in ("standard", "rotary"): raise UnsupportedModel(f"positional embedding {cfg.positional_embedding_type!r} is neither learned nor rotary")
         if extra := set(_parts(bridge)) - {"embed", "pos_embed", "rotary_emb", "blocks", "ln_final", "unembed"}:
             raise UnsupportedModel(f"parts that are not supported: {', '.join(sorted(extra))}")
         layers = tuple(_read_layer(block, cfg) for block in bridge.blocks)
+        if cfg.positional_embedding_type not in ("standard", "rotary"): raise UnsupportedModel(f"positional embedding {cfg.positional_embedding_type!r} is neither learned nor rotary")
         ln_final = _read_norm(bridge.ln_final, bool(cfg.rmsnorm_uses_offset))
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{name} ({cfg.architecture}) is not supported: {error}") from None
@@ -682,7 +682,7 @@ def load_model(
     else:
         if Path(source).exists() and not Path(source).is_dir(): raise ValueError(f"source must be a folder, a name or a bridge, got the file {source}")
         try: bridge, tokenizer = _boot(source, None, device, dtype)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"source must be 'smollm2-135m', a model name that TransformerLens knows, a local Hugging Face folder or a TransformerBridge, "
                              f"got {str(source)!r}, which could not be loaded: {str(error).splitlines()[0]} Check the spelling; a name needs a network, a folder a config.json") from error
         model = take_apart(bridge, str(source), tokenizer)

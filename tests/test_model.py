@@ -45,9 +45,9 @@ def test_ports_may_differ_by_head(name):
     x = torch.randn(2, 6, 16, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     each = x[:, :, None].expand(-1, -1, model.n_heads, -1).clone()
     assert torch.allclose(run_attention(model, 0, x, x, x), run_attention(model, 0, each, each, each))
-    each[:, :, 1] *= 2
+    each[:, :, 1] *= -1
     changed = (run_attention(model, 0, x, x, each) - run_attention(model, 0, x, x, x)).abs().amax((0, 2, 3))
-    assert changed[1] >= 0 and changed[[h for h in range(model.n_heads) if h != 1]].max() == 0
+    assert changed[1] > 1e-2 and changed[[h for h in range(model.n_heads) if h != 1]].max() < 1e-12
 
 
 def test_reader_depends_on_its_input_alone():

@@ -1,0 +1,165 @@
+"""The command line: one clear line for bad input with nothing written, and runs that are stopped, killed or out of disk go on to the same graph."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import circuitgraph.build
+import circuitgraph.data
+import circuitgraph.model
+from circuitgraph.build import build_graph
+from circuitgraph.cli import app
+from circuitgraph.graph import Graph
+from circuitgraph.model import load_model, tiny_model
+from oracles import random_tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and TransformerLens warn while they boot a model
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_model("smollm2-135m")
+
+
+def refuse(tmp_path, *options, out="g"):
+    """Run a build that must fail: the one line that it says."""
+    before = sorted(tmp_path.rglob("*"))
+    done = CliRunner().invoke(app, ["build", "--nodes", "block", "--attribution", "gradient", "--out", str(tmp_path / out), *map(str, options)])
+    assert done.exit_code == 2, done.output
+    assert done.stdout == "" and done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1, done.output
+    assert "Traceback" not in done.stderr and sorted(tmp_path.rglob("*")) == before
+    return done.stderr
+
+
+def forbid(monkeypatch, *names):
+    """Make it an error to reach some stage of the work."""
+    def reached(*_, **__): raise AssertionError("the work was begun")
+    for name in names: monkeypatch.setattr(f"circuitgraph.{name}", reached)
+
+
+def test_unknown_model(tmp_path):
+    said = refuse(tmp_path, "--model", "no-such-model")
+    assert "'no-such-model'" in said and "smollm2-135m" in said and "Check the spelling" in said
+    assert str(tmp_path / "void") in refuse(tmp_path, "--model", tmp_path / "void")
+
+
+@pytest.mark.parametrize(("option", "value", "allowed"), [("nodes", "neuron", "block, layer, head"), ("attribution", "guess", "'ig', 'gradient'"), ("baseline", "one", "'zero', 'mean'"),
+                                                          ("norm", "cold", "'frozen', 'live'"), ("ports", "shut", "'split', 'merged'"), ("n-steps", "0", "at least 1")])
+def test_unknown_option(tmp_path, monkeypatch, embedded, option, value, allowed):
+    monkeypatch.setattr("circuitgraph.model.load_model", lambda *_, **__: embedded)
+    forbid(monkeypatch, "build.add_batch")
+    said = refuse(tmp_path, f"--{option}", value)
+    assert allowed in said and value in said
+
+
+@pytest.mark.parametrize("out", ["file", "file/g", "file/far/g", "photos"])
+def test_folder_that_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch, out):
+    forbid(monkeypatch, "model.load_model", "data.load_corpus", "build.build_graph")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+    assert str(tmp_path / out) in refuse(tmp_path, out=out)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("content", "options", "words"), [
+    (b"", (), ("text.txt", "empty")),
+    (b" \n\n \t", (), ("text.txt", "empty")),
+    ("caf\u00e9 ".encode("latin-1") * 500, (), ("text.txt", "UTF-8", "0xe9", "offset 3", "iconv")),
+    (b"one two three " * 100, ("--n-tokens", 10**6), ("n_tokens", "text.txt", "1000000", "fewer")),
+    (b"one two three " * 10, ("--seq-len", 128, "--n-tokens", 128), ("seq_len", "text.txt", "128", "shorter sequences")),
+    (b"one two three " * 10, ("--seq-len", 100_000), ("seq_len", "8192", "100000", "shorter sequences")),
+    (b"one two three " * 10, ("--n-tokens", 0), ("n_tokens", "at least 1", "0")),
+    (b"one two three " * 10, ("--seed", -1), ("seed", "at least 0", "-1")),
+])
+def test_bad_text(tmp_path, monkeypatch, embedded, content, options, words):
+    monkeypatch.setattr("circuitgraph.model.load_model", lambda *_, **__: embedded)
+    forbid(monkeypatch, "build.build_graph")
+    (tmp_path / "text.txt").write_bytes(content)
+    said = refuse(tmp_path, "--corpus", tmp_path / "text.txt", *options)
+    for word in words: assert word in said, said
+    assert "void.txt" in refuse(tmp_path, "--corpus", tmp_path / "void.txt")
+
+
+def command(out):
+    return [sys.executable, "-c", "from circuitgraph.cli import app; app()", "build", "--nodes", "block", "--attribution", "gradient",
+            "--n-tokens", "1024", "--seq-len", "64", "--batch-size", "2", "--out", str(out)]
+
+
+ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def stop_after_a_checkpoint(out, how):
+    """Start the run, or go on with it, and send it a signal once it has kept something: its exit code and what it said."""
+    kept, deadline = out.with_name(f".{out.name}.partial") / "partial.safetensors", time.monotonic() + 120
+    when = lambda: kept.stat().st_mtime_ns if kept.exists() else None  # noqa: E731
+    before = when()
+    run = subprocess.Popen(command(out), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while when() == before and run.poll() is None and time.monotonic() < deadline: time.sleep(0.005)
+        assert when() != before and run.poll() is None
+        run.send_signal(how)
+        _, said = run.communicate(timeout=60)
+    finally: run.kill()
+    assert kept.exists() and not out.exists()
+    return run.returncode, said
+
+
+def test_a_killed_and_a_stopped_run_go_on_to_the_same_graph(tmp_path):
+    out, whole = tmp_path / "g", tmp_path / "whole"
+    uninterrupted = subprocess.Popen(command(whole), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # beside the others, on a core of its own
+    try:
+        code, _ = stop_after_a_checkpoint(out, signal.SIGKILL)
+        assert code == -signal.SIGKILL
+        code, said = stop_after_a_checkpoint(out, signal.SIGINT)
+        assert code == 130 and "Traceback" not in said
+        assert f"is kept in {tmp_path / '.g.partial'}: the same command goes on from there, --fresh starts anew" in said
+        done = subprocess.run(command(out), env=ENV, check=True, capture_output=True, text=True)
+        assert uninterrupted.wait(timeout=120) == 0
+    finally: uninterrupted.kill()
+    for seen in (said, done.stderr): assert "/16 " in seen and " 0/16 " not in seen  # the bar begins where the run before it stopped
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["g", "whole"]
+    pd.testing.assert_frame_equal(Graph.load(out).edges, Graph.load(whole).edges, check_exact=True)
+    assert Graph.load(out) == Graph.load(whole)
+    assert (out / "edges.parquet").read_bytes() == (whole / "edges.parquet").read_bytes()
+
+
+FULL = """
+import resource, signal, sys, torch
+import circuitgraph.build as stage
+from circuitgraph.model import tiny_model
+from oracles import random_tokens
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+whole, done = stage.add_batch, []
+def add_batch(*args):
+    done.append(1)
+    if len(done) == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (256, resource.RLIM_INFINITY))
+    return whole(*args)
+stage.add_batch = add_batch
+model = tiny_model("llama", dtype=torch.float32)
+try: stage.build_graph(model, random_tokens(model, 12, 16), attribution="gradient", batch_size=2, checkpoint=sys.argv[1], progress=False)
+except OSError as error: print(error)
+else: sys.exit("finished")
+"""
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    folder = tmp_path / "kept"
+    done = subprocess.run([sys.executable, "-c", FULL, folder], cwd=Path(__file__).parent, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(folder) in done.stdout and "after batch 3" in done.stdout and "the one of batch 2 is intact" in done.stdout
+    assert [p.name for p in folder.iterdir()] == ["partial.safetensors"]
+    model, batches, add_batch = tiny_model("llama", dtype=torch.float32), [], circuitgraph.build.add_batch
+    tokens = random_tokens(model, 12, 16)
+    whole = build_graph(model, tokens, attribution="gradient", batch_size=2, progress=False)
+    monkeypatch.setattr("circuitgraph.build.add_batch", lambda *args: batches.append(1) or add_batch(*args))
+    assert build_graph(model, tokens, attribution="gradient", batch_size=2, checkpoint=folder, progress=False) == whole
+    assert len(batches) == 4  # of six: two were kept

@@ -1,0 +1,180 @@
+"""Graphs on random small tables: what merging, cutting and saving must keep, and what must be refused."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import networkx as nx
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from circuitgraph.graph import FORMAT_VERSION, PORTS, Graph, GraphError, save_gexf, save_graphml
+
+PATIENT = settings(deadline=None, max_examples=40, derandomize=True)
+WEIGHTS = ("weight", "abs_weight", "rms_weight")
+SAVED = ("nodes.parquet", "edges.parquet", "meta.json")
+
+
+def make_graph(n, ends, samples, text="a"):
+    """The graph whose weights are the means of `samples [token edge]`."""
+    nodes = pd.DataFrame({"name": [f"n{i}" for i in range(n)], "module": [f"m{i // 2}" for i in range(n)], "kind": "head", "layer": [i // 2 for i in range(n)],
+                          "index": [i % 2 for i in range(n)], "frequency": 1.0, "mean_activation": samples.sum() / len(samples)})
+    source, target, port = zip(*ends, strict=True)
+    edges = pd.DataFrame({"source": [f"n{i}" for i in source], "target": [f"n{i}" for i in target], "port": list(port), "weight": samples.mean(0), "abs_weight": np.abs(samples).mean(0),
+                          "rms_weight": np.sqrt(np.square(samples).mean(0)), "count": np.full(len(ends), len(samples))})
+    return Graph(nodes, edges, {"model": {"name": "random"}, "nodes": "head", "attribution": "ig", "corpus": [{"sha256": text, "n_sequences": 1, "seq_len": len(samples)}]})
+
+
+@st.composite
+def shards(draw, n_shards=1):
+    """Graphs with the same edges over different texts, and what they were made from."""
+    n = draw(st.integers(2, 7))
+    entrances = [draw(st.sampled_from([("q", "k", "v"), ("mlp",), ("in",), ("logits",)])) for _ in range(n)]  # a node has three, or one
+    possible = [(i, j, port) for j in range(n) for port in entrances[j] for i in range(j)]
+    ends = sorted(draw(st.sets(st.sampled_from(possible), min_size=1)), key=lambda e: (e[1], PORTS.index(e[2]), e[0]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    scale = 10.0 ** draw(st.integers(-6, 3))
+    parts = [scale * rng.standard_normal((draw(st.integers(1, 9)), len(ends))).round(draw(st.sampled_from([0, 1, 9]))) for _ in range(n_shards)]  # rounding makes ties
+    return [make_graph(n, ends, part, text=f"text {k}") for k, part in enumerate(parts)], ends, parts
+
+
+@given(shards(3))
+@PATIENT
+def test_merge_is_associative_and_the_mean_by_sums(drawn):
+    (a, b, c), ends, parts = drawn
+    left, right, whole = a.merge(b).merge(c), a.merge(b.merge(c)), make_graph(len(a.nodes), ends, np.concatenate(parts))
+    size = np.abs(np.concatenate(parts)).max() + 1e-300
+    for column in WEIGHTS:
+        assert np.abs(left.edges[column] - right.edges[column]).max() <= 1e-12 * size
+        assert np.abs(left.edges[column] - whole.edges[column]).max() <= 1e-12 * size
+    assert left.edges["count"].tolist() == right.edges["count"].tolist() == whole.edges["count"].tolist()
+    assert np.allclose(left.nodes["mean_activation"], whole.nodes["mean_activation"], rtol=1e-12, atol=1e-12 * size * len(ends))
+    assert left.meta == right.meta and [t["sha256"] for t in left.meta["corpus"]] == ["text 0", "text 1", "text 2"]
+
+
+@given(shards(), st.data())
+@PATIENT
+def test_cuts_agree(drawn, data):
+    (graph,), *_ = drawn
+    by = data.draw(st.sampled_from(WEIGHTS))
+    chain = [graph.top_edges(n, by) for n in range(len(graph) + 1)]
+    assert [len(g) for g in chain] == list(range(len(graph) + 1))
+    for small, large in zip(chain, chain[1:], strict=False): assert set(small.edge_names) < set(large.edge_names)
+    n = data.draw(st.integers(1, len(graph)))
+    smallest, size = chain[n].edges[by].abs().min(), graph.edges[by].abs()
+    kept = graph.threshold(smallest, by)
+    assert set(chain[n].edge_names) <= set(kept.edge_names) and len(kept) == (size >= smallest).sum()
+    assert len(graph.threshold(np.nextafter(size.max(), np.inf), by)) == 0 and len(graph.threshold(0, by)) == len(graph)
+    mask = np.array(data.draw(st.lists(st.booleans(), min_size=len(graph), max_size=len(graph))))
+    names = [name for name, yes in zip(graph.edge_names, mask, strict=True) if yes]
+    by_name, by_mask = graph.keep(data.draw(st.permutations(names))), graph.keep(mask)
+    assert by_name.edge_names == names
+    pd.testing.assert_frame_equal(by_name.edges, by_mask.edges)
+    pd.testing.assert_frame_equal(by_mask.merge(graph.keep(~mask)).edges, graph.edges)  # parts of one text merge to the whole
+    if names:
+        with pytest.raises(ValueError, match="count twice"): graph.merge(by_mask)
+
+
+@given(shards())
+@PATIENT
+def test_files_bring_back_what_was_saved(drawn):
+    (graph,), *_ = drawn
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = Graph.load(graph.save(Path(folder) / "g"))
+        assert loaded == graph and loaded != graph.keep(np.zeros(len(graph), bool)) and [p.name for p in Path(folder).iterdir()] == ["g"]
+        save_graphml(graph, Path(folder) / "g.graphml")
+        save_gexf(graph, Path(folder) / "g.gexf")
+        for read in (nx.read_graphml(Path(folder) / "g.graphml", force_multigraph=True), nx.read_gexf(Path(folder) / "g.gexf")):
+            assert set(read) == set(graph.nodes["name"]) and read.is_directed() and read.number_of_edges() == len(graph)
+            found = {(u, v, d["port"]): d["weight"] for u, v, d in read.edges(data=True)}
+            wanted = {(e.source, e.target, e.port): e.weight for e in graph.edges.itertuples()}
+            assert found.keys() == wanted.keys() and all(np.isclose(found[k], wanted[k], rtol=1e-12, atol=0) for k in wanted)
+
+
+def example(n_edges=12):
+    n = int(np.ceil((1 + np.sqrt(1 + 8 * n_edges)) / 2))
+    ends = [(i, j, "in") for j in range(n) for i in range(j)][:n_edges]
+    return make_graph(n, ends, np.random.default_rng(0).standard_normal((5, n_edges)))
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_damaged_files_are_refused_by_name(tmp_path, name):
+    graph = example()
+    path = graph.save(tmp_path / "g") / name
+    good, rng = path.read_bytes(), np.random.default_rng(0)
+    flipped = [bytes((*good[:i], good[i] ^ (1 << int(rng.integers(8))), *good[i + 1 :])) for i in {0, len(good) - 1, *rng.integers(len(good), size=40).tolist()}]
+    for bad in [b"", good[:1], good[: len(good) // 2], good[:-1], *flipped]:
+        path.write_bytes(bad)
+        with pytest.raises(GraphError, match=name): Graph.load(tmp_path / "g")
+    path.unlink()
+    with pytest.raises(GraphError, match=f"{name} is missing"): Graph.load(tmp_path / "g")
+    path.write_bytes(good)
+    assert Graph.load(tmp_path / "g") == graph
+
+
+def test_files_of_another_graph_and_newer_formats_are_refused(tmp_path):
+    graph = example()
+    a, b = graph.save(tmp_path / "a"), example(13).save(tmp_path / "b")
+    (a / "edges.parquet").write_bytes((b / "edges.parquet").read_bytes())
+    with pytest.raises(GraphError, match="edges.parquet"): Graph.load(a)
+    Graph(graph.nodes, graph.edges, graph.meta | {"format_version": FORMAT_VERSION + 1}).save(tmp_path / "newer")
+    with pytest.raises(GraphError, match=r"meta\.json has format .*upgrade"): Graph.load(tmp_path / "newer")
+
+
+def test_tables_that_do_not_hold_together_are_refused():
+    graph = example()
+    nodes, edges, meta = graph.nodes, graph.edges.assign(source=lambda e: e["source"].astype(str), target=lambda e: e["target"].astype(str)), graph.meta
+    swapped = edges.rename(columns={"source": "target", "target": "source"})
+    for bad, message in ((swapped, "point forward"), (edges.assign(target=edges["source"]), "point forward"), (pd.concat([edges, edges.iloc[3:4]]), "stands twice"),
+                         (edges.assign(source="n99"), "source of edge 0"), (edges.assign(port="w"), "ports"), (edges.drop(columns="count"), "lack the columns"),
+                         *((edges.assign(**{c: np.where(edges.index == 2, v, edges[c])}), f"{c} must be finite") for c in WEIGHTS for v in (np.nan, np.inf))):
+        with pytest.raises(GraphError, match=message): Graph(nodes, bad, meta)
+    with pytest.raises(GraphError, match="colour"): Graph(nodes, edges, meta | {"colour": "red"})
+    with pytest.raises(GraphError, match="unique"): Graph(nodes.assign(name="n0"), edges, meta)
+    assert Graph(nodes, edges, meta) == graph
+
+
+def test_folders_that_are_not_ours_are_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "file" / "far" / "below"):
+        with pytest.raises((OSError, ValueError), match=str(folder)): example().save(folder)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(ValueError, match="photos"): example().save(tmp_path / "photos")
+    assert (tmp_path / "file").read_text() == "mine" and [p.name for p in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "photos"]
+
+
+def test_failure_while_folders_change_places_keeps_the_earlier_graph(tmp_path, monkeypatch):
+    graph, rename = example(), Path.rename
+    graph.save(tmp_path / "g")
+    def fail(self, target):
+        if Path(target).name == "g" and not self.name.endswith(".old"): raise OSError("no luck")
+        return rename(self, target)
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="intact"): example(13).save(tmp_path / "g")
+    assert Graph.load(tmp_path / "g") == graph and [p.name for p in tmp_path.iterdir()] == ["g"]
+
+
+@pytest.mark.parametrize("limit", [100, 20_000])  # too small for the nodes, and for the edges
+def test_full_disk_keeps_the_earlier_graph(tmp_path, limit):
+    graph, code = example(), f"""
+import resource, signal, sys
+from test_graph import example
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+try: example(5000).save(sys.argv[1])
+except OSError as error: print(error)
+else: sys.exit("saved")
+"""
+    graph.save(tmp_path / "g")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "g"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0 and "could not be saved" in done.stdout and str(tmp_path / "g") in done.stdout and "intact" in done.stdout, done.stderr
+    assert Graph.load(tmp_path / "g") == graph and [p.name for p in tmp_path.iterdir()] == ["g"]
+    assert sorted(p.name for p in (tmp_path / "g").iterdir()) == sorted(SAVED)
+    example(5000).save(tmp_path / "g")
+    assert len(Graph.load(tmp_path / "g")) == 5000
