@@ -1,1 +1,43 @@
+"""The whole graph of computation of a transformer. Names of the public interface are imported when they are first used, so that `import circuitgraph` takes no time."""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+_STAGES = {
+    "model": ("Model", "UnsupportedModel", "list_nodes", "load_model"),
+    "data": ("Corpus", "load_corpus", "read_corpus"),
+    "graph": ("Graph", "GraphError", "density"),
+    "build": ("build_graph", "complete_graph"),
+    "view": ("plot_layers", "plot_matrix", "plot_strength", "plot_weights", "use_static_renderer", "view", "write_report"),
+}
+_HOME = {name: stage for stage, names in _STAGES.items() for name in names}
+__all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+    from .build import build_graph, complete_graph
+    from .data import Corpus, load_corpus, read_corpus
+    from .graph import Graph, GraphError, density
+    from .model import Model, UnsupportedModel, list_nodes, load_model
+    from .view import plot_layers, plot_matrix, plot_strength, plot_weights, use_static_renderer, view, write_report
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]: return sorted({*globals(), *_HOME})
+
+
+class _Package(ModuleType):
+    """Importing a submodule sets it on its package; where a function has the same name (`view`), the function is what the package shows, in whatever order they are imported."""
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)): super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

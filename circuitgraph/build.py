@@ -491,7 +491,6 @@ def _open_checkpoint(folder: Path) -> Path:
 
 def _check_texts(model: Model, corpus: Tensor, corrupted: Tensor | None, rule: Rule) -> None:
     "Refuse tokens that the model or the rule can't use."
-    if not isinstance(model, Model): raise ValueError(f"model must be a Model, as load_model returns it, got {type(model).__name__}")
     check_tokens(corpus, model, "corpus")
     if corpus.shape[1] < rule.skip_first + 2:
         raise ValueError(f"corpus needs sequences of at least skip_first + 2 = {rule.skip_first + 2} tokens (one to read, one that follows), got {corpus.shape[1]}")
@@ -525,6 +524,7 @@ def build_graph(
     A weight is the mean over positions of the attribution of the reader's value to the writer's contribution: a share of the reader's output, or logits for the reader `logits`.
     Raises ValueError for bad tokens or options and for a checkpoint of another run, OSError for a folder that can't be written."""
     rule = Rule(attribution, n_steps, baseline, norm, pattern, ports, skip_first)
+    if not isinstance(model, Model): raise ValueError(f"model must be a Model, as load_model returns it, got {type(model).__name__}")
     list_readers(model, nodes)
     _check_texts(model, corpus, corrupted, rule)
     batch_size = batch_size or max(1, 512 // corpus.shape[1])

@@ -6,7 +6,7 @@
 __all__ = ['app', 'build', 'report']
 
 # %% ../nbs/15_cli.ipynb #5f4f8c90
-import inspect
+import math
 import resource
 import shutil
 import sys
@@ -34,10 +34,12 @@ def _plain_errors(debug: bool) -> Iterator[None]:
 
 def _say_summary(graph: Any, seconds: float, folder: Path) -> None:
     "The short table at the end of a build."
+    from circuitgraph.graph import name_edges
+    from circuitgraph.view import rank_edges
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
-    top = graph.keep((graph.edges["target"] != "logits").to_numpy()).top_edges(min(10, int((graph.edges["target"] != "logits").sum()))).edges
-    typer.echo(f"\n{graph!r}\n{seconds:.0f} s, peak memory {peak:,.0f} MB, saved to {folder}\n\nlargest mean shares of a reader's output:")
-    for row in top.itertuples(): typer.echo(f"  {row.weight:+.3f}  {row.source} -> {row.target} <{row.port}>")
+    typer.echo(f"\n{graph!r}\n{seconds:.0f} s, peak memory {peak:,.0f} MB, saved to {folder}\n\nlargest edges, as mean shares of what the reader writes (of its mean value, for logits):")
+    top = rank_edges(graph, 10)
+    for size, weight, name in zip(top["size"], top["weight"], name_edges(top), strict=True): typer.echo(f"  {math.copysign(size, weight):+.3f}  {name}")
 
 # %% ../nbs/15_cli.ipynb #f159afdf
 @app.command()

@@ -66,6 +66,7 @@ def test_completeness_error_shrinks_with_steps():
         assert errors[2] < 1e-12 or errors[0] > errors[1] > errors[2] or errors[1] < 1e-10, (name, errors)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["gpt2", "llama", "attention-only", "no-norm"])
 def test_weights_into_logits_are_direct_logit_attribution(name):
     model = tiny_model(name)
