@@ -164,7 +164,7 @@ def plot_layers(
     dots = _node_traces(graph, places)
     figure = go.Figure([*traces, *dots])
     figure.update_layout(title={"text": _shown(ranked, stops[active]), "font": {"size": 13}}, height=height, template="plotly_white", margin={"l": 50, "r": 10, "t": 50, "b": 10},
-                         xaxis={"visible": False}, yaxis={"title": "layer", "zeroline": False}, legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right"})
+                         xaxis={"visible": False}, yaxis={"title": "layer", "zeroline": False, "dtick": max(1, round(float(places["y"].max()) / 6))}, legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right"})
     if len(levels): figure.update_layout(sliders=[_slider(ranked, stops, active, len(dots))])
     return figure
 
@@ -263,7 +263,7 @@ def view(
     def draw(_: Any = None) -> None:
         chosen = None if node.value in (everyone, "") else node.value
         ranked = rank_edges(graph, slider.value, by=str(weight.value), node=chosen)
-        figure = plot_layers(graph, slider.value, by=str(weight.value), node=chosen, levels=())
+        figure = plot_layers(graph, slider.value, by=str(weight.value), node=chosen, levels=(), height=680)
         plot.outputs = ({"output_type": "display_data", "metadata": {}, "data": {"application/vnd.plotly.v1+json": json.loads(str(figure.to_json()))}},)
         table.value = _list_edges(ranked, 10)
     for control in (slider, weight, node): control.observe(draw, "value")

@@ -1,0 +1,101 @@
+"""What a person sees: the report and the widget in a real browser, without a network."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+from playwright.sync_api import sync_playwright
+
+from circuitgraph.build import build_graph
+from circuitgraph.model import tiny_model
+from circuitgraph.view import write_report
+from oracles import random_tokens
+
+SHOWN = "() => document.querySelector('.js-plotly-plot').layout.title.text"
+VISIBLE = "() => document.querySelector('.js-plotly-plot')._fullData.filter(t => t.visible === true).length"
+
+
+@pytest.fixture(scope="module")
+def graph():
+    model = tiny_model("llama")
+    return build_graph(model, random_tokens(model), progress=False)
+
+
+@pytest.fixture
+def page():
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert path, "this test needs Chromium: run `make browser`"
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1300, "height": 1000})
+        page.said, page.asked = [], []
+        page.on("console", lambda message: page.said.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: page.said.append(str(error)))
+        page.on("request", lambda request: page.asked.append(request.url))
+        yield page
+        browser.close()
+
+
+def test_report_opens_without_a_network_and_its_slider_moves(graph, page, tmp_path):
+    path = write_report(graph, tmp_path / "report.html", n_edges=20)
+    assert path.stat().st_size < 8e6
+    page.context.set_offline(True)
+    page.goto(path.as_uri())
+    page.wait_for_selector(".slider-grip-rect")
+    assert page.title() == "The head graph of llama" and page.locator(".js-plotly-plot").count() == 4
+    before, lines = page.evaluate(SHOWN), page.evaluate(VISIBLE)
+    assert before.startswith(f"20 of {len(graph)} edges")
+    page.locator(".slider-grip-rect").first.scroll_into_view_if_needed()
+    grip = page.locator(".slider-grip-rect").first.bounding_box()
+    right = page.locator(".slider-rail-touch-rect").first.bounding_box()
+    page.mouse.move(grip["x"] + grip["width"] / 2, grip["y"] + grip["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(right["x"] + right["width"] - 1, grip["y"] + grip["height"] / 2, steps=5)
+    page.mouse.up()
+    page.wait_for_function(f"({SHOWN})() !== {before!r}")
+    assert page.evaluate(SHOWN).startswith(f"{len(graph)} of {len(graph)} edges") and page.evaluate(VISIBLE) > lines
+    assert page.said == [] and [url for url in page.asked if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+@pytest.fixture
+def lab(graph, tmp_path):
+    """A JupyterLab on a notebook that looks at a saved graph; its address."""
+    graph.save(tmp_path / "graph")
+    cells = [nbformat.v4.new_code_cell("import circuitgraph as cg"), nbformat.v4.new_code_cell("cg.view(cg.Graph.load('graph'), 20)")]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "look.ipynb")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--IdentityProvider.token=", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={tmp_path}"]
+    env = os.environ | {"JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "IPYTHONDIR": str(tmp_path / "ipython"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"), "PYTHONWARNINGS": "ignore"}
+    with (tmp_path / "lab.log").open("w") as log, subprocess.Popen(command, env=env, stdout=log, stderr=log) as server:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0: break
+            assert server.poll() is None, (tmp_path / "lab.log").read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/lab/tree/look.ipynb?reset"
+        server.terminate()
+
+
+def test_widget_draws_anew_when_its_slider_moves(graph, page, lab):
+    page.goto(lab)
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
+    page.get_by_text("| Idle").wait_for(timeout=60_000)  # cells that are run before the kernel is there are lost
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
+    page.wait_for_selector(".jp-OutputArea .js-plotly-plot .main-svg", timeout=120_000)
+    before = page.evaluate(SHOWN)
+    assert before.startswith(f"20 of {len(graph)} edges")
+    page.locator(".noUi-handle").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("() => document.querySelector('.js-plotly-plot')?.layout?.title.text.startsWith('50 of ')", timeout=60_000)
+    assert page.locator("table.edges tr").count() == 11
+    if where := os.environ.get("SCREENSHOTS"): page.screenshot(path=f"{where}/widget.png")
