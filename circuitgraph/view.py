@@ -164,7 +164,7 @@ def plot_layers(
     dots = _node_traces(graph, places)
     figure = go.Figure([*traces, *dots])
     figure.update_layout(title={"text": _shown(ranked, stops[active]), "font": {"size": 13}}, height=height, template="plotly_white", margin={"l": 50, "r": 10, "t": 50, "b": 10},
-                         xaxis={"visible": False}, yaxis={"title": "layer", "zeroline": False, "dtick": max(1, round(float(places["y"].max()) / 6))}, legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right"})
+                         xaxis={"visible": False}, yaxis={"title": "layer", "zeroline": False, "dtick": max(1, round(places["y"].to_numpy().max() / 6))}, legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right"})
     if len(levels): figure.update_layout(sliders=[_slider(ranked, stops, active, len(dots))])
     return figure
 
