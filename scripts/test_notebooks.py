@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
-RUN = "import sys; from nbdev.test import test_nb; ok, _ = test_nb(sys.argv[1], skip_flags=['gpu', 'net'], do_print=False); sys.exit(not ok)"
+RUN = "import sys; from pathlib import Path; from nbdev.test import test_nb; ok, _ = test_nb(Path(sys.argv[1]), skip_flags=['gpu', 'net'], do_print=False); sys.exit(not ok)"
 
 
 def main(names: list[str]) -> int:
