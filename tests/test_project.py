@@ -42,8 +42,10 @@ def copy(tmp_path_factory):
 def imported_stages(source):
     """The modules of this package that a notebook imports, lazily imported names of the package resolved to theirs."""
     from circuitgraph import _HOME
-    found = set()
-    for node in ast.walk(ast.parse(source)):
+    found, tree = set(), ast.parse(source)
+    package = {a.asname or "circuitgraph" for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names if a.name.split(".")[0] == "circuitgraph"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in package and node.attr in {*_HOME, *(p.stem for p in MODULES)}: found.add(_HOME.get(node.attr, node.attr))
         if isinstance(node, ast.Import): found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("circuitgraph.")} | ({"view", "cli"} & {a.name for a in node.names})
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("circuitgraph")):
             parts = (node.module or "").removeprefix("circuitgraph").strip(".").split(".")
@@ -60,18 +62,23 @@ def stages_too_high(paths):
 def test_a_notebook_imports_lower_stages_only(tmp_path):
     assert stages_too_high(NOTEBOOKS) == []
     for path in NOTEBOOKS: shutil.copy(path, tmp_path)
-    for planted in ("from circuitgraph.view import view", "from .view import view", "from circuitgraph import view", "import circuitgraph.view"):
+    for planted in ("from circuitgraph.view import view", "from .view import view", "from circuitgraph import view", "import circuitgraph.view", "import circuitgraph as cg\ncg.plot_layers"):
         book = json.loads((NBS / "06_graph.ipynb").read_text())
         book["cells"].append({"cell_type": "code", "source": [planted], "metadata": {}, "outputs": [], "execution_count": None})
         (tmp_path / "06_graph.ipynb").write_text(json.dumps(book))
         assert stages_too_high(sorted(tmp_path.glob("*.ipynb"))) == [("06_graph", "view")], planted
 
 
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+
+
 def test_exporting_and_cleaning_change_nothing(copy):
-    before = {p: p.read_bytes() for p in [*copy.glob("nbs/*.ipynb"), *copy.glob("circuitgraph/*.py")]}
-    assert {p.name for p in before} == {p.name for p in [*NOTEBOOKS, *PACKAGE.glob("*.py")]}
+    before = contents(copy)
+    assert {p.relative_to(ROOT) for p in [*NOTEBOOKS, *PACKAGE.glob("*.py")]} <= set(before) and (copy / "nbs" / "_quarto.yml").is_symlink()
     for module, command in (("doclinks", "nbdev_export"), ("clean", "nbdev_clean")): run("-c", f"from nbdev.{module} import {command}; {command}()", cwd=copy)
-    assert [p.name for p in [*copy.glob("nbs/*.ipynb"), *copy.glob("circuitgraph/*.py")] if before.get(p) != p.read_bytes()] == []
+    after = contents(copy)
+    assert [str(p) for p in sorted({*before, *after}) if before.get(p) != after.get(p)] == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -82,6 +89,17 @@ def test_a_notebook_is_small_and_clean(path):
     assert "widgets" not in book["metadata"]
     assert not [o for c in book["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
     assert "application/vnd.jupyter.widget-view+json" not in path.read_text(encoding="utf-8")
+
+
+def mixes_imports(source):
+    """Whether a cell that a reader sees and that is not exported holds imports and other code: nbdev runs such cells again when it makes the pages."""
+    if re.search(r"^#\|\s*(hide|export|exporti|exports)\b", source, re.M): return False
+    return len({isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.M)).body}) == 2
+
+
+def test_imports_stand_alone():
+    assert mixes_imports("import torch\ntorch.ones(2)") and not mixes_imports("import torch\nfrom torch import nn") and not mixes_imports("torch.ones(2)")
+    assert [(path.stem, source[:60]) for path in NOTEBOOKS for source in cells(path, "code") if mixes_imports(source)] == []
 
 
 def test_readme_is_made_from_index():
@@ -96,11 +114,12 @@ def test_quickstart_has_at_most_ten_lines():
 
 
 def test_functions_are_short_and_documented():
-    for path in MODULES:
+    for path in [PACKAGE / "__init__.py", *MODULES]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        public = set(ast.literal_eval(next(n.value for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__")))
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef): assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+        if path.stem == "__init__": continue  # its public names are those of the other modules
+        public = set(ast.literal_eval(next(n.value for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__")))
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in public: assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
 
@@ -120,7 +139,7 @@ def test_references_and_links_resolve():
     labels, cited = [], set()
     for path in NOTEBOOKS:
         code, prose = "\n".join(cells(path, "code")), "\n".join(cells(path, "markdown"))
-        labels += re.findall(r"^#\|\s*label:\s*([\w-]+)", code, re.M) + re.findall(r"\{#([\w-]+)\}", prose)
+        labels += re.findall(r"^#\|\s*label:\s*([\w-]+)", code, re.M) + re.findall(r"\{#([\w-]+)[^}]*\}", prose)
         prose = re.sub(r"```.*?```|`[^`]*`|\$\$.*?\$\$", "", prose, flags=re.S)
         here = set(re.findall(r"(?<![\w.])@([\w-]+)", prose + "\n".join(re.findall(r"fig-cap:(.*)", code))))
         cited |= {key for key in here if not re.match(r"(fig|eq|sec|tbl)-", key)}
@@ -153,7 +172,7 @@ def test_an_unknown_name_is_refused_as_usual():
 def test_the_wheel_holds_modules_and_texts(copy, tmp_path):
     run("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(copy))
     names = zipfile.ZipFile(next(tmp_path.glob("transformer_circuitgraph-*.whl"))).namelist()
-    assert {"circuitgraph/__init__.py", "circuitgraph/texts/default.jsonl.gz", "circuitgraph/texts/LICENSES.md", *(f"circuitgraph/{p.name}" for p in MODULES)} <= set(names)
+    assert {"circuitgraph/texts/default.jsonl.gz", "circuitgraph/texts/LICENSES.md", *(f"circuitgraph/{p.name}" for p in PACKAGE.glob("*.py"))} <= set(names)
     assert not [n for n in names if n.startswith(("tests", "nbs"))]
 
 
