@@ -746,7 +746,8 @@ def tiny_model(
 def _randomise(bridge: TransformerBridge, seed: int) -> TransformerBridge:
     "Draw all weights anew: matrices that keep the variance of their input, biases and norm weights of size 0.3."
     draw = torch.Generator().manual_seed(seed)
-    for name, p in sorted(bridge.original_model.named_parameters()):
+    head_bias = lambda name: "head." in name and name.endswith("bias")  # noqa: E731  (drawn last: some versions of TransformerLens have none, and the rest must not depend on it)
+    for name, p in sorted(bridge.original_model.named_parameters(), key=lambda item: (head_bias(item[0]), item[0])):
         noise = torch.randn(p.shape, generator=draw, dtype=torch.float64).to(p.dtype)
         if p.ndim == 2: value = noise * (1.0 if "embed" in name or "wte" in name or "wpe" in name else p.shape[-1] ** -0.5)
         else: value = 0.3 * noise + (1 if name.endswith("weight") else 0)
