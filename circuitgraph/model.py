@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from platformdirs import user_cache_dir
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -694,11 +695,14 @@ def _load_embedded(device: str, dtype: torch.dtype) -> Model:
     "The embedded model, unpacked anew if the cached weights are not those that were unpacked."
     for attempt in range(2):
         folder = _embedded_folder()
-        bridge, tokenizer = _boot(folder, None, "cpu", torch.float32)
-        model = take_apart(bridge, "smollm2-135m", tokenizer)
-        if model.weights_hash == json.loads((folder / "weights_hash.json").read_text())["weights_hash"]: break
-        if attempt: raise ValueError(f"the cached weights in {folder} do not match their hash even after unpacking them anew: check the disk")
-        warnings.warn(f"the cached weights in {folder} do not match their hash; they are unpacked anew", stacklevel=3)
+        try:
+            bridge, tokenizer = _boot(folder, None, "cpu", torch.float32)
+            model = take_apart(bridge, "smollm2-135m", tokenizer)
+            if model.weights_hash == json.loads((folder / "weights_hash.json").read_text())["weights_hash"]: break
+            problem = "they do not match their hash"
+        except (OSError, ValueError, KeyError, SafetensorError) as error: problem = f"they can't be read: {error}"
+        if attempt: raise ValueError(f"the weights cached in {folder} are damaged even after unpacking them anew ({problem}): check the disk")
+        warnings.warn(f"the weights cached in {folder} are damaged ({problem}); they are unpacked anew", stacklevel=3)
         shutil.rmtree(folder)
     if (device, dtype) == ("cpu", torch.float32): return model
     return replace(take_apart(bridge.to(device=device, dtype=dtype), "smollm2-135m", tokenizer), weights_hash=model.weights_hash)

@@ -11,6 +11,7 @@ from circuitgraph.model import (
     GRAINS,
     TINY_MODELS,
     UnsupportedModel,
+    _embedded_folder,
     apply_norm,
     check_decomposition,
     list_nodes,
@@ -117,12 +118,13 @@ def test_unknown_sources(tmp_path):
     with pytest.raises(ValueError, match="grain must be one of block, layer, head"): list_nodes(tiny_model("llama"), "neuron")
 
 
-def test_embedded_cache_is_checked(tmp_path, monkeypatch):
-    """A cached copy whose weights are not those that were unpacked is unpacked anew, with a warning."""
-    monkeypatch.setenv("CIRCUITGRAPH_CACHE", str(tmp_path))
-    good = load_model("smollm2-135m").weights_hash
-    note = tmp_path / "smollm2-135m" / "weights_hash.json"
-    note.write_text(json.dumps(json.loads(note.read_text()) | {"weights_hash": "0" * 64}))
-    with pytest.warns(UserWarning, match="unpacked anew"): again = load_model("smollm2-135m")
-    assert again.weights_hash == good
-    shutil.rmtree(tmp_path / "smollm2-135m")
+@pytest.mark.parametrize("name", ["model.safetensors", "weights_hash.json", "edited"])
+def test_a_damaged_cache_is_unpacked_anew(tmp_path, monkeypatch, name):
+    good = _embedded_folder()
+    folder = tmp_path / "smollm2-135m"
+    shutil.copytree(good, folder)
+    path = folder / ("weights_hash.json" if name == "edited" else name)
+    path.write_bytes(path.read_bytes().replace(b'"weights_hash": "', b'"weights_hash": "0') if name == "edited" else path.read_bytes()[:-10])
+    monkeypatch.setattr("circuitgraph.model._embedded_folder", lambda: folder if folder.exists() else good)  # unpacking itself takes half a minute
+    with pytest.warns(UserWarning, match="unpacked anew"): model = load_model("smollm2-135m")
+    assert model.weights_hash == json.loads((good / "weights_hash.json").read_text())["weights_hash"] and not folder.exists()
