@@ -135,7 +135,7 @@ def test_complete_graph_has_the_edges_of_a_built_one(grain, ports):
     assert every.edge_names == built.edge_names and (every.edges["weight"] == 1).all()
 
 
-def test_the_number_of_edges_of_smollm2():
+def test_the_number_of_edges():
     model = tiny_model("llama")
     edges = list_edges(model, "head")
     # embed, 4 heads, m0, 4 heads, m1: 12 ports read 1, m0 reads 5, 12 ports read 6, m1 reads 10, logits read 11
