@@ -145,21 +145,37 @@ class Model:
     weights_hash: str  # sha256 of all weights in a fixed order
 
     @property
-    def n_layers(self) -> int: return len(self.layers)
+    def n_layers(self) -> int:
+        "Number of layers."
+        return len(self.layers)
     @property
-    def n_heads(self) -> int: return self.layers[0].attn.W_Q.shape[0]
+    def n_heads(self) -> int:
+        "Query heads in a layer."
+        return self.layers[0].attn.W_Q.shape[0]
     @property
-    def n_kv_heads(self) -> int: return self.layers[0].attn.W_K.shape[0]
+    def n_kv_heads(self) -> int:
+        "Key-value heads in a layer."
+        return self.layers[0].attn.W_K.shape[0]
     @property
-    def d_model(self) -> int: return self.W_U.shape[1]
+    def d_model(self) -> int:
+        "Width of the residual stream."
+        return self.W_U.shape[1]
     @property
-    def d_head(self) -> int: return self.layers[0].attn.W_Q.shape[1]
+    def d_head(self) -> int:
+        "Width of a head."
+        return self.layers[0].attn.W_Q.shape[1]
     @property
-    def d_vocab(self) -> int: return self.W_U.shape[0]
+    def d_vocab(self) -> int:
+        "Tokens in the vocabulary."
+        return self.W_U.shape[0]
     @property
-    def device(self) -> torch.device: return self.W_U.device
+    def device(self) -> torch.device:
+        "Where the weights are."
+        return self.W_U.device
     @property
-    def dtype(self) -> torch.dtype: return self.W_U.dtype
+    def dtype(self) -> torch.dtype:
+        "Precision of the weights."
+        return self.W_U.dtype
 
     def __call__(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
         "Logits of the model as it was loaded, by its own code."

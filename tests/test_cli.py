@@ -21,7 +21,7 @@ from circuitgraph.graph import Graph
 from circuitgraph.model import load_model, tiny_model
 from oracles import random_tokens
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and TransformerLens warn while they boot a model
+pytestmark = pytest.mark.filterwarnings("ignore", "error:::circuitgraph")  # transformers and TransformerLens warn while they boot a model; what this package causes is an error
 
 
 @pytest.fixture(scope="module")

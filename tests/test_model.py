@@ -24,7 +24,7 @@ from circuitgraph.model import (
 )
 from oracles import random_tokens
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and TransformerLens warn while they boot a model
+pytestmark = pytest.mark.filterwarnings("ignore", "error:::circuitgraph")  # transformers and TransformerLens warn while they boot a model; what this package causes is an error
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
