@@ -51,6 +51,7 @@ from circuitgraph.model import (
     rotate,
     run_block,
     run_logits,
+    sum_biases,
     trace_modules,
 )
 
@@ -416,21 +417,24 @@ def trace_mean(
     grain: str = "head",  # "block", "layer" or "head"
     *,
     skip_first: int = 1,  # each of the first positions has a mean of its own, the rest one together
+    lengths: Int[Tensor, " seq"] | None = None,  # tokens of each sequence, where shorter ones are padded at the end; padding is left out
     batch_size: int = 4,  # sequences at a time
     progress: bool = True,
 ) -> Trace:  # one sequence: mean writes, and what each reader would read if all modules wrote their means
     "The mean write of every module over a corpus, as the trace of one average sequence."
     readers, writers = list_readers(model, grain)
     n_pos = corpus.shape[1]
+    real = torch.arange(n_pos) < (torch.full((len(corpus),), n_pos) if lengths is None else lengths)[:, None]
     sums = torch.zeros(n_pos, len(writers), model.d_model, dtype=torch.float64, device=model.device)
-    for chunk in tqdm(corpus.split(batch_size), desc="mean writes", disable=not progress):
-        trace = trace_modules(model, chunk, grain)
-        sums += trace.writes.sum(0, dtype=torch.float64)
-    mean = sums / len(corpus)
-    mean[skip_first:] = mean[skip_first:].mean(0)
-    writes = mean.to(model.dtype)[None]
-    reads = {r.module: writes[:, :, : r.n_before].sum(2) + trace.biases[r.module] for r in readers}
-    return Trace(writes, reads, trace.biases, {})
+    for chunk, kept in zip(tqdm(corpus.split(batch_size), desc="mean writes", disable=not progress), real.split(batch_size), strict=True):
+        writes = trace_modules(model, chunk, grain).writes
+        sums += (writes if kept.all() else writes * kept.to(writes)[..., None, None]).sum(0, dtype=torch.float64)
+    count = real.sum(0).to(sums)[:, None, None]
+    mean = sums / count.clamp_min(1)
+    if skip_first < n_pos: mean[skip_first:] = sums[skip_first:].sum(0) / count[skip_first:].sum().clamp_min(1)
+    writes, biases = mean.to(model.dtype)[None], sum_biases(model, grain)
+    reads = {r.module: writes[:, :, : r.n_before].sum(2) + biases[r.module] for r in readers}
+    return Trace(writes, reads, biases, {})
 
 # %% ../nbs/08_build.ipynb #01eedca0
 _CHECKPOINT = "partial.safetensors"

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['NODE_COLUMNS', 'EDGE_COLUMNS', 'META_KEYS', 'SETTINGS', 'FORMAT_VERSION', 'PORTS', 'FILES', 'GraphError',
            'name_edges', 'Graph', 'magnitude', 'keep_edges', 'top_edges', 'threshold', 'subgraph', 'strength',
-           'density', 'merge_graphs', 'check_output_folder', 'save_graph', 'load_graph', 'to_networkx', 'to_igraph',
-           'save_graphml', 'save_gexf']
+           'density', 'prune_dangling', 'select_edges', 'merge_graphs', 'check_output_folder', 'save_graph',
+           'load_graph', 'to_networkx', 'to_igraph', 'save_graphml', 'save_gexf']
 
 # %% ../nbs/06_graph.ipynb #e313b25b
 import hashlib
+import heapq
 import html
 import json
 import shutil
@@ -278,6 +279,58 @@ def density(
     return pd.DataFrame.from_dict(table, orient="index", columns=[f"at least {share:.0%}" for share in shares]).set_axis(pd.MultiIndex.from_tuples(table, names=["edges", "measured against"]))
 
 # %% ../nbs/06_graph.ipynb #e4f90c04
+def _reach(seeds: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    "Nodes that can be reached from the seeds along edges from `start` to `end`, all pointing one way in the order of nodes."
+    reached, backwards = seeds.copy(), len(end) > 0 and end[0] < start[0]
+    order = np.argsort(-end if backwards else end, kind="stable")
+    for edges in np.split(order, np.flatnonzero(np.diff(end[order])) + 1):
+        if len(edges): reached[end[edges[0]]] |= reached[start[edges]].any()
+    return reached
+
+
+def _greedy_order(graph: Graph, n: int, by: str) -> np.ndarray:
+    "Indices of the first `n` edges, each the largest whose reader leads to logits by those before it."
+    size, (source, target) = magnitude(graph, by), (graph.edges[end].cat.codes.to_numpy() for end in ("source", "target"))
+    into = pd.Series(range(len(size))).groupby(target).indices
+    reader = int(np.flatnonzero(graph.nodes["name"] == "logits")[0]) if "logits" in set(graph.nodes["name"]) else -1
+    heap, seen, taken = [(-size[e], e) for e in into.get(reader, [])], {reader}, []
+    heapq.heapify(heap)
+    while heap and len(taken) < n:
+        edge = heapq.heappop(heap)[1]
+        taken.append(edge)
+        if (writer := source[edge]) not in seen:
+            seen.add(writer)
+            for e in into.get(writer, []): heapq.heappush(heap, (-size[e], e))
+    return np.array(taken, dtype=int)
+
+# %% ../nbs/06_graph.ipynb #6d5f1a78
+def prune_dangling(graph: Graph) -> Graph:
+    "Drop the edges that lie on no path from an input (`embed`, `pos_embed`, `const`) to `logits`."
+    source, target = (graph.edges[end].cat.codes.to_numpy() for end in ("source", "target"))
+    fed = _reach(graph.nodes["kind"].isin(["embed", "pos_embed", "const"]).to_numpy(), source, target)
+    heard = _reach((graph.nodes["kind"] == "logits").to_numpy(), target, source)
+    return _cut(graph, fed[source] & heard[target], "prune_dangling()")
+
+
+def select_edges(
+    graph: Graph,
+    n: int,  # budget: how many edges at most, between 0 and the number of edges
+    method: str = "top",  # "top" (the largest) or "greedy" (the largest that lead to the output, from `logits` backwards)
+    *,
+    by: str = "weight",  # "weight", "abs_weight" or "rms_weight", in absolute value
+    prune: bool = True,  # whether edges that dangle are dropped
+) -> Graph:  # its number of edges is what remains; its history tells the budget
+    "Choose a subgraph by budget. Raises ValueError for a budget out of range or an unknown method."
+    if method not in ("top", "greedy"): raise ValueError(f"method must be 'top' or 'greedy', got {method!r}")
+    if method == "greedy":
+        if not 0 <= n <= len(graph): raise ValueError(f"n must lie in [0, {len(graph)}] (edges in the graph), got {n}")
+        mask = np.zeros(len(graph), dtype=bool)
+        mask[_greedy_order(graph, n, by)] = True
+        chosen = _cut(graph, mask, f"greedy({n}, by={by!r})")
+    else: chosen = top_edges(graph, n, by)
+    return prune_dangling(chosen) if prune else chosen
+
+# %% ../nbs/06_graph.ipynb #5884d69b
 def _check_mergeable(a: Graph, b: Graph) -> None:
     "Refuse to merge graphs of different models or rules."
     for key in ("model", *SETTINGS):
@@ -292,7 +345,7 @@ def _merge_edges(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
     return a.assign(weight=mean(a["weight"], b["weight"]), abs_weight=mean(a["abs_weight"], b["abs_weight"]),
                     rms_weight=np.sqrt(mean(a["rms_weight"] ** 2, b["rms_weight"] ** 2)), count=n + m)
 
-# %% ../nbs/06_graph.ipynb #6d5f1a78
+# %% ../nbs/06_graph.ipynb #f061d475
 def merge_graphs(
     a: Graph,
     b: Graph,
@@ -313,10 +366,10 @@ def merge_graphs(
     nodes = a.nodes.assign(**{c: (n * a.nodes[c] + m * b.nodes[c]) / max(n + m, 1) for c in ("frequency", "mean_activation")})
     return Graph(nodes, _merge_edges(a.edges, b.edges), meta | {"corpus": [*a.meta["corpus"], *b.meta["corpus"]]})
 
-# %% ../nbs/06_graph.ipynb #5884d69b
+# %% ../nbs/06_graph.ipynb #ea6bf77a
 FILES = ("nodes.parquet", "edges.parquet")
 
-# %% ../nbs/06_graph.ipynb #f061d475
+# %% ../nbs/06_graph.ipynb #996addcf
 def check_output_folder(
     folder: str | Path,  # where a graph is to be saved
 ) -> Path:
@@ -331,10 +384,10 @@ def check_output_folder(
     except OSError as error: raise OSError(f"folder {folder} can't be written ({error.strerror or error}); name another") from error
     return folder
 
-# %% ../nbs/06_graph.ipynb #1394a1a9
+# %% ../nbs/06_graph.ipynb #eb64390d
 def _digest(data: bytes) -> str: return hashlib.sha256(data).hexdigest()
 
-# %% ../nbs/06_graph.ipynb #97c8d206
+# %% ../nbs/06_graph.ipynb #67d6f744
 def save_graph(
     graph: Graph,
     folder: str | Path,  # made if it does not exist; a graph that it holds is replaced
@@ -358,7 +411,7 @@ def save_graph(
     folder.chmod(0o755)
     return folder
 
-# %% ../nbs/06_graph.ipynb #d24bf143
+# %% ../nbs/06_graph.ipynb #5948662d
 def load_graph(
     folder: str | Path,  # as `save_graph` left it
 ) -> Graph:
@@ -375,7 +428,7 @@ def load_graph(
         if _digest((folder / name).read_bytes()) != content["sha256"][name]: raise GraphError(f"{folder / name} is truncated or edited: its hash is not the one that was saved")
     return Graph(pd.read_parquet(folder / FILES[0]), pd.read_parquet(folder / FILES[1]), content["meta"])
 
-# %% ../nbs/06_graph.ipynb #eb64390d
+# %% ../nbs/06_graph.ipynb #1e5c80e7
 def to_networkx(graph: Graph) -> nx.MultiDiGraph:
     "A networkx graph: all columns as attributes, edge keys are ports."
     out = nx.MultiDiGraph()
@@ -384,7 +437,7 @@ def to_networkx(graph: Graph) -> nx.MultiDiGraph:
     for row in graph.edges.to_dict("records"): out.add_edge(row.pop("source"), row.pop("target"), key=row["port"], **row)
     return out
 
-# %% ../nbs/06_graph.ipynb #67d6f744
+# %% ../nbs/06_graph.ipynb #a251147c
 def to_igraph(graph: Graph) -> igraph.Graph:
     "A directed igraph graph: all columns as attributes, vertices in node order."
     out = igraph.Graph(len(graph.nodes), list(zip(graph.edges["source"].cat.codes, graph.edges["target"].cat.codes, strict=True)), directed=True)
@@ -392,12 +445,12 @@ def to_igraph(graph: Graph) -> igraph.Graph:
     for column in ("port", "weight", "abs_weight", "rms_weight", "count"): out.es[column] = graph.edges[column].tolist()
     return out
 
-# %% ../nbs/06_graph.ipynb #5948662d
+# %% ../nbs/06_graph.ipynb #8609039d
 def save_graphml(graph: Graph, path: str | Path) -> None:
     "Write GraphML, which Gephi, Cytoscape and igraph read."
     nx.write_graphml(to_networkx(graph), path)
 
-# %% ../nbs/06_graph.ipynb #933a1f37
+# %% ../nbs/06_graph.ipynb #410d36ae
 def save_gexf(graph: Graph, path: str | Path) -> None:
     "Write GEXF, the format of Gephi."
     out = to_networkx(graph)

@@ -6,7 +6,7 @@
 __all__ = ['GRAINS', 'TINY_MODELS', 'Norm', 'norm_scale', 'apply_norm', 'norm_vjp', 'Attention', 'MLP', 'Layer', 'Model',
            'project_heads', 'rotate', 'rotary_tables', 'attention_mask', 'attention_pattern', 'run_attention',
            'write_heads', 'get_mlp', 'run_mlp', 'run_block', 'freeze_block', 'run_logits', 'Reader', 'list_readers',
-           'list_nodes', 'embed_tokens', 'Trace', 'trace_modules', 'UnsupportedModel', 'take_apart',
+           'list_nodes', 'embed_tokens', 'Trace', 'sum_biases', 'trace_modules', 'UnsupportedModel', 'take_apart',
            'check_decomposition', 'load_model', 'tiny_model']
 
 # %% ../nbs/02_model.ipynb #2429c059
@@ -55,7 +55,7 @@ def norm_scale(
     if norm.kind == "none": return torch.ones_like(x[..., :1])
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     if norm.kind == "layer": x = x - x.mean(-1, keepdim=True)
-    return (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+    return (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + norm.eps).rsqrt()  # without a squared copy of x
 
 
 def apply_norm(
@@ -200,6 +200,18 @@ def project_heads(
     out = torch.einsum("bphd, hed -> bhpe", x, weight.repeat_interleave(group, 0))
     return out if bias is None else out + bias.repeat_interleave(group, 0)[:, None]
 
+
+def _project_normed(norm: Norm, x: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor | None, n_heads: int) -> Tensor:
+    "`project_heads` of the norm of x. Where each head has an input of its own, the norm is folded into the weights and its scale comes last, so that no normed copy of x is made."
+    if x.ndim == 3: return project_heads(apply_norm(norm, x, scale), weight, bias, n_heads)
+    scale = norm_scale(norm, x) if scale is None else scale
+    shift = None if norm.bias is None else weight @ norm.bias
+    if norm.weight is not None: weight = weight * norm.weight
+    if norm.kind == "layer": weight = weight - weight.mean(-1, keepdim=True)
+    out = project_heads(x, weight, None, n_heads) * scale.to(x.dtype).transpose(1, 2)
+    constant = shift if bias is None else bias if shift is None else bias + shift
+    return out if constant is None else out + constant.repeat_interleave(n_heads // len(constant), 0)[:, None]
+
 # %% ../nbs/02_model.ipynb #afe9ac89
 def rotate(
     x: Float[Tensor, "batch head #pos d_head"],
@@ -269,12 +281,12 @@ def run_attention(
     pattern: Float[Tensor, "batch head pos pos"] | None = None,  # frozen pattern; then q and k are not read
 ) -> Float[Tensor, "batch head pos d_head"]:  # z
     "Each head's mix of values, as a function of its three ports."
-    attn, ln1, n_pos = model.layers[layer].attn, model.layers[layer].ln1, x_v.shape[1]
-    v = project_heads(apply_norm(ln1, x_v, scale), attn.W_V, attn.b_V, model.n_heads)
+    attn, n_pos = model.layers[layer].attn, x_v.shape[1]
+    project = lambda x, weight, bias: _project_normed(model.layers[layer].ln1, x, scale, weight, bias, model.n_heads)  # noqa: E731
+    v = project(x_v, attn.W_V, attn.b_V)
     if pattern is None:
         tables = rotary_tables(model, n_pos, layer)
-        q = rotate(project_heads(apply_norm(ln1, x_q, scale), attn.W_Q, attn.b_Q, model.n_heads), *tables, attn.rotary)
-        k = rotate(project_heads(apply_norm(ln1, x_k, scale), attn.W_K, attn.b_K, model.n_heads), *tables, attn.rotary)
+        q, k = (rotate(project(x, weight, bias), *tables, attn.rotary) for x, weight, bias in ((x_q, attn.W_Q, attn.b_Q), (x_k, attn.W_K, attn.b_K)))
         pattern, _ = attention_pattern(attn, q, k, attention_mask(attn, n_pos, q.device))
     return pattern @ v
 
@@ -444,6 +456,20 @@ class Trace:
     post_scale: dict[str, Float[Tensor, "batch pos one"] | None]  # scale of the norm after attention ("a3") or MLP ("m3"), if any
 
 # %% ../nbs/02_model.ipynb #63c43657
+def sum_biases(
+    model: Model,
+    grain: str = "head",  # "block", "layer" or "head"
+) -> dict[str, Float[Tensor, " d_model"]]:  # by the reader's module
+    "Sum of the biases written before each reader: what `const` gives it. Raises ValueError for an unknown grain."
+    biases, bias = {}, model.W_U.new_zeros(model.d_model)
+    for reader in list_readers(model, grain)[0]:
+        layer = model.layers[reader.layer]
+        biases[reader.module] = biases[f"a{reader.layer}"] if reader.kind == "mlp" and layer.parallel else bias
+        for kind, b in (("attn", layer.attn.b_O), ("mlp", layer.mlp and layer.mlp.b_out)):
+            if b is not None and reader.kind in (kind, "block"): bias = bias + b
+    return biases
+
+
 def trace_modules(
     model: Model,
     tokens: Int[Tensor, "batch pos"],
@@ -452,27 +478,26 @@ def trace_modules(
     "Run the model module by module and keep every read and write. Raises ValueError for an unknown grain."
     readers, writers = list_readers(model, grain)
     row = {reader.module: reader.row for reader in readers}
-    writes = model.W_U.new_zeros(*tokens.shape, len(writers), model.d_model)
-    x, bias = model.W_U.new_zeros(*tokens.shape, model.d_model), model.W_U.new_zeros(model.d_model)
-    reads, biases, post_scale = {}, {}, {}
+    writes, x = model.W_U.new_zeros(*tokens.shape, len(writers), model.d_model), model.W_U.new_zeros(*tokens.shape, model.d_model)
+    reads, post_scale = {}, {}
 
     def add(first: int, y: Tensor, b: Tensor | None) -> None:
-        nonlocal x, bias
+        nonlocal x
         writes[:, :, first : first + y.shape[2]] += y
-        x, bias = x + y.sum(2) + (0 if b is None else b), bias + (0 if b is None else b)
+        x = x + y.sum(2) + (0 if b is None else b)
 
     for i, y in enumerate(embed_tokens(model, tokens).values()): add(i, y[:, :, None], None)
     for i, layer in enumerate(model.layers):
         attn, mlp = (f"b{i}", f"b{i}") if grain == "block" else (f"a{i}", f"m{i}")
-        reads[attn], biases[attn] = x, bias
+        reads[attn] = x
         y, post_scale[f"a{i}"] = write_heads(model, i, run_attention(model, i, x, x, x))
         add(row[attn], y if grain == "head" else y.sum(2, keepdim=True), layer.attn.b_O)
         if layer.mlp is None: continue
-        x_mlp, b_mlp = (reads[attn], biases[attn]) if layer.parallel else (x, bias)
-        if grain != "block": reads[mlp], biases[mlp] = x_mlp, b_mlp
+        x_mlp = reads[attn] if layer.parallel else x
+        if grain != "block": reads[mlp] = x_mlp
         y, post_scale[f"m{i}"] = run_mlp(model, i, x_mlp)
         add(row[mlp], y[:, :, None], layer.mlp.b_out)
-    return Trace(writes, reads | {"logits": x}, biases | {"logits": bias}, post_scale)
+    return Trace(writes, reads | {"logits": x}, sum_biases(model, grain), post_scale)
 
 # %% ../nbs/02_model.ipynb #c365c97e
 class UnsupportedModel(ValueError):
