@@ -10,7 +10,7 @@ __all__ = ['VALUES', 'TEXT_METRICS', 'BUDGETS', 'Ablation', 'permute_rows', 'set
 
 # %% ../nbs/09_ablate.ipynb #3278da03
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ from circuitgraph.model import (
 )
 from .task import METRICS, Task, score_answers
 
-# %% ../nbs/09_ablate.ipynb #f9ac968d
+# %% ../nbs/09_ablate.ipynb #1fbbb484
 VALUES = ("mean", "zero", "resample", "corrupted")
 
 
@@ -69,7 +69,7 @@ def permute_rows(
         other[rows] = tokens[rows.roll(1)]
     return other
 
-# %% ../nbs/09_ablate.ipynb #1fbbb484
+# %% ../nbs/09_ablate.ipynb #4f78f0f8
 def _check_value(value: str, corrupted: Tensor | None, reference: Any, per_position: bool) -> None:
     "Refuse options that do not go together."
     if value not in VALUES: raise ValueError(f"value must be one of {', '.join(map(repr, VALUES))}, got {value!r}")
@@ -82,7 +82,7 @@ def _rows_at_a_time(tokens: Tensor, batch_size: int | None) -> int:
     if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     return batch_size or max(1, 512 // tokens.shape[1])
 
-# %% ../nbs/09_ablate.ipynb #4f78f0f8
+# %% ../nbs/09_ablate.ipynb #a6d3f255
 def set_ablation(
     model: Model,
     grain: str,  # "block", "layer" or "head"
@@ -113,7 +113,7 @@ def set_ablation(
     n = tokens.shape[1] if per_position else 1  # one for all positions is broadcast
     return Ablation(value, mean=Trace(mean.writes[:, :n], {module: x[:, :n] for module, x in mean.reads.items()}, mean.biases, {}))
 
-# %% ../nbs/09_ablate.ipynb #aa61c939
+# %% ../nbs/09_ablate.ipynb #a8ea5147
 def check_graph(
     model: Model,
     graph: Graph,
@@ -150,7 +150,7 @@ def _lay_out(model: Model, grain: str, rule: Rule) -> _Layout:
     ports = {r.kind: {p: (0, 1, 2) if r.kind == "attn" and p == "in" else (r.ports.index(p),) for p in reader_ports(r, rule)} for r in readers}
     return _Layout(start, n_before, ports, kind, size)
 
-# %% ../nbs/09_ablate.ipynb #a8ea5147
+# %% ../nbs/09_ablate.ipynb #7fdea242
 def locate_edges(
     model: Model,
     graph: Graph,
@@ -159,13 +159,14 @@ def locate_edges(
     grain, rule = check_graph(model, graph)
     at, edges = _lay_out(model, grain, rule), graph.edges
     row = {name: i for i, name in enumerate([*list_readers(model, grain)[1], "logits"])}
-    source, target = (edges[end].map(row).to_numpy(dtype=int) for end in ("source", "target"))
+    source, target = (np.array([row[name] for name in edges[end]], dtype=int) for end in ("source", "target"))
     bad = source >= at.n_before[target]
     if bad.any():
-        name = name_edges(edges[bad][:1])[0]
-        raise ValueError(f"edges must point forward in {model.name} at {grain} grain, but {name} does not: {edges['target'][bad].iloc[0]} never reads what {edges['source'][bad].iloc[0]} writes")
-    places, rows = [], []
-    for (kind, port), here in pd.DataFrame({"kind": at.kind[target], "port": edges["port"].astype(str)}).groupby(["kind", "port"]).indices.items():
+        first = edges.iloc[np.flatnonzero(bad)[:1]]
+        raise ValueError(f"edges must point forward in {model.name} at {grain} grain, but {name_edges(first)[0]} does not: {first['target'].iloc[0]} never reads what {first['source'].iloc[0]} writes")
+    places, rows, names = [], [], edges["port"].astype(str).to_numpy()
+    for kind, port in sorted(set(zip(at.kind[target], names, strict=True))):
+        here = np.flatnonzero((at.kind[target] == kind) & (names == port))
         if port not in at.ports[kind]: raise ValueError(f"port of {name_edges(edges.iloc[here[:1]])[0]} must be one of {', '.join(at.ports[kind])} (what {grain} grain and this graph's rule have there), got {port!r}")
         for p in at.ports[kind][port]:
             places.append(at.start[target[here]] + p * at.n_before[target[here]] + source[here])
@@ -173,7 +174,7 @@ def locate_edges(
     empty = [np.empty(0, dtype=int)]
     return torch.from_numpy(np.concatenate(places or empty)), torch.from_numpy(np.concatenate(rows or empty))
 
-# %% ../nbs/09_ablate.ipynb #7fdea242
+# %% ../nbs/09_ablate.ipynb #c64a0f09
 def mask_edges(
     model: Model,
     graph: Graph,
@@ -190,13 +191,16 @@ def mask_nodes(
     graph: Graph,
 ) -> Float[Tensor, " place"]:
     "The mask of node ablation: all edges out of every node that an edge of the graph touches, whether the graph has them or not."
-    grain, edges = check_graph(model, graph)[0], graph.edges
-    touched = {*edges["source"].astype(str), *edges["target"].astype(str)}
-    source = list_edges(model, grain)["source"]
-    kept = np.array([name in touched for name in source.cat.categories])
-    return torch.from_numpy(kept[source.cat.codes]).to(model.W_U)
+    return torch.from_numpy(_end_touched(model, graph, "source")).to(model.W_U)
 
-# %% ../nbs/09_ablate.ipynb #40f078d6
+
+def _end_touched(model: Model, graph: Graph, end: str) -> np.ndarray:
+    "For each edge that the architecture allows, whether its source or its target is a node that an edge of the graph touches."
+    touched = {*graph.edges["source"].astype(str), *graph.edges["target"].astype(str)}
+    nodes = list_edges(model, check_graph(model, graph)[0])[end].cat
+    return np.array([name in touched for name in nodes.categories])[nodes.codes]
+
+# %% ../nbs/09_ablate.ipynb #c04e2f96
 class _Write(torch.autograd.Function):
     "Put the difference between what a module writes and its ablated value into the buffer `[batch pos writer d_model]`."
     @staticmethod
@@ -215,7 +219,7 @@ class _Write(torch.autograd.Function):
 class _Mix(torch.autograd.Function):
     "Mask times the part of the buffer that begins at `first`: `[name_port writer] x [batch pos writer d_model] -> [batch pos name_port d_model]`."
     @staticmethod
-    def forward(ctx: Any, mask: Tensor, order: Tensor, buffer: Tensor, grads: list[Tensor], first: int) -> Tensor:
+    def forward(ctx: Any, mask: Tensor, order: Tensor, buffer: Tensor, grads: list[Tensor], first: int) -> Tensor:  # noqa: ARG004 (order carries the gradient)
         ctx.save_for_backward(mask)
         ctx.buffer, ctx.grads, ctx.span = buffer, grads, slice(first, first + mask.shape[1])
         return mask @ buffer[:, :, ctx.span]
@@ -228,7 +232,7 @@ class _Mix(torch.autograd.Function):
         ctx.grads[0][:, :, ctx.span] += mask.mT @ d_x
         return (d_x @ ctx.buffer[:, :, ctx.span].mT).sum((0, 1)), d_x.new_zeros(()), None, None, None
 
-# %% ../nbs/09_ablate.ipynb #17bb7391
+# %% ../nbs/09_ablate.ipynb #589aa5bc
 class _Run:
     "One batch of tokens, and what the ablated runs on it share."
     def __init__(self, model: Model, grain: str, tokens: Tensor, base: Trace | None, held: dict[str, Tensor], grad: bool) -> None:
@@ -312,7 +316,7 @@ def _patterns(model: Model, grain: str, tokens: Tensor) -> dict[str, Tensor]:
     reads = trace_modules(model, tokens, "block" if grain == "block" else "layer").reads
     return {r.module: freeze_block(model, r.layer, reads[r.module])["pattern"] for r in list_readers(model, grain)[0] if r.kind in ("attn", "block")}
 
-# %% ../nbs/09_ablate.ipynb #589aa5bc
+# %% ../nbs/09_ablate.ipynb #cfada564
 def run_masks(
     model: Model,
     grain: str,  # "block", "layer" or "head"
@@ -335,7 +339,7 @@ def run_masks(
         with torch.set_grad_enabled(grad): stream = run(mask)
         yield stream
 
-# %% ../nbs/09_ablate.ipynb #cfada564
+# %% ../nbs/09_ablate.ipynb #c80a7923
 def run_ablated(
     model: Model,
     graph: Graph,  # its edges are kept, all others are cut
@@ -373,7 +377,7 @@ def _check_masks(graph: Graph, masks: Tensor | None, ablation: str) -> None:
     if ablation == "node": raise ValueError("masks are of edges: with ablation='node' leave them out, and cut the graph instead")
     if masks.ndim not in (1, 2) or masks.shape[-1] != len(graph) or not len(masks): raise ValueError(f"masks must have the shape [edge] or [mask edge] with {len(graph)} edges (those of the graph), got {tuple(masks.shape)}")
 
-# %% ../nbs/09_ablate.ipynb #31c276fe
+# %% ../nbs/09_ablate.ipynb #f575fa17
 TEXT_METRICS = ("ce", "kl", "accuracy")
 
 
@@ -402,7 +406,7 @@ def score_prompts(
     found = {name: score_answers(logits, answers, wrong, name) for name in names}
     return scores | found | {"ce": -found["ce"]}  # as a loss, like that of text
 
-# %% ../nbs/09_ablate.ipynb #1b91f4a6
+# %% ../nbs/09_ablate.ipynb #de06d0af
 @dataclass(frozen=True, eq=False)
 class _Data:
     "Text or a task, and what is measured on it."
@@ -446,7 +450,7 @@ def _open_data(model: Model, data: Tensor | Corpus | Task, metric: str | None, s
     if task is not None: check_tokens(task.corrupted, model, "corrupted")
     return _Data(tokens, task, chosen, skip_first)
 
-# %% ../nbs/09_ablate.ipynb #994c7316
+# %% ../nbs/09_ablate.ipynb #7512a5db
 @dataclass(frozen=True, eq=False)
 class _Setting:
     "Everything that judging several graphs of one model on the same data shares."
@@ -500,7 +504,7 @@ def _own_metric(model: Model, metric: Callable[[Tensor], Tensor], streams: list[
     if any(r.shape != (n,) for r in rows): raise ValueError(f"metric must return one number for each of the {n} prompts, got shape {tuple(rows[0].shape)}")
     return torch.stack(rows)
 
-# %% ../nbs/09_ablate.ipynb #12ab5831
+# %% ../nbs/09_ablate.ipynb #e26cce7e
 def faithfulness(
     graph: Float[Tensor, "*graph input"],  # metric of the ablated runs
     model: Float[Tensor, " input"],
@@ -525,7 +529,7 @@ def bootstrap(
     low, high = torch.quantile(found, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=found.dtype), dim=0)
     return low, high
 
-# %% ../nbs/09_ablate.ipynb #dbbae136
+# %% ../nbs/09_ablate.ipynb #21248d64
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     "What a graph is worth under one ruler; intervals are of 95 %, over inputs."
@@ -554,7 +558,7 @@ def _count_nodes(graph: Graph) -> int: return len({*graph.edges["source"].cat.co
 def _mask_of(setting: _Setting, graph: Graph, ablation: str) -> Tensor:
     return (mask_edges if ablation == "edge" else mask_nodes)(setting.model, graph).bool()
 
-# %% ../nbs/09_ablate.ipynb #020bb2c1
+# %% ../nbs/09_ablate.ipynb #eec20be9
 def evaluate(
     model: Model,
     graph: Graph,  # its edges are kept, all others are cut
@@ -580,11 +584,12 @@ def evaluate(
     statistics = {"faithfulness": (faithfulness, (graph_m, whole, none)), "completeness": (faithfulness, (rest, whole, none)),
                   **{name: (lambda v: v.mean(-1), (scores[name][1],)) for name in ("kl", "ce", "accuracy") if name in scores}}
     values = {name: float(statistic(*args)) for name, (statistic, args) in statistics.items()}
-    intervals = {name: tuple(map(float, bootstrap(statistic, *args, n_boot=n_boot, seed=seed))) for name, (statistic, args) in statistics.items()}
+    ends = {name: bootstrap(statistic, *args, n_boot=n_boot, seed=seed) for name, (statistic, args) in statistics.items()}
+    intervals = {name: (float(low), float(high)) for name, (low, high) in ends.items()}
     return Evaluation(values["faithfulness"], values["completeness"], values["kl"], values.get("ce", float("nan")), values.get("accuracy", float("nan")), len(graph), _count_nodes(graph),
-                      setting.data.metric_name, ablation, value, intervals, pd.DataFrame({"model": whole, "graph": graph_m, "complement": rest, "none": none}))
+                      setting.data.metric_name, ablation, value, intervals, pd.DataFrame({"model": whole.numpy(), "graph": graph_m.numpy(), "complement": rest.numpy(), "none": none.numpy()}))
 
-# %% ../nbs/09_ablate.ipynb #0c36228d
+# %% ../nbs/09_ablate.ipynb #ce3751e9
 BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -596,14 +601,14 @@ def list_budgets(
     return sorted({max(1, int(share * len(graph))) for share in shares}) if len(graph) else []
 
 
-def _curve_rows(setting: _Setting, graph: Graph, n_edges: Sequence[int], rulers: Sequence[str], method: str, by: str) -> tuple[list[dict[str, Any]], list[Tensor]]:
-    "For each ruler and budget, what is known before anything runs, and the mask."
+def _curve_rows(setting: _Setting, chosen: Mapping[int, Graph], ruler: str) -> tuple[list[dict[str, Any]], list[Tensor]]:
+    "For each budget, what is known before anything runs, and the mask."
     rows, masks = [], []
-    chosen = {n: select_edges(graph, n, method, by=by) for n in n_edges}
-    for ruler in rulers:
-        for n, small in chosen.items():
-            rows.append({"ablation": ruler, "n_edges": n, "n_kept": len(small), "n_nodes": _count_nodes(small)})
-            masks.append(_mask_of(setting, small, ruler))
+    for n, graph in chosen.items():
+        mask = _mask_of(setting, graph, ruler)
+        among = mask if ruler == "edge" else mask & torch.from_numpy(_end_touched(setting.model, graph, "target")).to(mask.device)
+        rows.append({"ablation": ruler, "n_edges": n, "n_kept": len(graph), "n_nodes": _count_nodes(graph), "n_run": int(among.sum())})
+        masks.append(mask)
     return rows, masks
 
 
@@ -617,10 +622,11 @@ def _frame(rows: list[dict[str, Any]], scores: dict[str, Tensor], n_boot: int, s
     "The table of curves: rows in the order of the masks, of which the last is nothing kept."
     whole, none, curve = scores["metric"][0], scores["metric"][-1], scores["metric"][1:-1]
     low, high = bootstrap(faithfulness, curve, whole, none, n_boot=n_boot, seed=seed)
-    return pd.DataFrame(rows).assign(faithfulness=faithfulness(curve, whole, none), low=low, high=high, metric=curve.mean(1),
+    values = {"faithfulness": faithfulness(curve, whole, none), "low": low, "high": high, "metric": curve.mean(1)}
+    return pd.DataFrame(rows).assign(**{name: value.numpy() for name, value in values.items()},
                                      **{name: scores[name][1:-1].mean(1).numpy() if name in scores else np.nan for name in ("kl", "ce", "accuracy")})
 
-# %% ../nbs/09_ablate.ipynb #f575fa17
+# %% ../nbs/09_ablate.ipynb #6467377d
 def ablation_curve(
     model: Model,
     graph: Graph,
@@ -639,12 +645,12 @@ def ablation_curve(
     batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
-) -> pd.DataFrame:  # a row for each ruler and budget: n_kept, n_nodes, faithfulness, its interval (low, high), metric, kl, ce, accuracy; `attrs` hold the options
+) -> pd.DataFrame:  # a row for each ruler and budget: n_kept, n_nodes, n_run, faithfulness, its interval (low, high), metric, kl, ce, accuracy; `attrs` hold the options
     "Faithfulness against the number of edges, all budgets and rulers in one run. Raises ValueError as `evaluate` and `select_edges` do."
     return compare_curves(model, {"graph": graph}, data, n_edges, ablation=ablation, value=value, method=method, by=by, metric=metric, reference=reference, per_position=per_position,
                           skip_first=skip_first, n_boot=n_boot, batch_size=batch_size, seed=seed, progress=progress)[1].drop(columns="graph")
 
-# %% ../nbs/09_ablate.ipynb #de06d0af
+# %% ../nbs/09_ablate.ipynb #4fd3c08f
 def area_between(
     share: Sequence[float],  # budgets as shares of all edges, rising
     values: Float[Tensor, "*curve budget"],
@@ -679,9 +685,10 @@ def compare_curves(
     rows, masks, parts = [], [], {}
     for name, graph in graphs.items():
         if check_graph(model, graph)[0] != setting.grain or check_graph(model, graph)[1].pattern != setting.pattern: raise ValueError(f"graphs must have one grain and one pattern rule to be compared, but {name!r} has another than {next(iter(graphs))!r}")
+        chosen = {n: select_edges(graph, n, method, by=by) for n in sorted(set(list_budgets(graph) if n_edges is None else n_edges))}
         for ruler in rulers:
-            found = _curve_rows(setting, graph, sorted(set(list_budgets(graph) if n_edges is None else n_edges)), [ruler], method, by)
-            parts[name, ruler] = slice(len(rows), len(rows) + len(found[0]))
+            found = _curve_rows(setting, chosen, ruler)
+            parts[name, ruler] = slice(len(rows), len(rows) + len(chosen))
             rows, masks = rows + [{"graph": name, **row} for row in found[0]], masks + found[1]
     if not rows: raise ValueError("n_edges must hold at least one budget")
     scores = _measure(setting, [*masks, torch.zeros_like(masks[0])], "ablated runs")
@@ -698,7 +705,7 @@ def compare_curves(
     curves.attrs = {"value": value, "method": method, "by": by, "metric": setting.data.metric_name, "data": setting.data.task.name if setting.data.task else "text", "n_inputs": len(setting.data.tokens)}
     return pd.DataFrame(areas), curves
 
-# %% ../nbs/09_ablate.ipynb #e26cce7e
+# %% ../nbs/09_ablate.ipynb #f2aad6c4
 def minimality(
     model: Model,
     graph: Graph,
@@ -730,4 +737,4 @@ def minimality(
     loss = lambda c, o, w, n: (o.mean(-1) - c.mean(-1)) / (w.mean(-1) - n.mean(-1))  # noqa: E731
     low, high = bootstrap(loss, cut, own, whole, none, n_boot=n_boot, seed=seed)
     names = name_edges(graph.edges.iloc[order])
-    return pd.DataFrame({"edge": names, "weight": graph.edges["weight"].iloc[order].to_numpy(), "loss": loss(cut, own, whole, none), "low": low, "high": high}).sort_values("loss", ascending=False, ignore_index=True)
+    return pd.DataFrame({"edge": names, "weight": graph.edges["weight"].iloc[order].to_numpy(), "loss": loss(cut, own, whole, none).numpy(), "low": low.numpy(), "high": high.numpy()}).sort_values("loss", ascending=False, ignore_index=True)

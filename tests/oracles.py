@@ -1,10 +1,12 @@
 """Slow, direct definitions that the fast code is held against: values of readers, gradients by automatic differentiation, exact ablation of one edge."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
 from circuitgraph.build import Rule
-from circuitgraph.model import Model, Reader, Trace, freeze_block, norm_scale, run_attention, run_block, run_logits, run_mlp, write_heads
+from circuitgraph.model import Model, Norm, Reader, Trace, embed_tokens, freeze_block, norm_scale, rotary_tables, run_attention, run_block, run_logits, run_mlp, write_heads
 
 
 def random_tokens(model: Model, n_seq: int = 2, n_pos: int = 10, seed: int = 1) -> Tensor:
@@ -64,3 +66,111 @@ def autograd_weights(model: Model, reader: Reader, trace: Trace, tokens: Tensor,
                 if d is not None: g += weight * d
         rows += [torch.einsum("bpd, bpwd -> w", g, contributions[:, :, : reader.n_before]) for g in grads]
     return torch.stack(rows)
+
+
+# Edge ablation by its definition (@eq-ablate): reader by reader, port by port, writer by writer. Only weights, rotary tables and embeddings are taken from the package.
+
+def norm_by_hand(norm: Norm, x: Tensor, whole: Tensor | None = None) -> Tensor:
+    """The norm of `x`; of a part of `whole`, at the scale of the whole."""
+    if norm.kind == "none": return x
+    whole = x if whole is None else whole
+    if norm.kind == "layer": x, whole = x - x.mean(-1, keepdim=True), whole - whole.mean(-1, keepdim=True)
+    y = x / (whole.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
+    y = y if norm.weight is None else y * norm.weight
+    return y if norm.bias is None else y + norm.bias
+
+
+def turn_by_hand(model: Model, layer: int, x: Tensor) -> Tensor:
+    """Queries or keys of one head `[batch pos d_head]`, turned pair by pair."""
+    rotary, out = model.layers[layer].attn.rotary, x.clone()
+    cos, sin = rotary_tables(model, x.shape[1], layer)
+    half = cos.shape[-1] // 2
+    for i in range(half):
+        a, b = (i, i + half) if rotary == "halves" else (2 * i, 2 * i + 1)
+        out[..., a] = x[..., a] * cos[:, a] - x[..., b] * sin[:, a]
+        out[..., b] = x[..., b] * cos[:, b] + x[..., a] * sin[:, b]
+    return out
+
+
+def head_by_hand(model: Model, layer: int, head: int, x_q: Tensor, x_k: Tensor, x_v: Tensor, pattern: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What one head writes before any norm after it, and its pattern: query by query, over the keys that the query sees."""
+    attn, shared, n_pos = model.layers[layer].attn, head // (model.n_heads // model.n_kv_heads), x_v.shape[1]
+    q, k, v = (norm_by_hand(model.layers[layer].ln1, x) @ W[h].T + (0 if b is None else b[h])
+               for x, W, b, h in ((x_q, attn.W_Q, attn.b_Q, head), (x_k, attn.W_K, attn.b_K, shared), (x_v, attn.W_V, attn.b_V, shared)))
+    if pattern is None:
+        q, k, pattern = turn_by_hand(model, layer, q), turn_by_hand(model, layer, k), torch.zeros(len(v), n_pos, n_pos, dtype=v.dtype)
+        for i in range(n_pos):
+            seen = [j for j in range(n_pos) if (j <= i or not attn.causal) and (attn.window is None or i - j < attn.window)]
+            scores = (k[:, seen] * q[:, i : i + 1]).sum(-1) * attn.scale
+            if attn.softcap is not None: scores = attn.softcap * torch.tanh(scores / attn.softcap)
+            pattern[:, i, seen] = scores.exp() / scores.exp().sum(-1, keepdim=True)
+    return pattern @ v @ attn.W_O[:, head].T, pattern
+
+
+def mlp_by_hand(model: Model, layer: int, x: Tensor) -> Tensor:
+    """What the MLP of a layer writes, its output bias excepted."""
+    mlp, h = model.layers[layer].mlp, norm_by_hand(model.layers[layer].ln2, x)
+    up = h @ mlp.W_in.T + (0 if mlp.b_in is None else mlp.b_in)
+    hidden = mlp.act(up) if mlp.W_gate is None else mlp.act(h @ mlp.W_gate.T + (0 if mlp.b_gate is None else mlp.b_gate)) * up
+    return norm_by_hand(model.layers[layer].ln2_post, hidden @ mlp.W_out.T)
+
+
+def walk_by_hand(model: Model, grain: str, tokens: Tensor, read: Callable[..., Tensor], patterns: dict | None = None) -> tuple[Tensor, dict[str, Tensor], dict]:
+    """Logits, what every writer wrote, and the patterns, where `read(reader, port, writes, bias)` says what a port reads."""
+    writes, bias, seen = embed_tokens(model, tokens), torch.zeros(model.d_model, dtype=model.dtype), {}
+    for i, layer in enumerate(model.layers):
+        before, bias_before, heads, b_O = dict(writes), bias, [], 0 if layer.attn.b_O is None else layer.attn.b_O
+        for h in range(model.n_heads):
+            name = {"block": f"b{i}", "layer": f"a{i}", "head": f"a{i}.h{h}"}[grain]
+            xs = [read(name, "in" if grain == "block" else port, before, bias_before) for port in "qkv"]
+            y, seen[i, h] = head_by_hand(model, i, h, *xs, (patterns or {}).get((i, h)))
+            heads.append(y)
+        heads = [norm_by_hand(layer.ln1_post, y, sum(heads)) for y in heads]
+        if grain == "head": writes |= {f"a{i}.h{h}": y for h, y in enumerate(heads)}
+        if grain == "layer": writes[f"a{i}"] = sum(heads)
+        bias = bias + b_O
+        if layer.mlp is not None:
+            if grain == "block": x = xs[0] if layer.parallel else xs[0] + sum(heads) + b_O
+            else: x = read(f"m{i}", "mlp", before, bias_before) if layer.parallel else read(f"m{i}", "mlp", writes, bias)
+            y = mlp_by_hand(model, i, x)
+            if grain != "block": writes[f"m{i}"] = y
+            bias = bias + (0 if layer.mlp.b_out is None else layer.mlp.b_out)
+        if grain == "block": writes[f"b{i}"] = sum(heads) + (0 if layer.mlp is None else y)
+    logits = norm_by_hand(model.ln_final, read("logits", "logits", writes, bias)) @ model.W_U.T + (0 if model.b_U is None else model.b_U)
+    return logits if model.logit_softcap is None else model.logit_softcap * torch.tanh(logits / model.logit_softcap), writes, seen
+
+
+def read_all(_reader: str, _port: str, writes: dict[str, Tensor], bias: Tensor) -> Tensor:
+    """What the model itself reads: the sum of all that was written."""
+    return sum(writes.values()) + bias
+
+
+@torch.no_grad()
+def writes_by_hand(model: Model, grain: str, tokens: Tensor) -> dict[str, Tensor]:
+    """What every writer writes in the model's own run: the ablated values that another run gives."""
+    return walk_by_hand(model, grain, tokens, read_all)[1]
+
+
+def mean_by_hand(model: Model, grain: str, text: Tensor, n_pos: int | None = None, lengths: list[int] | None = None) -> dict[str, Tensor]:
+    """Mean write of every writer over a text, one sequence after another, padding left out; over all positions, or each of the first `n_pos` by itself."""
+    lengths, total = lengths or [text.shape[1]] * len(text), {}
+    for row, length in zip(text, lengths, strict=True):
+        for name, y in writes_by_hand(model, grain, row[None, :length]).items():
+            total[name] = total.get(name, 0) + (y[0].sum(0) if n_pos is None else y[0, :n_pos])
+    return {name: y / (sum(lengths) if n_pos is None else len(text)) for name, y in total.items()}
+
+
+@torch.no_grad()
+def ablate_by_hand(model: Model, grain: str, kept: Iterable[str] | dict[str, float], tokens: Tensor, ablated: dict[str, Tensor] | None = None, *, pattern: str = "live") -> Tensor:
+    """Logits with all edges cut but those of `kept` (names, or a number for each name). A cut edge carries what `ablated` has for its writer, or, without it, nothing: biases neither."""
+    kept = kept if isinstance(kept, dict) else dict.fromkeys(kept, 1.0)
+
+    def read(reader: str, port: str, writes: dict[str, Tensor], bias: Tensor) -> Tensor:
+        end, x = f"->{reader}<{port}>" if port in ("q", "k", "v") else f"->{reader}", 0
+        for writer, y in writes.items():
+            m = kept.get(writer + end, 0.0)
+            x = x + m * y + (0 if ablated is None else (1 - m) * ablated[writer])
+        return x + (kept.get("const" + end, 0.0) if ablated is None else 1.0) * bias  # biases are the same in every run: only zero cuts them
+
+    patterns = walk_by_hand(model, grain, tokens, read_all)[2] if pattern == "frozen" else None
+    return walk_by_hand(model, grain, tokens, read, patterns)[0]

@@ -1,6 +1,8 @@
 """What a person sees: the report and the widget in a real browser, without a network."""
 
+import html
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -11,7 +13,9 @@ import nbformat
 import pytest
 from playwright.sync_api import sync_playwright
 
+from circuitgraph.ablate import ablation_curve
 from circuitgraph.build import build_graph
+from circuitgraph.graph import select_edges
 from circuitgraph.model import tiny_model
 from circuitgraph.view import write_report
 from oracles import random_tokens
@@ -63,17 +67,24 @@ def test_report_opens_without_a_network_and_its_slider_moves(graph, page, tmp_pa
 
 
 @pytest.fixture
-def lab(graph, tmp_path):
-    """A JupyterLab on a notebook that looks at a saved graph; its address."""
-    graph.save(tmp_path / "graph")
-    cells = [nbformat.v4.new_code_cell("import circuitgraph as cg"), nbformat.v4.new_code_cell("cg.view(cg.Graph.load('graph'), 20)")]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "look.ipynb")
+def lab(tmp_path):
+    """A JupyterLab in a folder; a function that opens a notebook of some cells in it and runs them all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--IdentityProvider.token=", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={tmp_path}"]
     env = os.environ | {"JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "IPYTHONDIR": str(tmp_path / "ipython"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"), "PYTHONWARNINGS": "ignore"}
+
+    def open_notebook(page, *cells):
+        kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata=kernel), tmp_path / "look.ipynb")
+        page.goto(f"http://127.0.0.1:{port}/lab/tree/look.ipynb?reset")
+        page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
+        page.get_by_text("| Idle").wait_for(timeout=60_000)  # cells that are run before the kernel is there are lost
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        page.wait_for_selector(".jp-OutputArea .js-plotly-plot .main-svg", timeout=120_000)
+
     with (tmp_path / "lab.log").open("w") as log, subprocess.Popen(command, env=env, stdout=log, stderr=log) as server:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
@@ -81,21 +92,48 @@ def lab(graph, tmp_path):
                 if probe.connect_ex(("127.0.0.1", port)) == 0: break
             assert server.poll() is None, (tmp_path / "lab.log").read_text()
             time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/lab/tree/look.ipynb?reset"
+        yield open_notebook
         server.terminate()
 
 
-def test_widget_draws_anew_when_its_slider_moves(graph, page, lab):
-    page.goto(lab)
-    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
-    page.get_by_text("| Idle").wait_for(timeout=60_000)  # cells that are run before the kernel is there are lost
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_text("Run All Cells", exact=True).click()
-    page.wait_for_selector(".jp-OutputArea .js-plotly-plot .main-svg", timeout=120_000)
+def keep_screenshot(page, name):
+    if where := os.environ.get("SCREENSHOTS"): page.screenshot(path=f"{where}/{name}.png")
+
+
+def test_widget_draws_anew_when_its_slider_moves(graph, page, lab, tmp_path):
+    graph.save(tmp_path / "graph")
+    lab(page, "import circuitgraph as cg", "cg.view(cg.Graph.load('graph'), 20)")
     before = page.evaluate(SHOWN)
     assert before.startswith(f"20 of {len(graph)} edges")
     page.locator(".noUi-handle").first.focus()
     page.keyboard.press("ArrowRight")
     page.wait_for_function("() => document.querySelector('.js-plotly-plot')?.layout?.title.text.startsWith('50 of ')", timeout=60_000)
     assert page.locator("table.edges tr").count() == 11
-    if where := os.environ.get("SCREENSHOTS"): page.screenshot(path=f"{where}/widget.png")
+    keep_screenshot(page, "widget")
+
+
+READING = "() => document.querySelector('.ablation-reading').textContent"
+DRAWN = "() => document.querySelectorAll('.js-plotly-plot')[0]._fullData.filter(t => t.marker?.opacity === 0).flatMap(t => t.text.map(label => label.split('<br>')[0]))"
+MARKED = "() => document.querySelectorAll('.js-plotly-plot')[1]?._fullData?.filter(t => t.name === 'selected').map(t => [Array.from(t.x), Array.from(t.y)])[0]"
+
+
+def test_reading_mark_and_graph_follow_the_slider_of_a_curve(graph, page, lab, tmp_path):
+    model, tokens = tiny_model("llama"), random_tokens(tiny_model("llama"), 8, 20)
+    curve = ablation_curve(model, graph, tokens, [5, 10, 20, 40, 80, len(graph)], method="greedy", by="abs_weight", metric="kl", progress=False)
+    graph.save(tmp_path / "graph")
+    curve.to_parquet(tmp_path / "curve.parquet")
+    lab(page, "import pandas as pd\n\nimport circuitgraph as cg\nfrom circuitgraph.view import view_ablation", "view_ablation(cg.Graph.load('graph'), pd.read_parquet('curve.parquet'), 20)")
+    page.locator(".noUi-handle").first.focus()
+    for n in (20, 40, 80):
+        page.wait_for_function(f"() => ({MARKED})()?.[0][0] === {n} && ({READING})().startsWith('budget {n}:')", timeout=60_000)
+        edge, node = (curve[(curve["ablation"] == ruler) & (curve["n_edges"] == n)].iloc[0] for ruler in ("edge", "node"))
+        assert page.evaluate(MARKED) == [[n, n], [edge["faithfulness"], node["faithfulness"]]]
+        chosen = select_edges(graph, n, "greedy", by="abs_weight")
+        assert sorted(map(html.unescape, page.evaluate(DRAWN))) == sorted(chosen.edge_names) and len(chosen) == edge["n_kept"]
+        numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", page.evaluate(READING))]
+        expected = [n, len(chosen), edge["n_nodes"], *(row[column] for row in (edge, node) for column in ("n_run", "faithfulness", "low", "high", "kl"))]
+        assert numbers == pytest.approx(expected, abs=6e-4)
+        if n == 40: keep_screenshot(page, "ablation")
+        page.keyboard.press("ArrowRight")
+    boxes = [plot.bounding_box() for plot in page.locator(".js-plotly-plot").all()]
+    assert len(boxes) == 2 and boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"] and abs(boxes[0]["y"] - boxes[1]["y"]) < 5  # side by side

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from circuitgraph.graph import FORMAT_VERSION, PORTS, Graph, GraphError, save_gexf, save_graphml
+from circuitgraph.graph import FORMAT_VERSION, PORTS, Graph, GraphError, prune_dangling, save_gexf, save_graphml, select_edges
 
 PATIENT = settings(deadline=None, max_examples=40, derandomize=True)
 WEIGHTS = ("weight", "abs_weight", "rms_weight")
@@ -178,3 +178,50 @@ else: sys.exit("saved")
     assert sorted(p.name for p in (tmp_path / "g").iterdir()) == sorted(SAVED)
     example(5000).save(tmp_path / "g")
     assert len(Graph.load(tmp_path / "g")) == 5000
+
+
+# Subgraphs by budget
+
+def random_dag(seed, n_nodes=8):
+    """Some forward edges at random among a few nodes, `logits` last; weights with ties."""
+    rng = np.random.default_rng(seed)
+    names = ["embed", *(f"m{i}" for i in range(n_nodes - 2)), "logits"]
+    nodes = pd.DataFrame({"name": names, "module": names, "index": -1, "layer": [-1, *range(n_nodes - 2), n_nodes - 2], "kind": ["embed", *["mlp"] * (n_nodes - 2), "logits"], "frequency": 1.0, "mean_activation": 0.0})
+    pairs = [(a, b) for b in range(1, n_nodes) for a in range(b) if rng.random() < 0.5]
+    weight = rng.integers(-4, 5, len(pairs)).astype(float)
+    return Graph(nodes, pd.DataFrame({"source": [names[a] for a, _ in pairs], "target": [names[b] for _, b in pairs], "port": ["logits" if b == n_nodes - 1 else "mlp" for _, b in pairs],
+                                      "weight": weight, "abs_weight": np.abs(weight), "rms_weight": np.abs(weight), "count": 1}), {"nodes": "layer"})
+
+
+def on_a_path(edges):
+    """Those edges through which some path leads from embed to logits, by walking."""
+    def reaches(a, b): return a == b or any(reaches(t, b) for s, t in edges if s == a)
+    return {(s, t) for s, t in edges if reaches("embed", s) and reaches(t, "logits")}
+
+
+def ends(graph): return list(zip(graph.edges["source"].astype(str), graph.edges["target"].astype(str), strict=True))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_subgraphs_by_budget_are_those_of_a_plain_search(seed):
+    graph = random_dag(seed)
+    size = dict(zip(ends(graph), graph.edges["weight"].abs(), strict=True))
+    for n in range(len(graph) + 1):
+        top = sorted(size, key=lambda e: -size[e])[:n]  # stable: ties in the order of edges
+        taken, lead = [], {"logits"}
+        while len(taken) < n and (open_ := [e for e in size if e[1] in lead and e not in taken]):
+            taken.append(max(open_, key=lambda e: size[e]))
+            lead.add(taken[-1][0])
+        for method, chosen in (("top", top), ("greedy", taken)):
+            assert set(ends(select_edges(graph, n, method, prune=False))) == set(chosen)
+            pruned = select_edges(graph, n, method)
+            assert set(ends(pruned)) == on_a_path(chosen) and len(pruned) <= n and ends(prune_dangling(pruned)) == ends(pruned)
+    assert "greedy(" in str(select_edges(graph, 2, "greedy").meta["history"])
+
+
+def test_budgets_are_refused_out_of_range():
+    graph = random_dag(0)
+    for method in ("top", "greedy"):
+        for n in (-1, len(graph) + 1):
+            with pytest.raises(ValueError, match=r"n must lie in \[0, "): select_edges(graph, n, method)
+    with pytest.raises(ValueError, match="method must be 'top' or 'greedy', got 'best'"): select_edges(graph, 1, "best")
