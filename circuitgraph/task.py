@@ -252,11 +252,12 @@ def _draw_pairs(name: str, tokenizer: Any, n: int, seed: int) -> list[_Encoded]:
     "Distinct pairs from a template that fit the tokenizer."
     template, rng, fits = _TEMPLATES[name][0], random.Random(seed), _one_token(tokenizer)
     found: dict[tuple[int, ...], _Encoded] = {}
-    for _ in range(50 * n + 2000):
-        if len(found) == n: break
+    misses = 0  # in a row: after 2,000 of them there is hardly another prompt to find
+    while len(found) < n and misses < 2000:
+        misses += 1
         try: pair = _encode(tokenizer, template(rng, len(found), fits))
         except ValueError: continue
-        found.setdefault(tuple(pair.clean), pair)
+        if tuple(pair.clean) not in found: found[tuple(pair.clean)], misses = pair, 0
     if len(found) < n: raise ValueError(f"n must be at most about {len(found)} for {name!r} with this tokenizer (distinct prompts that fit it), got {n}: ask for fewer")
     return list(found.values())
 
@@ -294,7 +295,7 @@ def _read_pairs(path: Path, tokenizer: Any, n: int, seed: int) -> list[_Encoded]
             (clean,), (corrupted,) = (_texts(row[key], False) for key in ("clean", "corrupted"))
             pairs.append(_encode(tokenizer, _Pair(clean, corrupted, *(_texts(row.get(key), path.suffix == ".csv") for key in ("answers", "wrong")))))
         except ValueError as error: raise ValueError(f"{path.name}, line {line}: {error}") from None
-    if not pairs: raise ValueError(f"{path} must hold at least one pair of prompts, but is empty")
+    if not pairs: raise ValueError(f"{path.name} must hold at least one pair of prompts, but is empty")
     if any(p.wrong for p in pairs) and not all(p.wrong for p in pairs): raise ValueError(f"{path.name}: either every row must name wrong answers or none, but {sum(not p.wrong for p in pairs)} of {len(pairs)} do not")
     return pairs if len(pairs) <= n else random.Random(seed).sample(pairs, n)
 

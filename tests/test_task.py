@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from circuitgraph.model import load_model
@@ -51,7 +51,7 @@ def digit_pairs():
     """A tokenizer of whole words and pairs of digits, as many models have."""
     words = ["[UNK]", "The", "lasted", "from", "the", "year", "to", *(f"{i:02}" for i in range(100)), *map(str, range(10)), "war", "siege", "voyage", "trial", "project", "dynasty", "reign", "strike", "famine"]
     made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Split(pattern=__import__("tokenizers").Regex(r"\d\d"), behavior="isolated")])
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Split(pattern=Regex(r"\d\d"), behavior="isolated")])
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]")
 
 
@@ -60,8 +60,9 @@ def test_years_are_asked_for_in_the_tokens_that_there_are(model):
     task = load_task("greater-than", other, n=10, check=False)
     for clean, answers, wrong in zip(task.clean, task.answers, task.wrong, strict=True):
         text = other.tokenizer.convert_ids_to_tokens(clean.tolist())
-        start, later, earlier = int(text[6]), ([int(t) for t in other.tokenizer.convert_ids_to_tokens([i for i in tokens.tolist() if i >= 0])] for tokens in (answers, wrong))
-        assert text[5] == text[-1] and min(later) == start + 1 and max(later) == 99 and max(earlier) == start - 1
+        later, earlier = ([int(t) for t in other.tokenizer.convert_ids_to_tokens(tokens[tokens >= 0].tolist())] for tokens in (answers, wrong))
+        start = int(text[7])
+        assert text[6] == text[-1] and min(later) == start + 1 and max(later) == 99 and max(earlier) == start - 1
     ours = load_task("greater-than", model, n=10)
     assert all(len(t) == 1 for t in model.tokenizer.batch_decode(ours.answers[ours.answers >= 0][:, None]))
 
