@@ -51,7 +51,7 @@ class Ablation:
     "What cut edges carry."
     value: str  # one of VALUES
     other: Int[Tensor, "seq pos"] | None = None  # tokens whose run gives the values, row by row: for "resample" and "corrupted"
-    mean: Trace | None = None  # mean writes: for "mean"
+    mean: Float[Tensor, "one pos writer d_model"] | None = None  # what writers write on average, for all positions (pos = 1) or for each: for "mean"
 
 
 def permute_rows(
@@ -111,7 +111,7 @@ def set_ablation(
     text, lengths = (tokens, lengths) if reference is None else (reference, None)
     mean = trace_mean(model, text, grain, skip_first=text.shape[1] if per_position else 0, lengths=lengths, batch_size=_rows_at_a_time(text, batch_size), progress=progress)
     n = tokens.shape[1] if per_position else 1  # one for all positions is broadcast
-    return Ablation(value, mean=Trace(mean.writes[:, :n], {module: x[:, :n] for module, x in mean.reads.items()}, mean.biases, {}))
+    return Ablation(value, mean=mean.writes[:, :n])
 
 # %% ../nbs/09_ablate.ipynb #a8ea5147
 def check_graph(
@@ -235,8 +235,8 @@ class _Mix(torch.autograd.Function):
 # %% ../nbs/09_ablate.ipynb #589aa5bc
 class _Run:
     "One batch of tokens, and what the ablated runs on it share."
-    def __init__(self, model: Model, grain: str, tokens: Tensor, base: Trace | None, held: dict[str, Tensor], grad: bool) -> None:
-        self.model, self.tokens, self.base, self.grad = model, tokens, base, grad
+    def __init__(self, model: Model, grain: str, tokens: Tensor, mean: Tensor | None, base: Trace | None, held: dict[str, Tensor], grad: bool) -> None:
+        self.model, self.tokens, self.mean, self.base, self.grad = model, tokens, mean, base, grad
         self.held = held  # the model's own attention patterns, by module, where they are frozen; else empty
         self.readers, self.writers = list_readers(model, grain)
         self.sizes, self.biases = [len(r.names) * len(r.ports) * r.n_before for r in self.readers], sum_biases(model, grain)
@@ -266,6 +266,7 @@ class _Run:
             x, self.halves[mlp] = both[:, :, : len(mask)], (both[:, :, len(mask) :], reader.n_before)
         else: x = self.mix(mask)
         if self.base is not None: constant = self.base.reads[reader.module][:, :, None]
+        elif self.mean is not None: constant = (1 - mask) @ self.mean[:, :, : reader.n_before] + self.biases[reader.module]
         elif "const" in self.writers[: reader.n_before]: constant = mask[:, self.writers.index("const"), None] * self.biases[reader.module]
         else: return x
         return x + constant if self.grad else x.add_(constant)
@@ -332,9 +333,9 @@ def run_masks(
     first = next(masks)
     grad = torch.is_grad_enabled() and first.requires_grad
     with torch.no_grad():
-        base = ablation.mean if ablation.other is None else trace_modules(model, ablation.other[rows], grain)
+        base = None if ablation.other is None else trace_modules(model, ablation.other[rows], grain)
         held = _patterns(model, grain, tokens) if pattern == "frozen" else {}
-    run = _Run(model, grain, tokens.to(model.device), base, held, grad)
+    run = _Run(model, grain, tokens.to(model.device), ablation.mean, base, held, grad)
     for mask in (m for part in ([first], masks) for m in part):
         with torch.set_grad_enabled(grad): stream = run(mask)
         yield stream

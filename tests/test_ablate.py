@@ -28,7 +28,7 @@ from circuitgraph.ablate import (
 from circuitgraph.build import build_graph, complete_graph
 from circuitgraph.data import Corpus, load_corpus
 from circuitgraph.graph import Graph, select_edges
-from circuitgraph.model import GRAINS, TINY_MODELS, load_model, tiny_model
+from circuitgraph.model import GRAINS, TINY_MODELS, load_model, run_logits, tiny_model, trace_modules
 from circuitgraph.task import Task
 from known import KNOWN
 from oracles import ablate_by_hand, mean_by_hand, random_tokens, writes_by_hand
@@ -194,7 +194,7 @@ def test_node_ablation_keeps_every_edge_out_of_the_nodes_touched(name, grain):
 @pytest.fixture(scope="module")
 def smollm():
     model = load_model("smollm2-135m")
-    return model, load_corpus("default", model, n_tokens=256, seq_len=128)
+    return model, load_corpus("default", model, n_tokens=128, seq_len=64)
 
 
 @torch.no_grad()
@@ -209,6 +209,21 @@ def test_all_edges_kept_is_the_embedded_model_on_real_text(smollm, grain, value)
     if value in ("corrupted", "resample"): assert gap(none, own.flip(0)) < 1e-4  # of two sequences, the other
     if value == "mean": assert gap(none[:, 1:], none[:, :-1]) < 1e-4 and gap(none[:1], none[1:]) < 1e-4  # the same everywhere
     if value == "zero": assert none.abs().max() < 1e-4  # no biases
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grain", GRAINS)
+def test_in_double_precision_nothing_is_left_of_the_rounding(smollm_double, grain):
+    model, tokens = smollm_double
+    own = run_logits(model, trace_modules(model, tokens, "layer").reads["logits"])
+    for value in VALUES:
+        assert gap(run_ablated(model, complete_graph(model, grain), tokens, tokens.flip(0) if value == "corrupted" else None, value), own) < 1e-10
+
+
+@pytest.fixture(scope="module")
+def smollm_double():
+    model = load_model("smollm2-135m", dtype=torch.float64)
+    return model, load_corpus("default", model, n_tokens=64, seq_len=32)
 
 
 # Refusals: each by its words, and nothing is left changed.
