@@ -425,13 +425,14 @@ def trace_mean(
     readers, writers = list_readers(model, grain)
     n_pos = corpus.shape[1]
     real = torch.arange(n_pos) < (torch.full((len(corpus),), n_pos) if lengths is None else lengths)[:, None]
-    sums = torch.zeros(n_pos, len(writers), model.d_model, dtype=torch.float64, device=model.device)
+    place = torch.arange(n_pos).clamp_max(skip_first)  # of a position among the means
+    sums = torch.zeros(int(place[-1]) + 1, len(writers), model.d_model, dtype=torch.float64, device=model.device)
     for chunk, kept in zip(tqdm(corpus.split(batch_size), desc="mean writes", disable=not progress), real.split(batch_size), strict=True):
         writes = trace_modules(model, chunk, grain).writes
-        sums += (writes if kept.all() else writes * kept.to(writes)[..., None, None]).sum(0, dtype=torch.float64)
-    count = real.sum(0).to(sums)[:, None, None]
-    mean = sums / count.clamp_min(1)
-    if skip_first < n_pos: mean[skip_first:] = sums[skip_first:].sum(0) / count[skip_first:].sum().clamp_min(1)
+        if not kept.all(): writes = writes * kept.to(writes)[..., None, None]
+        sums.index_add_(0, place.to(sums.device), writes.sum(0).double())
+    count = torch.zeros(len(sums)).index_add(0, place, real.sum(0).float()).to(sums)
+    mean = (sums / count.clamp_min(1)[:, None, None])[place]
     writes, biases = mean.to(model.dtype)[None], sum_biases(model, grain)
     reads = {r.module: writes[:, :, : r.n_before].sum(2) + biases[r.module] for r in readers}
     return Trace(writes, reads, biases, {})
