@@ -366,10 +366,9 @@ def run_ablated(
     full = [mask_nodes(model, graph)] if ablation == "node" else [mask_edges(model, graph, m) for m in ([None] if masks is None else masks.view(-1, len(graph)))]
     for start in range(0, len(tokens), size):
         rows = slice(start, start + size)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and full[0].requires_grad):
-            out.append(torch.stack([run_logits(model, x) for x in run_masks(model, grain, full, tokens[rows], setting, rows, pattern=rule.pattern)]))
-    logits = torch.cat(out, 1)
-    return logits[0] if masks is None or masks.ndim == 1 else logits
+        out.append(torch.stack(list(run_masks(model, grain, full, tokens[rows], setting, rows, pattern=rule.pattern))))
+    streams = torch.cat(out, 1)
+    with torch.set_grad_enabled(streams.requires_grad): return run_logits(model, streams[0] if masks is None or masks.ndim == 1 else streams)
 
 
 def _check_masks(graph: Graph, masks: Tensor | None, ablation: str) -> None:
