@@ -10,19 +10,23 @@ __version__ = "0.1.0"
 _STAGES = {
     "model": ("Model", "UnsupportedModel", "list_nodes", "load_model"),
     "data": ("Corpus", "load_corpus", "read_corpus"),
-    "graph": ("Graph", "GraphError", "density"),
+    "task": ("Task", "load_task"),
+    "graph": ("Graph", "GraphError", "density", "select_edges"),
     "build": ("build_graph", "complete_graph"),
-    "view": ("plot_layers", "plot_matrix", "plot_strength", "plot_weights", "use_static_renderer", "view", "write_report"),
+    "ablate": ("Evaluation", "ablation_curve", "compare_curves", "evaluate", "minimality", "run_ablated"),
+    "view": ("plot_curve", "plot_layers", "plot_matrix", "plot_strength", "plot_weights", "use_static_renderer", "view", "view_ablation", "write_report"),
 }
 _HOME = {name: stage for stage, names in _STAGES.items() for name in names}
 __all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    from .ablate import Evaluation, ablation_curve, compare_curves, evaluate, minimality, run_ablated
     from .build import build_graph, complete_graph
     from .data import Corpus, load_corpus, read_corpus
-    from .graph import Graph, GraphError, density
+    from .graph import Graph, GraphError, density, select_edges
     from .model import Model, UnsupportedModel, list_nodes, load_model
-    from .view import plot_layers, plot_matrix, plot_strength, plot_weights, use_static_renderer, view, write_report
+    from .task import Task, load_task
+    from .view import plot_curve, plot_layers, plot_matrix, plot_strength, plot_weights, use_static_renderer, view, view_ablation, write_report
 
 
 def __getattr__(name: str) -> Any:

@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 import circuitgraph.build
 import circuitgraph.data
 import circuitgraph.model
+from circuitgraph.ablate import ablation_curve
 from circuitgraph.build import build_graph
 from circuitgraph.cli import app
+from circuitgraph.data import load_corpus
 from circuitgraph.graph import Graph
 from circuitgraph.model import load_model, tiny_model
 from oracles import random_tokens
@@ -163,3 +165,17 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr("circuitgraph.build.add_batch", lambda *args: batches.append(1) or add_batch(*args))
     assert build_graph(model, tokens, attribution="gradient", batch_size=2, checkpoint=folder, progress=False) == whole
     assert len(batches) == 4  # of six: two were kept
+
+
+def test_evaluate_is_the_curve_and_refuses_in_one_line(tmp_path, embedded):
+    tokens = load_corpus("default", embedded, 64, seq_len=32, seed=1)
+    graph = build_graph(embedded, tokens, "block", attribution="gradient", progress=False)
+    graph.save(tmp_path / "g")
+    run = lambda *options: CliRunner().invoke(app, ["evaluate", str(tmp_path / "g"), "--n-tokens", "64", "--seq-len", "32", *options])  # noqa: E731
+    done = run("--n-edges", "50", "--n-edges", "200", "--value", "zero", "--method", "greedy", "--out", str(tmp_path / "curve.csv"))
+    assert done.exit_code == 0, done.output
+    curve = ablation_curve(embedded, graph, tokens, [50, 200], value="zero", method="greedy", seed=1, progress=False)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "curve.csv"), curve, check_dtype=False)
+    for options, words in {("--task", "sums"): "source must be one of ioi", ("--value", "corrupted"): "needs a Task", ("--n-edges", "-1"): "n_edges must be", ("--method", "best"): "method must be", ("--out", str(tmp_path / "no" / "c.csv")): "a folder that exists"}.items():
+        wrong = run(*options)
+        assert wrong.exit_code == 2 and words in wrong.stderr.splitlines()[-1] and "Traceback" not in wrong.stderr, wrong.output

@@ -54,7 +54,8 @@ def imported_stages(source):
 
 
 def stages_too_high(paths):
-    number = {re.search(r"#\|\s*default_exp (\w+)", "\n".join(cells(p, "code")))[1]: int(p.stem[:2]) for p in paths if p.stem[0].isdigit()}
+    exported = {p: re.search(r"#\|\s*default_exp (\w+)", "\n".join(cells(p, "code"))) for p in paths if p.stem[0].isdigit()}  # an experiment exports nothing
+    number = {found[1]: int(p.stem[:2]) for p, found in exported.items() if found}
     code = {p: re.sub(r"^[%!].*$", "", "\n".join(cells(p, "code")), flags=re.M) for p in paths if p.stem[0].isdigit()}
     return [(p.stem, stage) for p, source in code.items() for stage in imported_stages(source) if number[stage] > int(p.stem[:2])]
 
