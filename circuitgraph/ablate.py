@@ -681,16 +681,16 @@ def compare_curves(
     "Curves of several graphs on the same inputs and ablated values, in one run. Raises ValueError as `evaluate` does, and for graphs of different grains."
     if not graphs: raise ValueError("graphs must hold at least one graph")
     rulers, first = _check_rulers(ablation), next(iter(graphs.values()))
+    chosen = {name: {n: select_edges(graph, n, method, by=by) for n in sorted(set(list_budgets(graph) if n_edges is None else n_edges))} for name, graph in graphs.items()}
+    if not any(chosen.values()): raise ValueError("n_edges must hold at least one budget")
     setting = _set_up(model, first, data, value, metric=metric, reference=reference, per_position=per_position, skip_first=skip_first, batch_size=batch_size, seed=seed, progress=progress)
     rows, masks, parts = [], [], {}
     for name, graph in graphs.items():
         if check_graph(model, graph)[0] != setting.grain or check_graph(model, graph)[1].pattern != setting.pattern: raise ValueError(f"graphs must have one grain and one pattern rule to be compared, but {name!r} has another than {next(iter(graphs))!r}")
-        chosen = {n: select_edges(graph, n, method, by=by) for n in sorted(set(list_budgets(graph) if n_edges is None else n_edges))}
         for ruler in rulers:
-            found = _curve_rows(setting, chosen, ruler)
-            parts[name, ruler] = slice(len(rows), len(rows) + len(chosen))
+            found = _curve_rows(setting, chosen[name], ruler)
+            parts[name, ruler] = slice(len(rows), len(rows) + len(chosen[name]))
             rows, masks = rows + [{"graph": name, **row} for row in found[0]], masks + found[1]
-    if not rows: raise ValueError("n_edges must hold at least one budget")
     scores = _measure(setting, [*masks, torch.zeros_like(masks[0])], "ablated runs")
     curves, areas = _frame(rows, scores, n_boot, seed), []
     whole, none, values = scores["metric"][0], scores["metric"][-1], scores["metric"][1:-1]

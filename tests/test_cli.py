@@ -176,6 +176,6 @@ def test_evaluate_is_the_curve_and_refuses_in_one_line(tmp_path, embedded):
     assert done.exit_code == 0, done.output
     curve = ablation_curve(embedded, graph, tokens, [50, 200], value="zero", method="greedy", seed=1, progress=False)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "curve.csv"), curve, check_dtype=False)
-    for options, words in {("--task", "sums"): "source must be one of ioi", ("--value", "corrupted"): "needs a Task", ("--n-edges", "-1"): "n_edges must be", ("--method", "best"): "method must be", ("--out", str(tmp_path / "no" / "c.csv")): "a folder that exists"}.items():
+    for options, words in {("--task", "sums"): "source must be one of ioi", ("--value", "corrupted"): "needs a Task", ("--n-edges", "-1"): "n must lie in", ("--method", "best"): "method must be", ("--out", str(tmp_path / "no" / "c.csv")): "a folder that exists"}.items():
         wrong = run(*options)
         assert wrong.exit_code == 2 and words in wrong.stderr.splitlines()[-1] and "Traceback" not in wrong.stderr, wrong.output
