@@ -15,7 +15,7 @@ test: env browser lint  ## every notebook's tests, then tests/
 	$(OFFLINE) $(BIN)/python -m pytest tests
 
 test-tl4: .venv-tl4/.stamp  ## the model, build and ablation tests under TransformerLens 4.3.0
-	$(OFFLINE) .venv-tl4/bin/python scripts/test_notebooks.py 02_model 08_build 09_ablate
+	$(OFFLINE) .venv-tl4/bin/python scripts/test_notebooks.py 02_model 08_build
 	$(OFFLINE) .venv-tl4/bin/python -m pytest tests/test_model.py tests/test_build.py tests/test_ablate.py
 
 lint: env

@@ -134,6 +134,6 @@ def test_reading_mark_and_graph_follow_the_slider_of_a_curve(graph, page, lab, t
         expected = [n, len(chosen), edge["n_nodes"], *(row[column] for row in (edge, node) for column in ("n_run", "faithfulness", "low", "high", "kl"))]
         assert numbers == pytest.approx(expected, abs=6e-4)
         if n == 40: keep_screenshot(page, "ablation")
-        page.keyboard.press("ArrowRight")
+        if n < 80: page.keyboard.press("ArrowRight")
     boxes = [plot.bounding_box() for plot in page.locator(".js-plotly-plot").all()]
     assert len(boxes) == 2 and boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"] and abs(boxes[0]["y"] - boxes[1]["y"]) < 5  # side by side

@@ -104,7 +104,8 @@ def stop_after_a_checkpoint(out, how):
     kept, deadline = out.with_name(f".{out.name}.partial") / "partial.safetensors", time.monotonic() + 120
     when = lambda: kept.stat().st_mtime_ns if kept.exists() else None  # noqa: E731
     before = when()
-    run = subprocess.Popen(command(out), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  (a shell's background jobs ignore Ctrl-C, and so would this)
+    run = subprocess.Popen(command(out), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     try:
         while when() == before and run.poll() is None and time.monotonic() < deadline: time.sleep(0.005)
         assert when() != before and run.poll() is None
