@@ -11,6 +11,7 @@ _STAGES = {
     "model": ("Model", "UnsupportedModel", "list_nodes", "load_model"),
     "data": ("Corpus", "load_corpus", "read_corpus"),
     "task": ("Task", "load_task"),
+    "dictionary": ("Dictionary", "FunctionDictionary", "Gate", "LinearDictionary", "from_saelens", "load_dictionaries", "load_dictionary", "neuron_basis", "principal_components", "run_spliced", "save_dictionary", "whole_module"),
     "graph": ("Graph", "GraphError", "density", "select_edges"),
     "build": ("build_graph", "complete_graph"),
     "ablate": ("Evaluation", "ablation_curve", "compare_curves", "evaluate", "minimality", "run_ablated"),
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .ablate import Evaluation, ablation_curve, compare_curves, evaluate, minimality, run_ablated
     from .build import build_graph, complete_graph
     from .data import Corpus, load_corpus, read_corpus
+    from .dictionary import Dictionary, FunctionDictionary, Gate, LinearDictionary, from_saelens, load_dictionaries, load_dictionary, neuron_basis, principal_components, run_spliced, save_dictionary, whole_module
     from .graph import Graph, GraphError, density, select_edges
     from .model import Model, UnsupportedModel, list_nodes, load_model
     from .task import Task, load_task
