@@ -12,6 +12,7 @@ _STAGES = {
     "data": ("Corpus", "load_corpus", "read_corpus"),
     "task": ("Task", "load_task"),
     "dictionary": ("Dictionary", "FunctionDictionary", "Gate", "LinearDictionary", "from_saelens", "load_dictionaries", "load_dictionary", "neuron_basis", "principal_components", "run_spliced", "save_dictionary", "whole_module"),
+    "train": ("Recipe", "measure_dictionaries", "train_dictionaries", "train_dictionary"),
     "graph": ("Graph", "GraphError", "density", "select_edges"),
     "build": ("build_graph", "complete_graph"),
     "ablate": ("Evaluation", "ablation_curve", "compare_curves", "evaluate", "minimality", "run_ablated"),
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .graph import Graph, GraphError, density, select_edges
     from .model import Model, UnsupportedModel, list_nodes, load_model
     from .task import Task, load_task
+    from .train import Recipe, measure_dictionaries, train_dictionaries, train_dictionary
     from .view import plot_curve, plot_layers, plot_matrix, plot_strength, plot_weights, use_static_renderer, view, view_ablation, write_report
 
 

@@ -260,14 +260,14 @@ def read_places(
     def keep(kind: str, layer: int, value: dict[str, Tensor]) -> None:
         for (module, reads), (k, i, head) in wanted.items():
             if (k, i) == (kind, layer): values[module, reads] = value["heads"][:, :, head] if head >= 0 else value[reads]
-    _run_modules(model, tokens, keep)
+    _run_modules(model, tokens, keep, 1 + max((layer for _, layer, _ in wanted.values()), default=-1))
     return values
 
 
-def _run_modules(model: Model, tokens: Tensor, visit: Callable[[str, int, dict[str, Tensor]], Tensor | None]) -> Tensor:
-    "Run a model module by module; `visit` sees what stands at each, and may return another output. Logits."
+def _run_modules(model: Model, tokens: Tensor, visit: Callable[[str, int, dict[str, Tensor]], Tensor | None], n_layers: int | None = None) -> Tensor:
+    "Run a model module by module; `visit` sees what stands at each, and may return another output. The residual stream after the last layer that is run."
     x = torch.stack(list(embed_tokens(model, tokens).values())).sum(0)
-    for i, layer in enumerate(model.layers):
+    for i, layer in enumerate(model.layers[:n_layers]):
         before = x
         z = run_attention(model, i, x, x, x)
         heads = write_heads(model, i, z)[0]
@@ -280,7 +280,7 @@ def _run_modules(model: Model, tokens: Tensor, visit: Callable[[str, int, dict[s
             wrote = run_mlp(model, i, read)[0] + (0 if layer.mlp.b_out is None else layer.mlp.b_out)
             x = x + _visit(visit, "m", i, {"input": read, "output": wrote, "stream": x + wrote} | _normed(layer.ln2, read))
         x = before + _visit(visit, "b", i, {"input": before, "output": x - before, "stream": x})
-    return run_logits(model, x)
+    return x
 
 
 def _visit(visit: Callable[[str, int, dict[str, Tensor]], Tensor | None], kind: str, layer: int, places: dict[str, Tensor]) -> Tensor:
@@ -298,6 +298,7 @@ def run_spliced(
     dictionaries: Mapping[str, Dictionary],  # by module
     *,
     error: bool = False,  # whether the clean run's errors are added
+    skip_first: int = 0,  # positions at the start of each sequence where outputs stay as they are
 ) -> Float[Tensor, "batch pos d_vocab"]:
     "Logits with modules' outputs replaced by their reconstruction. Raises ValueError for a place that the model does not have and for grains that overlap."
     _check_cut(model, dictionaries)
@@ -308,10 +309,11 @@ def run_spliced(
         change = None
         for module, dictionary in _at(dictionaries, kind, layer):
             difference = reconstruct(dictionary, _read(dictionary, module, places)) - _target(dictionary, module, places) + (errors[module] if error else 0)
+            if skip_first: difference = torch.cat([torch.zeros_like(difference[:, :skip_first]), difference[:, skip_first:]], 1)
             change = difference if change is None else change + difference
         return None if change is None else places["output"] + change
     if error: _run_modules(model, tokens, measure)
-    return _run_modules(model, tokens, replace_output)
+    return run_logits(model, _run_modules(model, tokens, replace_output))
 
 
 def _check_cut(model: Model, dictionaries: Mapping[str, Dictionary]) -> None:
