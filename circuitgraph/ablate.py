@@ -250,9 +250,11 @@ class _Run:
         for i, y in enumerate(embed_tokens(self.model, self.tokens).values()): self.write(y.detach()[:, :, None], i)
 
     def write(self, y: Tensor, first: int) -> None:
+        "Put what writers `first` and after write into the buffer."
         self.order = _Write.apply(y, self.order, self.buffer, self.grads, first, None if self.base is None else self.base.writes)
 
     def mix(self, mask: Tensor, first: int = 0) -> Tensor:
+        "Mask times the buffer from writer `first` on."
         return _Mix.apply(mask, self.order, self.buffer, self.grads, first)
 
     def read(self, reader: Reader, masks: dict[str, Tensor], mlp: str | None) -> Tensor:
@@ -417,6 +419,7 @@ class _Data:
 
     @property
     def metric_name(self) -> str:
+        "The metric's name; a function of one's own is \"own\"."
         return self.metric if isinstance(self.metric, str) else "own"
 
     def score(self, stream: Tensor, model_logp: Tensor, rows: slice, model: Model) -> dict[str, Tensor]:

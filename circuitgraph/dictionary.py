@@ -115,7 +115,9 @@ class LinearDictionary:
         _check_tensors(self)
 
     @property
-    def d_dict(self) -> int: return self.W_enc.shape[1]
+    def d_dict(self) -> int:
+        "Number of features."
+        return self.W_enc.shape[1]
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_dict"]:
         "Activations of the features."
@@ -178,7 +180,9 @@ class PursuitDictionary:
     meta: Mapping[str, Any] = field(default_factory=dict)  # where it came from
 
     @property
-    def d_dict(self) -> int: return self.W_dec.shape[0]
+    def d_dict(self) -> int:
+        "Number of features."
+        return self.W_dec.shape[0]
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_dict"]:
         "Activations of the features; the choice of directions carries no gradient."

@@ -291,5 +291,9 @@ def _cross_entropy(model: Model, tokens: Tensor, dictionaries: Mapping[str, Dict
 class _Zero:
     "A dictionary that reconstructs nothing."
     def __init__(self, dictionary: Dictionary) -> None: self.module, self.reads, self.d_dict = dictionary.module, dictionary.reads, 1
-    def encode(self, x: Tensor) -> Tensor: return torch.zeros_like(x)
-    def decode(self, acts: Tensor) -> Tensor: return acts
+    def encode(self, x: Tensor) -> Tensor:
+        "Nothing is active."
+        return torch.zeros_like(x)
+    def decode(self, acts: Tensor) -> Tensor:
+        "Nothing is written."
+        return acts

@@ -72,8 +72,6 @@ def test_every_kind(kind, tmp_path):
     assert acts.shape == (3, 5, d.d_dict) and recon.shape == x.shape and d.encode(x[0, 0]).shape == (d.d_dict,)
     grad, = torch.autograd.grad(reconstruct(d, x).square().sum(), x)
     assert grad.isfinite().all() and grad.abs().sum(-1).min() > 0
-    y = draw(3, 5, d_in, seed=12).to(x)
-    assert torch.allclose(reconstruct(d, x) + (y - reconstruct(d, x)), y, atol=1e-6)
     known = find_structure(d)
     assert (known.W_dec is None) == (kind == "functions") and (known.W_enc is None) == (kind in ("functions", "functions, linear decoder", "neurons", "matching pursuit"))
     if known.W_dec is not None: assert torch.allclose(recon, acts @ known.W_dec + known.b_dec, atol=1e-5)
@@ -326,7 +324,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=words): make()
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="is attention-only|has no MLP|no MLP"): neuron_basis(next(m for m in map(tiny_model, TINY_MODELS) if m.layers[0].mlp is None), "m0") if any(tiny_model(m).layers[0].mlp is None for m in TINY_MODELS) else neuron_basis(replace(TINY, layers=tuple(replace(layer, mlp=None) for layer in TINY.layers)), "m0")
+    with pytest.raises(ValueError, match="the model is attention-only"): neuron_basis(replace(TINY, layers=tuple(replace(layer, mlp=None) for layer in TINY.layers)), "m0")
 
 
 def test_sources_that_do_not_fit_are_refused(tmp_path):
