@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GATES', 'PLACES', 'Dictionary', 'reconstruct', 'Gate', 'LinearDictionary', 'FunctionDictionary', 'PursuitDictionary',
-           'Structure', 'find_structure', 'check_place', 'read_places', 'run_spliced', 'neuron_basis', 'whole_module',
-           'principal_components', 'from_saelens', 'move_to_stream', 'save_dictionary', 'load_dictionary',
-           'load_dictionaries', 'fit_dictionary']
+           'Structure', 'find_structure', 'check_place', 'read_places', 'visit_modules', 'run_spliced', 'neuron_basis',
+           'whole_module', 'principal_components', 'from_saelens', 'move_to_stream', 'save_dictionary',
+           'load_dictionary', 'load_dictionaries', 'fit_dictionary']
 
 # %% ../nbs/04_dictionary.ipynb #ec8dd4b1
 import io
@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .model import Model, apply_norm, embed_tokens, get_mlp, run_attention, run_logits, run_mlp, write_heads
+from .model import Model, Norm, apply_norm, embed_tokens, get_mlp, run_attention, run_logits, run_mlp, write_heads
 
 # %% ../nbs/04_dictionary.ipynb #09fe9407
 @runtime_checkable
@@ -264,36 +264,52 @@ def read_places(
     def keep(kind: str, layer: int, value: dict[str, Tensor]) -> None:
         for (module, reads), (k, i, head) in wanted.items():
             if (k, i) == (kind, layer): values[module, reads] = value["heads"][:, :, head] if head >= 0 else value[reads]
-    _run_modules(model, tokens, keep, 1 + max((layer for _, layer, _ in wanted.values()), default=-1))
+    visit_modules(model, tokens, keep, 1 + max((layer for _, layer, _ in wanted.values()), default=-1))
     return values
 
 
-def _run_modules(model: Model, tokens: Tensor, visit: Callable[[str, int, dict[str, Tensor]], Tensor | None], n_layers: int | None = None) -> Tensor:
-    "Run a model module by module; `visit` sees what stands at each, and may return another output. The residual stream after the last layer that is run."
-    x = torch.stack(list(embed_tokens(model, tokens).values())).sum(0)
-    for i, layer in enumerate(model.layers[:n_layers]):
-        before = x
-        z = run_attention(model, i, x, x, x)
-        heads = write_heads(model, i, z)[0]
-        out = heads.sum(2) + (0 if layer.attn.b_O is None else layer.attn.b_O)
-        places = {"input": before, "output": out, "stream": before + out, "heads": heads, "z": z.transpose(1, 2).flatten(2)}
-        out = _visit(visit, "a", i, places | _normed(layer.ln1, before))
-        x = before + out
+def visit_modules(
+    model: Model,
+    tokens: Int[Tensor, "batch pos"],
+    visit: Callable[[str, int, dict[str, Tensor]], Tensor | None],  # called with "a", "m" or "b", the layer, and what stands at the module by place; may return another output
+    n_layers: int | None = None,  # layers to run; by default all
+    start: tuple[int, Float[Tensor, "batch pos d_model"]] | None = None,  # a layer to begin at and the residual stream before it; by default the embeddings
+) -> Float[Tensor, "batch pos d_model"]:  # residual stream after the last layer
+    "Run a model module by module and look at, or change, what each writes."
+    first, x = start or (0, torch.stack(list(embed_tokens(model, tokens).values())).sum(0))
+    for i, layer in list(enumerate(model.layers[:n_layers]))[first:]:
+        before, z = x, run_attention(model, i, x, x, x)
+        out = _write_attention(model, i, z)
+        x = before + _visit(visit, "a", i, _Places(layer.ln1, before, out, before, {"heads": lambda i=i, z=z: write_heads(model, i, z)[0], "z": lambda z=z: z.transpose(1, 2).flatten(2)}))
         if layer.mlp is not None:
             read = before if layer.parallel else x
             wrote = run_mlp(model, i, read)[0] + (0 if layer.mlp.b_out is None else layer.mlp.b_out)
-            x = x + _visit(visit, "m", i, {"input": read, "output": wrote, "stream": x + wrote} | _normed(layer.ln2, read))
-        x = before + _visit(visit, "b", i, {"input": before, "output": x - before, "stream": x})
+            x = x + _visit(visit, "m", i, _Places(layer.ln2, read, wrote, x))
+        x = before + _visit(visit, "b", i, _Places(layer.ln1, before, x - before, before))
     return x
+
+
+def _write_attention(model: Model, layer: int, z: Tensor) -> Tensor:
+    "The sum of what the heads write, and the bias."
+    attn, post = model.layers[layer].attn, model.layers[layer].ln1_post
+    out = F.linear(z.transpose(1, 2).flatten(2), attn.W_O.flatten(1))
+    return apply_norm(post, out) + (0 if attn.b_O is None else attn.b_O)
+
+
+class _Places(dict[str, Tensor]):
+    "What stands at a module, by the name of the place; what few ask for is computed when it is asked for."
+    def __init__(self, norm: Norm, read: Tensor, output: Tensor, stream: Tensor, more: Mapping[str, Callable[[], Tensor]] | None = None) -> None:
+        super().__init__(input=read, output=output)
+        self.later = {"stream": lambda: stream + output, "scaled": lambda: apply_norm(replace(norm, weight=None, bias=None), read), "normed": lambda: apply_norm(norm, read)} | dict(more or {})
+
+    def __missing__(self, name: str) -> Tensor:
+        self[name] = self.later[name]()
+        return self[name]
 
 
 def _visit(visit: Callable[[str, int, dict[str, Tensor]], Tensor | None], kind: str, layer: int, places: dict[str, Tensor]) -> Tensor:
     new = visit(kind, layer, places)
     return places["output"] if new is None else new
-
-
-def _normed(norm: Any, x: Tensor) -> dict[str, Tensor]:
-    return {"scaled": apply_norm(replace(norm, weight=None, bias=None), x), "normed": apply_norm(norm, x)}
 
 # %% ../nbs/04_dictionary.ipynb #c3c2dad8
 def run_spliced(
@@ -303,6 +319,7 @@ def run_spliced(
     *,
     error: bool = False,  # whether the clean run's errors are added
     skip_first: int = 0,  # positions at the start of each sequence where outputs stay as they are
+    start: tuple[int, Float[Tensor, "batch pos d_model"]] | None = None,  # a layer to begin at and the residual stream before it, where no dictionary is in an earlier one
 ) -> Float[Tensor, "batch pos d_vocab"]:
     "Logits with modules' outputs replaced by their reconstruction. Raises ValueError for a place that the model does not have and for grains that overlap."
     _check_cut(model, dictionaries)
@@ -316,8 +333,8 @@ def run_spliced(
             if skip_first: difference = torch.cat([torch.zeros_like(difference[:, :skip_first]), difference[:, skip_first:]], 1)
             change = difference if change is None else change + difference
         return None if change is None else places["output"] + change
-    if error: _run_modules(model, tokens, measure)
-    return run_logits(model, _run_modules(model, tokens, replace_output))
+    if error: visit_modules(model, tokens, measure, start=start)
+    return run_logits(model, visit_modules(model, tokens, replace_output, start=start))
 
 
 def _check_cut(model: Model, dictionaries: Mapping[str, Dictionary]) -> None:
