@@ -12,10 +12,11 @@ _STAGES = {
     "data": ("Corpus", "load_corpus", "read_corpus"),
     "task": ("Task", "load_task"),
     "dictionary": ("Dictionary", "FunctionDictionary", "Gate", "LinearDictionary", "from_saelens", "load_dictionaries", "load_dictionary", "neuron_basis", "principal_components", "run_spliced", "save_dictionary", "whole_module"),
-    "train": ("Recipe", "measure_dictionaries", "train_dictionaries", "train_dictionary"),
+    "train": ("Recipe", "collect_activations", "collect_gradients", "interaction_basis", "measure_dictionaries", "train_dictionaries", "train_dictionary", "train_interaction_bases"),
     "graph": ("Graph", "GraphError", "density", "select_edges"),
     "build": ("build_graph", "complete_graph"),
     "ablate": ("Evaluation", "ablation_curve", "compare_curves", "evaluate", "minimality", "run_ablated"),
+    "features": ("plot_activations", "plot_quality", "read_features", "show_top", "top_activations", "view_features"),
     "view": ("plot_curve", "plot_layers", "plot_matrix", "plot_strength", "plot_weights", "use_static_renderer", "view", "view_ablation", "write_report"),
 }
 _HOME = {name: stage for stage, names in _STAGES.items() for name in names}
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
     from .build import build_graph, complete_graph
     from .data import Corpus, load_corpus, read_corpus
     from .dictionary import Dictionary, FunctionDictionary, Gate, LinearDictionary, from_saelens, load_dictionaries, load_dictionary, neuron_basis, principal_components, run_spliced, save_dictionary, whole_module
+    from .features import plot_activations, plot_quality, read_features, show_top, top_activations, view_features
     from .graph import Graph, GraphError, density, select_edges
     from .model import Model, UnsupportedModel, list_nodes, load_model
     from .task import Task, load_task
-    from .train import Recipe, measure_dictionaries, train_dictionaries, train_dictionary
+    from .train import Recipe, collect_activations, collect_gradients, interaction_basis, measure_dictionaries, train_dictionaries, train_dictionary, train_interaction_bases
     from .view import plot_curve, plot_layers, plot_matrix, plot_strength, plot_weights, use_static_renderer, view, view_ablation, write_report
 
 

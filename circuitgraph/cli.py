@@ -94,14 +94,17 @@ def train(
     model: Annotated[str, typer.Option(help="smollm2-135m (embedded), a name TransformerLens knows, or a Hugging Face folder.")] = "smollm2-135m",
     corpus: Annotated[str, typer.Option(help="default (embedded text), a text file, a folder, or a dataset's name.")] = "default",
     modules: Annotated[str, typer.Option(help="Names with commas (m10,a3), or attn, mlp or all.")] = "mlp",
-    kind: Annotated[str, typer.Option(help="topk, batchtopk, matryoshka, gated, jumprelu or mlp.")] = "topk",
-    d_dict: Annotated[int | None, typer.Option(help="Features; by default four times d_model.")] = None,
-    k: Annotated[int, typer.Option(help="Active features, for topk, batchtopk and matryoshka.")] = 32,
-    sparsity: Annotated[float, typer.Option(help="Coefficient of the penalty, for gated, jumprelu and mlp.")] = 1.0,
-    n_steps: Annotated[int, typer.Option(help="Steps for each dictionary.")] = 1200,
-    batch_size: Annotated[int, typer.Option(help="Activations a step.")] = 512,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-    n_tokens: Annotated[int, typer.Option(help="Tokens of text.")] = 100_000,
+    preset: Annotated[str | None, typer.Option(help="cpu or gpu: the defaults of d_dict, k, n_steps, batch_size, lr and n_tokens; by default that of the device.")] = None,
+    kind: Annotated[str, typer.Option(help="topk, batchtopk, matryoshka, gated, jumprelu, mlp, gradient, or lib (modules in the order of computation).")] = "topk",
+    d_dict: Annotated[int | None, typer.Option(help="Features; by default 4 (cpu) or 16 (gpu) times d_model, for lib what varies and has influence.")] = None,
+    k: Annotated[int | None, typer.Option(help="Active features, for topk, batchtopk and matryoshka; by default 32 or 64.")] = None,
+    sparsity: Annotated[float, typer.Option(help="Coefficient of the penalty, for gated, jumprelu, mlp and gradient.")] = 1.0,
+    n_steps: Annotated[int | None, typer.Option(help="Steps for each dictionary; by default 1,200 or 20,000.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Activations a step; by default 512 or 4,096.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; by default 1e-3 or 3e-4.")] = None,
+    n_tokens: Annotated[int | None, typer.Option(help="Tokens of text; by default 100,000 or 5,000,000.")] = None,
+    held_out: Annotated[str | None, typer.Option(help="A text that is measured, like --corpus; the table is kept as report.csv beside the dictionaries.")] = None,
+    n_held_out: Annotated[int, typer.Option(help="Tokens of it.")] = 4096,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
     skip_first: Annotated[int, typer.Option(help="Positions left out at the start of each sequence.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the text, the first weights and the batches.")] = 0,
@@ -114,15 +117,22 @@ def train(
     with _plain_errors(debug):
         from circuitgraph.data import load_corpus
         from circuitgraph.model import load_model
-        from circuitgraph.train import train_dictionaries
+        from circuitgraph.train import choose_settings, list_modules, measure_dictionaries, train_dictionaries, train_interaction_bases
+        given = {"d_dict": d_dict, "k": k, "n_steps": n_steps, "batch_size": batch_size, "lr": lr, "n_tokens": n_tokens}
         loaded = load_model(model, device=device)
-        tokens = load_corpus(corpus, loaded, n_tokens, seq_len=seq_len, seed=seed)
+        settings = choose_settings(loaded, preset, **given)
+        tokens = load_corpus(corpus, loaded, settings.pop("n_tokens"), seq_len=seq_len, seed=seed)
+        test = None if held_out is None else load_corpus(held_out, loaded, n_held_out, seq_len=seq_len, seed=seed + 1)
         try:
-            made = train_dictionaries(loaded, tokens, modules, kind, d_dict, k=k, sparsity=sparsity, n_steps=n_steps, batch_size=batch_size, lr=lr, seed=seed, skip_first=skip_first, out=out)
+            if kind == "lib": made = train_interaction_bases(loaded, tokens, list_modules(loaded, modules), d_dict=d_dict, skip_first=skip_first, seed=seed, out=out)
+            else: made = train_dictionaries(loaded, tokens, modules, kind, sparsity=sparsity, seed=seed, skip_first=skip_first, out=out, **settings)
         except KeyboardInterrupt:
             typer.echo(f"\nStopped. What was done is kept in {out}: the same command goes on from there.", err=True)
             raise typer.Exit(130) from None
         for dictionary in made.values(): typer.echo(repr(dictionary))
+        if test is not None:
+            (report := measure_dictionaries(loaded, made, test, skip_first=skip_first)).to_csv(out / "report.csv", index_label="module")
+            typer.echo(report.to_string(float_format="{:.3f}".format))
         typer.echo(f"saved to {out}")
 
 # %% ../nbs/15_cli.ipynb #3c032bbf

@@ -556,9 +556,8 @@ def _describe(dictionary: LinearDictionary | PursuitDictionary) -> tuple[dict[st
     known = {"relu": "standard", "topk": "topk", "abstopk": "abstopk", "jumprelu": "jumprelu", "gated": "gated"}.get(d.gate.kind)
     if d.reads not in ("output", "stream"): known = {"relu": "", "jumprelu": "jumprelu_"}.get(d.gate.kind, "?") + ("" if d.W_skip is None else "skip_") + "transcoder" if not tied else None
     elif d.W_skip is not None: known = None
-    if known == "gated" and not d.b_enc.any(): del state["b_enc"]
-    elif known == "gated": known = None
-    if known is not None and "?" not in known and (tied or d.b_in is None): return cfg | {"architecture": known}, state
+    if known == "gated" and d.b_enc.any(): known = None
+    if known is not None and "?" not in known and (tied or d.b_in is None): return cfg | {"architecture": known}, {name: tensor for name, tensor in state.items() if (known, name) != ("gated", "b_enc")}
     return {"architecture": "circuitgraph", "gate": d.gate.kind, "k": d.gate.k}, state | ({} if d.b_in is None else {"b_in": d.b_in})
 
 # %% ../nbs/04_dictionary.ipynb #a8ea0aa7

@@ -38,7 +38,7 @@ def read_features(
     skip_first: int = 1,  # positions at the start of each sequence whose rows stay empty
     batch_size: int = 8,  # sequences at a time
     progress: bool = True,
-) -> csr_array:  # [seq*pos d_dict], positions in the order of the text, float32
+) -> Any:  # csr_array [seq*pos d_dict], positions in the order of the text, float32
     "Activations of a dictionary's features, sparse. Raises ValueError for bad tokens and a place that the model does not have."
     check_tokens(corpus, model)
     parts = []
@@ -50,7 +50,7 @@ def read_features(
 
 # %% ../nbs/16_features.ipynb #64b9b5c2
 def top_activations(
-    acts: csr_array,  # as `read_features` gives them
+    acts: Any,  # csr_array, as `read_features` gives it
     corpus: Int[Tensor, "seq pos"],  # the text that they were read on
     features: Iterable[int] | None = None,  # by default all
     n: int = 10,  # positions for each feature
@@ -84,7 +84,7 @@ def plot_quality(
 
 # %% ../nbs/16_features.ipynb #f87b1de2
 def plot_activations(
-    acts: csr_array,  # as `read_features` gives them
+    acts: Any,  # csr_array, as `read_features` gives it
     features: Iterable[int] = (),  # whose activations are shown; by default the three that are active most often
 ) -> go.Figure:
     "Densities of all features, and how strongly some of them are active where they are."
@@ -103,7 +103,7 @@ def plot_activations(
 def show_top(
     model: Model,
     corpus: Int[Tensor, "seq pos"],
-    acts: csr_array,  # as `read_features` gives them on that text
+    acts: Any,  # csr_array, as `read_features` gives it on that text
     feature: int,
     n: int = 8,  # pieces of text
     *,
@@ -114,13 +114,13 @@ def show_top(
     top = top_activations(acts, corpus, [feature], n)
     column = acts[:, [feature]].toarray().reshape(corpus.shape)
     largest, lines = column.max() or 1.0, []
-    for row in top.itertuples():
+    for value, sequence, at in zip(top["activation"], top["sequence"], top["position"], strict=True):
         pieces = []
-        for position in range(max(0, row.position - before), min(corpus.shape[1], row.position + after + 1)):
-            shade = 0.85 * max(column[row.sequence, position], 0) / largest
-            frame = "outline: 1.5px solid #333; font-weight: 600; " if position == row.position else ""
-            pieces.append(f'<span style="{frame}background: rgba(204, 121, 167, {shade:.2f})">{_say_token(model, int(corpus[row.sequence, position]))}</span>')
-        lines.append(f'<tr><td style="text-align: right">{row.activation:.2f}</td><td style="text-align: left; font-family: monospace; white-space: pre-wrap">{"".join(pieces)}</td></tr>')
+        for position in range(max(0, at - before), min(corpus.shape[1], at + after + 1)):
+            shade = 0.85 * max(column[sequence, position], 0) / largest
+            frame = "outline: 1.5px solid #333; font-weight: 600; " if position == at else ""
+            pieces.append(f'<span style="{frame}background: rgba(204, 121, 167, {shade:.2f})">{_say_token(model, int(corpus[sequence, position]))}</span>')
+        lines.append(f'<tr><td style="text-align: right">{value:.2f}</td><td style="text-align: left; font-family: monospace; white-space: pre-wrap">{"".join(pieces)}</td></tr>')
     active = int((column != 0).sum())
     return HTML(f'<div>feature {feature}: active at {active:,} of {column.size:,} positions ({100 * active / column.size:.2f} %)</div><table>{"".join(lines)}</table>')
 

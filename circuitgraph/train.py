@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'PRESETS', 'collect_activations', 'Recipe', 'rescale', 'collect_gradients', 'train_dictionary',
-           'list_modules', 'train_dictionaries', 'interaction_basis', 'train_interaction_bases', 'measure_dictionaries']
+           'list_modules', 'choose_settings', 'train_dictionaries', 'interaction_basis', 'train_interaction_bases',
+           'measure_dictionaries']
 
 # %% ../nbs/05_train.ipynb #670c8a42
 import json
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -116,6 +118,7 @@ def _make_trainer(recipe: Recipe, activations: Tensor, mean: Tensor, spread: flo
     except ModuleNotFoundError: raise ModuleNotFoundError("dictionaries are trained by SAELens: pip install 'transformer-circuitgraph[sae]'") from None
     made, config = get_sae_training_class(KINDS[recipe.kind])
     with _LOCK, torch.random.fork_rng(devices=[]):
+        _hush()
         torch.manual_seed(recipe.seed)
         sae = made(config(d_in=activations.shape[1], d_sae=recipe.d_dict, **_OPTIONS[recipe.kind](recipe)))
         drawn = activations[torch.randperm(len(activations))[:20_000]]
@@ -132,6 +135,14 @@ def _make_trainer(recipe: Recipe, activations: Tensor, mean: Tensor, spread: flo
 
 
 _LOCK = threading.Lock()  # torch has one state of random numbers
+
+
+@lru_cache(maxsize=1)
+def _hush() -> None:
+    "Torch says once that its sparse rows are new; let it say so here, to nobody."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.eye(1).to_sparse_csr()
 
 
 def _whiten(x: Tensor) -> Tensor:
@@ -352,6 +363,18 @@ def list_modules(
     return list(dict.fromkeys(names))
 
 # %% ../nbs/05_train.ipynb #6fdc8b15
+def choose_settings(
+    model: Model,
+    preset: str | None = None,  # "cpu" or "gpu"; by default that of the model's device
+    **given: Any,  # settings by name, None where the preset decides
+) -> dict[str, Any]:  # d_dict, k, n_steps, batch_size, lr, n_tokens
+    "Settings that suit a machine, except those that are given. Raises ValueError for a preset that there is not."
+    preset = ("cpu" if model.device.type == "cpu" else "gpu") if preset is None else preset
+    if preset not in PRESETS: raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    chosen = dict(PRESETS[preset])
+    return {"d_dict": chosen.pop("expansion") * model.d_model} | chosen | {name: value for name, value in given.items() if value is not None}
+
+# %% ../nbs/05_train.ipynb #e6404035
 def train_dictionaries(
     model: Model,
     corpus: Int[Tensor, "seq pos"],
@@ -396,7 +419,7 @@ def train_dictionaries(
         done |= _train_at_once(train, group, n_workers, recipe.n_steps, progress)
     return {name: done[name] for name in names}
 
-# %% ../nbs/05_train.ipynb #e6404035
+# %% ../nbs/05_train.ipynb #c86c2741
 def _train_at_once(train: Callable[[str, Callable[..., None]], LinearDictionary], names: Sequence[str], n_workers: int, n_steps: int, progress: bool) -> dict[str, LinearDictionary]:
     "Call `train` for each name, in threads of one core each. What stops one of them, or the user, stops all."
     stop, lock = threading.Event(), threading.Lock()
@@ -411,7 +434,7 @@ def _train_at_once(train: Callable[[str, Callable[..., None]], LinearDictionary]
             pool.shutdown(cancel_futures=True)
             raise
 
-# %% ../nbs/05_train.ipynb #c86c2741
+# %% ../nbs/05_train.ipynb #c8ebe8f8
 def _open_folder(folder: Path, request: dict[str, Any]) -> Path:
     "A folder for this run and no other."
     settings = folder / "train.json"
@@ -423,7 +446,7 @@ def _open_folder(folder: Path, request: dict[str, Any]) -> Path:
     settings.write_text(json.dumps(request, indent=1))
     return folder
 
-# %% ../nbs/05_train.ipynb #0beb64fa
+# %% ../nbs/05_train.ipynb #bccc869c
 def interaction_basis(
     mean: Float[Tensor, " d_model"],
     covariance: Float[Tensor, "d_model d_model"],  # of the activations of a layer
@@ -446,7 +469,7 @@ def interaction_basis(
     W_enc = root / root.square().sum(0) @ V[:, :n] * power[:n].sqrt()
     return LinearDictionary(module, reads, W_enc.to(mean).contiguous(), W_dec.to(mean).contiguous(), mean.new_zeros(n), mean, Gate("none"), b_in=mean, meta={"kind": "lib"})
 
-# %% ../nbs/05_train.ipynb #4e3c4f36
+# %% ../nbs/05_train.ipynb #e0b9cb1f
 def train_interaction_bases(
     model: Model,
     corpus: Int[Tensor, "seq pos"],
@@ -458,25 +481,38 @@ def train_interaction_bases(
     skip_first: int = 1,
     batch_size: int = 8,
     seed: int = 0,
+    out: str | Path | None = None,  # folder that keeps finished bases; a run into the same folder goes on
     progress: bool = True,
-) -> dict[str, LinearDictionary]:  # by module
-    "Local Interaction Bases of a chain of layers, @eq-lib. Raises ValueError for a chain out of order, bad tokens and modules that the model does not have."
+) -> dict[str, Dictionary]:  # by module
+    "Local Interaction Bases of a chain of layers, @eq-lib. Raises ValueError for a chain out of order, bad tokens, modules that the model does not have, and a folder of another run."
     order = {module: (layer, "amb".index(kind)) for module in modules for kind, layer, head in [check_place(model, module, "output")] if head < 0}
     if len(order) != len(modules) or list(order) != sorted(order, key=lambda name: order[name]) or not order: raise ValueError(f"modules must be a chain of whole modules in the order of computation, got {', '.join(modules) or 'none'}")
     check_tokens(corpus, model)
+    if d_dict is not None and not 1 <= d_dict <= model.d_model: raise ValueError(f"d_dict must lie in [1, {model.d_model}] (d_model), got {d_dict}")
+    if n_samples is not None and n_samples < 1: raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+    request = {"kind": "lib", "modules": list(modules), "d_dict": d_dict, "tol": tol, "n_samples": n_samples, "seed": seed, "skip_first": skip_first, "weights_hash": model.weights_hash, "corpus": hash_tokens(corpus)}
+    folder = None if out is None else _open_folder(Path(out), request)
+    done = {name: load_dictionary(folder / name, model) for name in modules if folder is not None and (folder / name).exists()}
     places = {module: "stream" if module.startswith("b") else "output" for module in modules}
-    moments = _collect_moments(model, corpus, places, skip_first, batch_size, progress)
-    last, draw = modules[-1], torch.Generator().manual_seed(seed)
-    mean, covariance = moments[last]
-    variance, U = torch.linalg.eigh(covariance)
-    kept = U.flip(1)[:, : min(d_dict or len(U), int((variance >= tol * variance[-1]).sum()))].to(model.W_U)
-    done = {last: LinearDictionary(last, places[last], kept, kept.mT.contiguous(), kept.new_zeros(kept.shape[1]), mean.to(kept), Gate("none"), b_in=mean.to(kept), meta={"kind": "lib"})}
-    for here, there in reversed(list(zip(modules, modules[1:], strict=False))):
-        influence = _collect_influence(model, corpus, (here, places[here]), done[there], n_samples, skip_first, batch_size, draw, progress)
-        done[here] = interaction_basis(moments[here][0].to(model.W_U), moments[here][1], influence, here, places[here], d_dict=d_dict, tol=tol)
+    moments = _collect_moments(model, corpus, {name: places[name] for name in modules if name not in done}, skip_first, batch_size, progress)
+    for here, there in zip(modules[::-1], [None, *modules[:0:-1]], strict=True):
+        if here in done: continue
+        mean, covariance = moments[here][0].to(model.W_U), moments[here][1]
+        if there is None: made = _principal_basis(mean, covariance, here, places[here], d_dict, tol)
+        else: made = interaction_basis(mean, covariance, _collect_influence(model, corpus, (here, places[here]), done[there], n_samples, skip_first, batch_size, seed, progress), here, places[here], d_dict=d_dict, tol=tol)
+        if folder is not None: save_dictionary(made, folder / here, weights_hash=model.weights_hash)
+        done[here] = made
     return {module: done[module] for module in modules}
 
-# %% ../nbs/05_train.ipynb #e0b9cb1f
+# %% ../nbs/05_train.ipynb #c2c6aaff
+def _principal_basis(mean: Tensor, covariance: Tensor, module: str, reads: str, d_dict: int | None, tol: float) -> LinearDictionary:
+    "The last layer's: nothing after it can turn it."
+    variance, U = torch.linalg.eigh(covariance)
+    if not variance[-1] > 0: raise ValueError(f"activations of {module} must vary: all of them are the same")
+    kept = U.flip(1)[:, : min(d_dict or len(U), int((variance >= tol * variance[-1]).sum()))].to(mean).contiguous()
+    return LinearDictionary(module, reads, kept, kept.mT.contiguous(), kept.new_zeros(kept.shape[1]), mean, Gate("none"), b_in=mean, meta={"kind": "lib"})
+
+
 @torch.no_grad()
 def _collect_moments(model: Model, corpus: Tensor, places: Mapping[str, str], skip_first: int, batch_size: int, progress: bool) -> dict[str, tuple[Tensor, Tensor]]:
     "Mean and covariance in double precision, by module."
@@ -490,10 +526,10 @@ def _collect_moments(model: Model, corpus: Tensor, places: Mapping[str, str], sk
     return {module: (mean, second - torch.outer(mean, mean)) for module, (mean, second) in sums.items()}
 
 
-def _collect_influence(model: Model, corpus: Tensor, here: tuple[str, str], there: LinearDictionary, n_samples: int | None, skip_first: int, batch_size: int, draw: torch.Generator, progress: bool) -> Tensor:
+def _collect_influence(model: Model, corpus: Tensor, here: tuple[str, str], there: Dictionary, n_samples: int | None, skip_first: int, batch_size: int, seed: int, progress: bool) -> Tensor:
     "Mean of J'CC'J over positions, in double precision: exact, or by random cotangents."
     (module, reads), n_layers = here, 1 + check_place(model, there.module, there.reads)[1]
-    total = torch.zeros(model.d_model, model.d_model, dtype=torch.float64, device=model.device)
+    total, draw = torch.zeros(model.d_model, model.d_model, dtype=torch.float64, device=model.device), torch.Generator().manual_seed(seed)
     for start in tqdm(range(0, len(corpus), batch_size), desc=f"influence of {module} on {there.module}", unit="batch", disable=not progress):
         found: dict[str, Tensor] = {}
         def visit(kind: str, layer: int, values: Mapping[str, Tensor], found: dict[str, Tensor] = found) -> Tensor | None:
@@ -517,7 +553,7 @@ def _cotangents(code: Tensor, n_samples: int | None, draw: torch.Generator) -> I
         return
     for i in range(code[0].numel()): yield F.one_hot(torch.tensor(i), code[0].numel()).view(code[0].shape).to(code).expand_as(code)
 
-# %% ../nbs/05_train.ipynb #b02efb75
+# %% ../nbs/05_train.ipynb #174eefcf
 @torch.no_grad()
 def measure_dictionaries(
     model: Model,
@@ -541,7 +577,7 @@ def measure_dictionaries(
     spliced = {name: {"ce_recovered": (ce[name, True] - ce[name, False]) / (ce[name, True] - ce["", False]), "ce_lost": (ce[name, False] - ce["", False]) / n_spliced} for name in [*dictionaries, "all"]}
     return pd.DataFrame.from_dict({name: rows.get(name, {}) | spliced[name] for name in spliced}, orient="index", columns=["fvu", "l0", "dead", "ce_recovered", "ce_lost"])
 
-# %% ../nbs/05_train.ipynb #174eefcf
+# %% ../nbs/05_train.ipynb #b44f2efd
 def _measure_codes(model: Model, dictionaries: Mapping[str, Dictionary], tokens: Tensor, skip_first: int, sums: dict[str, dict[str, Any]]) -> None:
     "Add one batch to the sums of what is active and what is missed."
     places = read_places(model, tokens, {(name, reads) for name, d in dictionaries.items() for reads in (d.reads, _written(d))})
@@ -560,7 +596,7 @@ def _written(dictionary: Dictionary) -> str: return "stream" if dictionary.reads
 
 def _measure_splices(model: Model, dictionaries: Mapping[str, Dictionary], corpus: Tensor, skip_first: int, batch_size: int, progress: bool) -> dict[tuple[str, bool], float]:
     "Sums over sequences of the mean cross-entropy, with reconstructions or (True) zeros in place of outputs: by module, for all, and for none. Each run begins at the layer of its first dictionary."
-    cases: dict[str, Mapping[str, Dictionary]] = {"": {}, "all": dictionaries} | {name: {name: d} for name, d in dictionaries.items()}
+    cases: dict[str, Mapping[str, Dictionary]] = {"": {}, "all": dictionaries, **{name: {name: d} for name, d in dictionaries.items()}}
     total = dict.fromkeys([(name, zero) for name in cases for zero in (False, True)[: 2 if name else 1]], 0.0)
     with tqdm(total=len(total) * -(-len(corpus) // batch_size), desc="dictionaries spliced in", unit="run", disable=not progress) as bar:
         for tokens in corpus.split(batch_size):

@@ -1,0 +1,83 @@
+"""What training many dictionaries costs, against its matrix products alone, and against one run of SAELens' trainer for each module, in one run on one machine.
+
+    python benchmarks/train.py            # prints a table and writes benchmarks/train.csv
+
+All numbers are CPU seconds from tokens to dictionaries. "Plain" is the model's forward pass over the text, measured, plus the products of a dense dictionary (two forward, three backward) at the rate measured here for one of them.
+A TopK step does without most of these products, so that its ratio can be below 1. "One by one" collects each module's activations with a pass of its own, and takes SAELens' own steps on all cores.
+"""
+
+import argparse
+import datetime
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from circuitgraph.data import load_corpus
+from circuitgraph.dictionary import visit_modules
+from circuitgraph.model import Model, load_model
+from circuitgraph.train import Recipe, _draw_batch, _make_trainer, _standardise, collect_activations, train_dictionaries
+
+
+def cpu_seconds(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def matmul_rate(n: int, d_model: int, d_dict: int) -> float:
+    "Operations a second of one core for an encoder's product, the best of five tens."
+    x, W = torch.randn(n, d_model), torch.randn(d_model, d_dict)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = min(cpu_seconds(lambda: [x @ W for _ in range(10)]) for _ in range(6)) / 10
+    torch.set_num_threads(before)
+    return 2 * n * d_model * d_dict / seconds
+
+
+@torch.no_grad()
+def plain_forward(model: Model, corpus: torch.Tensor, n_layers: int) -> None:
+    for tokens in corpus.split(8): visit_modules(model, tokens, lambda *_: None, n_layers)
+
+
+def one_by_one(model: Model, corpus: torch.Tensor, modules: list[str], recipe: Recipe) -> None:
+    for module in modules:
+        activations = collect_activations(model, corpus, [module], progress=False)[module][0]
+        mean, spread = _standardise(activations)
+        trainer = _make_trainer(recipe, activations, mean, spread, torch.device("cpu"))
+        vars(trainer.sae).pop("training_forward_pass", None)  # the class's own step
+        for step in range(recipe.n_steps):
+            trainer.step((activations[_draw_batch(len(activations), step, recipe.batch_size, 0)].float() - mean) / spread)
+            trainer.n_training_steps += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n-tokens", type=int, default=16_384)
+    parser.add_argument("--n-steps", type=int, default=200, help="for each dictionary: as many epochs as 1,200 steps on 100,000 tokens have")
+    parser.add_argument("--modules", default="a8,m8,a9,m9,a10,m10,a11,m11")
+    args = parser.parse_args()
+    model, modules = load_model("smollm2-135m"), args.modules.split(",")
+    corpus, rows = load_corpus("default", model, args.n_tokens), {}
+    d_dict, n_layers = 4 * model.d_model, 1 + max(int(module[1:]) for module in modules)
+    plain_forward(model, corpus[:8], n_layers)
+    forward = cpu_seconds(lambda: plain_forward(model, corpus, n_layers))
+    print(f"forward of {n_layers} layers over {corpus.numel():,} tokens {forward:.1f} CPU s", flush=True)
+    for kind, settings in {"topk": {"k": 32}, "mlp": {"sparsity": 2.0}, "gated": {"sparsity": 2.0}, "jumprelu": {"sparsity": 2.0}}.items():
+        recipe = Recipe(d_dict, kind, n_steps=args.n_steps, **settings)  # type: ignore[arg-type]
+        rate = matmul_rate(recipe.batch_size, model.d_model, d_dict)
+        plain = forward + len(modules) * args.n_steps * 10 * recipe.batch_size * model.d_model * d_dict / rate
+        ours = cpu_seconds(lambda: train_dictionaries(model, corpus, modules, kind, n_steps=args.n_steps, progress=False, **settings))  # type: ignore[arg-type]
+        theirs = cpu_seconds(lambda: one_by_one(model, corpus, modules, recipe))
+        rows[kind] = {"dictionaries": len(modules), "GFLOP/s a core": rate / 1e9, "plain": plain, "train_dictionaries": ours, "over plain": ours / plain, "one by one": theirs, "one by one over ours": theirs / ours}
+        print(kind, {name: round(value, 2) for name, value in rows[kind].items()}, flush=True)
+    table = pd.DataFrame(rows).T.rename_axis("kind").round(2)
+    table.assign(date=datetime.date.today(), machine=f"{platform.machine()}, {torch.get_num_threads()} threads", torch=torch.__version__).to_csv(Path(__file__).with_suffix(".csv"))
+    print(table.to_string())
+
+
+if __name__ == "__main__":
+    main()
