@@ -56,9 +56,9 @@ def one_by_one(model: Model, corpus: torch.Tensor, modules: list[str], recipe: R
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n-tokens", type=int, default=16_384)
-    parser.add_argument("--n-steps", type=int, default=200, help="for each dictionary: as many epochs as 1,200 steps on 100,000 tokens have")
-    parser.add_argument("--modules", default="a8,m8,a9,m9,a10,m10,a11,m11")
+    parser.add_argument("--n-tokens", type=int, default=8_192)
+    parser.add_argument("--n-steps", type=int, default=100, help="for each dictionary: as many epochs as 1,200 steps on 100,000 tokens have")
+    parser.add_argument("--modules", default="a9,m9,a10,m10,a11,m11")
     args = parser.parse_args()
     model, modules = load_model("smollm2-135m"), args.modules.split(",")
     corpus, rows = load_corpus("default", model, args.n_tokens), {}
