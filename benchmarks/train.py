@@ -54,6 +54,16 @@ def one_by_one(model: Model, corpus: torch.Tensor, modules: list[str], recipe: R
             trainer.n_training_steps += 1
 
 
+def compare(model: Model, corpus: torch.Tensor, modules: list[str], recipe: Recipe, forward: float) -> dict[str, float]:
+    "One kind: plain cost, cost here, and cost one by one."
+    rate = matmul_rate(recipe.batch_size, model.d_model, recipe.d_dict)
+    plain = forward + len(modules) * recipe.n_steps * 10 * recipe.batch_size * model.d_model * recipe.d_dict / rate
+    ours = cpu_seconds(lambda: train_dictionaries(model, corpus, modules, recipe.kind, k=recipe.k, sparsity=recipe.sparsity, n_steps=recipe.n_steps, progress=False))
+    theirs = cpu_seconds(lambda: one_by_one(model, corpus, modules, recipe))
+    numbers = {"dictionaries": len(modules), "GFLOP/s a core": rate / 1e9, "plain": plain, "train_dictionaries": ours, "over plain": ours / plain, "one by one": theirs, "one by one over ours": theirs / ours}
+    return {name: round(value, 2) for name, value in numbers.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n-tokens", type=int, default=8_192)
@@ -67,15 +77,10 @@ def main() -> None:
     forward = cpu_seconds(lambda: plain_forward(model, corpus, n_layers))
     print(f"forward of {n_layers} layers over {corpus.numel():,} tokens {forward:.1f} CPU s", flush=True)
     for kind, settings in {"topk": {"k": 32}, "mlp": {"sparsity": 2.0}, "gated": {"sparsity": 2.0}, "jumprelu": {"sparsity": 2.0}}.items():
-        recipe = Recipe(d_dict, kind, n_steps=args.n_steps, **settings)  # type: ignore[arg-type]
-        rate = matmul_rate(recipe.batch_size, model.d_model, d_dict)
-        plain = forward + len(modules) * args.n_steps * 10 * recipe.batch_size * model.d_model * d_dict / rate
-        ours = cpu_seconds(lambda: train_dictionaries(model, corpus, modules, kind, n_steps=args.n_steps, progress=False, **settings))  # type: ignore[arg-type]
-        theirs = cpu_seconds(lambda: one_by_one(model, corpus, modules, recipe))
-        rows[kind] = {"dictionaries": len(modules), "GFLOP/s a core": rate / 1e9, "plain": plain, "train_dictionaries": ours, "over plain": ours / plain, "one by one": theirs, "one by one over ours": theirs / ours}
-        print(kind, {name: round(value, 2) for name, value in rows[kind].items()}, flush=True)
-    table = pd.DataFrame(rows).T.rename_axis("kind").round(2)
-    table.assign(date=datetime.date.today(), machine=f"{platform.machine()}, {torch.get_num_threads()} threads", torch=torch.__version__).to_csv(Path(__file__).with_suffix(".csv"))
+        rows[kind] = compare(model, corpus, modules, Recipe(d_dict, kind, n_steps=args.n_steps, **settings), forward)  # type: ignore[arg-type]
+        print(kind, rows[kind], flush=True)
+        table = pd.DataFrame(rows).T.rename_axis("kind")
+        table.assign(date=datetime.date.today(), machine=f"{platform.machine()}, {torch.get_num_threads()} threads", torch=torch.__version__).to_csv(Path(__file__).with_suffix(".csv"))
     print(table.to_string())
 
 
