@@ -108,7 +108,7 @@ _OPTIONS: dict[str, Callable[[Recipe], dict[str, Any]]] = {  # what SAELens call
     "gated": _penalty, "jumprelu": lambda r: _penalty(r, "l0"), "mlp": _penalty, "gradient": _penalty,
 }
 
-# %% ../nbs/05_train.ipynb #3b7dd0f6
+# %% ../nbs/05_train.ipynb #c7843b86
 def _make_trainer(recipe: Recipe, activations: Tensor, mean: Tensor, spread: float, device: torch.device) -> Any:
     "SAELens' trainer for one dictionary, whose first directions are whitened activations."
     try:
@@ -126,7 +126,7 @@ def _make_trainer(recipe: Recipe, activations: Tensor, mean: Tensor, spread: flo
         directions = _whiten((drawn.float() - mean) / spread)[: recipe.d_dict]
         sae.W_dec[: len(directions)] = directions * sae.W_dec[: len(directions)].norm(dim=1, keepdim=True)
         sae.W_enc.copy_(sae.W_dec.mT)
-    if recipe.kind == "topk" and device.type == "cpu": sae.training_forward_pass = partial(_topk_pass, sae)
+    for name, cheaper in _cheaper(recipe.kind, device).items(): setattr(sae, name, partial(cheaper, sae))
     n = recipe.n_steps
     config = SAETrainerConfig(n * recipe.batch_size, recipe.batch_size, lr=recipe.lr, lr_warm_up_steps=min(50, n // 10), lr_decay_steps=n // 5, dead_feature_window=max(20, n // 10), lr_end=0.0, device=str(device))
     trainer = SAETrainer(config, sae.to(device), iter(()))
@@ -160,7 +160,7 @@ def _draw_batch(n: int, step: int, batch_size: int, seed: int) -> Int[Tensor, " 
     epoch, i = divmod(step, max(1, n // batch_size))
     return _draw_epoch(n, epoch, seed)[i * batch_size :][:batch_size]
 
-# %% ../nbs/05_train.ipynb #f042d335
+# %% ../nbs/05_train.ipynb #3ff83790
 class _TopKReconstruct(torch.autograd.Function):
     "The reconstruction by the chosen features, and gradients for those alone, @eq-sparse."
 
@@ -179,23 +179,29 @@ class _TopKReconstruct(torch.autograd.Function):
         "Gradients of the weights."
         x, W_enc, W_dec, chosen, acts = ctx.saved_tensors
         (n, k), d_dict = chosen.shape, len(W_dec)
-        rows = torch.arange(n).repeat_interleave(k)
         at_chosen = torch.sparse_csr_tensor(torch.arange(0, n * k + 1, k), chosen.flatten(), torch.zeros(n * k), (n, d_dict), check_invariants=False)
         through = torch.sparse.sampled_addmm(at_chosen, g, W_dec.mT, beta=0).values().view(n, k) * (acts > 0)
-        by_feature = lambda values: torch.sparse_coo_tensor(torch.stack([chosen.flatten(), rows]), values.flatten(), (d_dict, n), check_invariants=False)  # noqa: E731
+        order, starts = chosen.flatten().argsort(), chosen.flatten().bincount(minlength=d_dict).cumsum(0).roll(1)
+        starts[0] = 0
+        by_feature = lambda values, y: F.embedding_bag(order // k, y, starts, per_sample_weights=values.flatten()[order], mode="sum")  # noqa: E731  a bag for each feature: the activations that chose it
         b_enc = torch.zeros(d_dict).index_add(0, chosen.flatten(), through.flatten())
-        return None, (by_feature(through) @ x).mT, b_enc, by_feature(acts) @ g, g.sum(0) - W_enc @ b_enc, None
+        return None, by_feature(through, x).mT, b_enc, by_feature(acts, g), g.sum(0) - W_enc @ b_enc, None
 
 
 def _topk_pass(sae: Any, step_input: Any) -> Any:
     "What SAELens' TopK training pass gives, by @eq-sparse."
-    from sae_lens.saes.sae import TrainStepOutput
     x = step_input.sae_in
     out, chosen, acts, pre = _TopKReconstruct.apply(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.cfg.k)
-    losses = {"mse_loss": sae.mse_loss_fn(out, x).sum(-1).mean(), "auxiliary_reconstruction_loss": _revive(sae, x, out, step_input.dead_neuron_mask)}
     rows = torch.arange(len(x)).repeat_interleave(sae.cfg.k)
     active = torch.sparse_coo_tensor(torch.stack([rows, chosen.flatten()]), acts.flatten(), pre.shape, check_invariants=False)
-    return TrainStepOutput(sae_in=x, sae_out=out, feature_acts=active, hidden_pre=pre, loss=losses["mse_loss"] + losses["auxiliary_reconstruction_loss"], losses=losses)
+    return _output(sae, x, out, active, pre, auxiliary_reconstruction_loss=_revive(sae, x, out, step_input.dead_neuron_mask))
+
+
+def _output(sae: Any, x: Tensor, out: Tensor, acts: Tensor, pre: Tensor, **losses: Tensor) -> Any:
+    "What a training pass of SAELens gives."
+    from sae_lens.saes.sae import TrainStepOutput
+    losses = {"mse_loss": sae.mse_loss_fn(out, x).sum(-1).mean(), **losses}
+    return TrainStepOutput(sae_in=x, sae_out=out, feature_acts=acts, hidden_pre=pre, loss=torch.stack(list(losses.values())).sum(), losses=losses)
 
 
 def _revive(sae: Any, x: Tensor, out: Tensor, dead: Tensor) -> Tensor:
@@ -206,6 +212,53 @@ def _revive(sae: Any, x: Tensor, out: Tensor, dead: Tensor) -> Tensor:
     acts = torch.addmm(sae.b_enc[which], x - sae.b_dec, sae.W_enc[:, which])
     if k < len(which): acts = acts * torch.zeros_like(acts).scatter(1, (acts * W_dec.norm(dim=1)).topk(k, sorted=False).indices, 1.0)
     return sae.cfg.aux_loss_coefficient * min(len(which) / most, 1.0) * (acts @ W_dec - (x - out).detach()).pow(2).sum(-1).mean()
+
+# %% ../nbs/05_train.ipynb #f6d894e4
+def _cheaper(kind: str, device: torch.device) -> dict[str, Callable[..., Any]]:
+    "Methods that take the place of SAELens' own for one kind, with the same results."
+    if kind == "topk": return {"training_forward_pass": _topk_pass} if device.type == "cpu" else {}
+    more = {"mlp": {"calculate_aux_loss": _l1_loss}, "gated": {"training_forward_pass": _gated_pass}, "jumprelu": {"training_forward_pass": _jumprelu_pass}}
+    return {"process_sae_in": lambda _, x: x} | more.get(kind, {})  # SAELens subtracts b_dec times zero, and takes the gradient
+
+
+def _l1_loss(sae: Any, step_input: Any, feature_acts: Tensor, **_: Tensor) -> dict[str, Tensor]:
+    "The penalty on activations that are not negative."
+    return {"l1_loss": step_input.coefficients["l1"] * (feature_acts.mean(0) @ sae.W_dec.norm(dim=1))}
+
+
+def _gated_pass(sae: Any, step_input: Any) -> Any:
+    "What SAELens' gated training pass gives, with the encoder's product taken once."
+    x = step_input.sae_in
+    seen = x @ sae.W_enc
+    magnitude, gate = torch.addcmul(sae.b_mag, seen, sae.r_mag.exp()), (seen + sae.b_gate).relu()
+    acts = (gate > 0) * magnitude.relu()
+    out, by_gate = (torch.addmm(sae.b_dec, u, sae.W_dec) for u in (acts, gate))
+    return _output(sae, x, out, acts, magnitude, **_l1_loss(sae, step_input, gate), auxiliary_reconstruction_loss=sae.mse_loss_fn(by_gate, x).sum(-1).mean())
+
+
+class _JumpReLU(torch.autograd.Function):
+    "What passes its threshold, and the mean number that does; the threshold's gradient is estimated from what is near it, as in SAELens."
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+        "Activations `[batch d_dict]`, and L0."
+        above, ctx.bandwidth = pre > threshold, bandwidth
+        ctx.save_for_backward(above, (pre - threshold).abs_() < bandwidth / 2, threshold)
+        return pre * above, above.sum() / len(pre)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, g_l0: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        "Gradients of what is encoded and of the threshold."
+        above, near, threshold = ctx.saved_tensors
+        return g * above, (threshold * (g * near).sum(0) + g_l0 * near.sum(0) / len(g)) / -ctx.bandwidth, None
+
+
+def _jumprelu_pass(sae: Any, step_input: Any) -> Any:
+    "What SAELens' JumpReLU training pass gives, with one look at what is near the threshold."
+    with torch.no_grad(): sae.threshold.clamp_(min=0.0)
+    pre = torch.addmm(sae.b_enc, step_input.sae_in, sae.W_enc)
+    acts, l0 = _JumpReLU.apply(pre, sae.threshold, sae.bandwidth)
+    return _output(sae, step_input.sae_in, torch.addmm(sae.b_dec, acts, sae.W_dec), acts, pre, l0_loss=step_input.coefficients["l0"] * l0)
 
 # %% ../nbs/05_train.ipynb #23b635f6
 def _state_of(trainer: Any) -> dict[str, Any]:
