@@ -8,7 +8,7 @@ __all__ = ['VALUES', 'TEXT_METRICS', 'BUDGETS', 'Ablation', 'permute_rows', 'set
            'bootstrap', 'Evaluation', 'evaluate', 'list_budgets', 'ablation_curve', 'area_between', 'compare_curves',
            'minimality']
 
-# %% ../nbs/09_ablate.ipynb #3278da03
+# %% ../nbs/09_ablate.ipynb #01e272b9
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
-from .build import Rule, list_edges, reader_ports, trace_mean
+from .attribution import Rule, reader_ports
+from .build import list_edges, trace_mean
 from .data import Corpus, check_tokens
 from .graph import Graph, name_edges, select_edges
 from circuitgraph.model import (

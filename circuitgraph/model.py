@@ -6,10 +6,10 @@
 __all__ = ['GRAINS', 'TINY_MODELS', 'Norm', 'norm_scale', 'apply_norm', 'norm_vjp', 'Attention', 'MLP', 'Layer', 'Model',
            'project_heads', 'rotate', 'rotary_tables', 'attention_mask', 'attention_pattern', 'run_attention',
            'write_heads', 'get_mlp', 'run_mlp', 'run_block', 'freeze_block', 'run_logits', 'Reader', 'list_readers',
-           'list_nodes', 'embed_tokens', 'Trace', 'sum_biases', 'trace_modules', 'UnsupportedModel', 'take_apart',
-           'check_decomposition', 'load_model', 'tiny_model']
+           'list_nodes', 'embed_tokens', 'Trace', 'sum_biases', 'trace_modules', 'UnsupportedModel', 'hash_weights',
+           'take_apart', 'check_decomposition', 'load_model', 'tiny_model']
 
-# %% ../nbs/02_model.ipynb #2429c059
+# %% ../nbs/02_model.ipynb #4f245139
 import copy
 import hashlib
 import importlib.util
@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -571,7 +571,7 @@ def _read_mlp(component: Any) -> MLP:
     if act is None: raise UnsupportedModel(f"the MLP {type(own).__name__} does not tell its activation function")
     return MLP(W_in, W_out, b_in, b_out, W_gate, b_gate, act)
 
-# %% ../nbs/02_model.ipynb #e6a79ac5
+# %% ../nbs/02_model.ipynb #80cc87d8
 def _read_layer(block: Any, cfg: Any) -> Layer:
     "One layer of the bridge, checked part by part."
     parts = _parts(block)
@@ -586,8 +586,9 @@ def _read_layer(block: Any, cfg: Any) -> Layer:
             raise UnsupportedModel(f"{post} follows or adds a bias: its share can't be told from the module's")
     return Layer(norms["ln1"], attn, norms["ln1_post"], norms["ln2"], mlp, norms["ln2_post"], parallel)
 
-
-def _hash_weights(tensors: list[Tensor | None]) -> str:
+# %% ../nbs/02_model.ipynb #427bfdb0
+def hash_weights(tensors: Iterable[Tensor | None]) -> str:  # hexadecimal
+    "SHA-256 of tensors, their shapes and types included."
     digest = hashlib.sha256()
     for t in tensors:
         if t is None:
@@ -607,7 +608,7 @@ def _tensors(part: Any) -> list[Tensor | None]:
         elif isinstance(value, (Norm, Attention, MLP)): found.extend(_tensors(value))
     return found
 
-# %% ../nbs/02_model.ipynb #94ac2f94
+# %% ../nbs/02_model.ipynb #63da5a27
 def take_apart(
     bridge: TransformerBridge,  # any model that TransformerLens holds
     name: str | None = None,  # name to go by; by default the bridge's own
@@ -630,7 +631,7 @@ def take_apart(
     W_U, b_U = _read_linear(bridge.unembed)
     positions = getattr(getattr(bridge, "pos_embed", None), "original_component", None)
     weights = [bridge.embed.original_component.weight, getattr(positions, "weight", None), *(t for layer in layers for t in _tensors(layer)), *_tensors(ln_final), W_U, b_U]
-    return Model(name, bridge, tokenizer, layers, ln_final, W_U, b_U, _positive(cfg.output_logits_soft_cap), cfg.n_ctx, _hash_weights(weights))
+    return Model(name, bridge, tokenizer, layers, ln_final, W_U, b_U, _positive(cfg.output_logits_soft_cap), cfg.n_ctx, hash_weights(weights))
 
 # %% ../nbs/02_model.ipynb #a63df81b
 @torch.no_grad()

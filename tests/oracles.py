@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from circuitgraph.build import Rule
+from circuitgraph.attribution import Rule
 from circuitgraph.model import Model, Norm, Reader, Trace, embed_tokens, freeze_block, norm_scale, rotary_tables, run_attention, run_block, run_logits, run_mlp, write_heads
 
 

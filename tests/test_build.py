@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from circuitgraph.build import Rule, build_graph, complete_graph, list_edges, logit_values, trace_mean, weigh_edges
+from circuitgraph.attribution import Rule, logit_values
+from circuitgraph.build import build_graph, complete_graph, list_edges, trace_mean, weigh_edges
 from circuitgraph.model import GRAINS, TINY_MODELS, list_readers, norm_scale, norm_vjp, tiny_model, trace_modules
 from oracles import autograd_weights, random_tokens, reader_values
 

@@ -1,0 +1,170 @@
+"""Edges between features: the closed form against automatic differentiation of each reader's own value, completeness, groups and batches that change nothing, refusals."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from circuitgraph.attribution import Rule
+from circuitgraph.dictionary import Gate, LinearDictionary, find_structure
+from circuitgraph.feature_edges import cut_model, part_ports, weigh_features
+from circuitgraph.model import TINY_MODELS, apply_norm, embed_tokens, norm_scale, run_attention, run_logits, run_mlp, tiny_model, write_heads
+from oracles import random_tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore", "error:::circuitgraph")
+
+
+def draw(model, module, reads="output", gate="topk", d_dict=11, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(map(ord, module)))
+    random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(model.dtype)  # noqa: E731
+    gates = {"topk": lambda: Gate("topk", k=4), "relu": lambda: Gate("relu"), "none": lambda: Gate("none"), "jumprelu": lambda: Gate("jumprelu", threshold=random(d_dict).abs() / 2),
+             "gated": lambda: Gate("gated", b_gate=random(d_dict) / 9, r_mag=random(d_dict) / 3, b_mag=random(d_dict) / 9)}
+    d_in = model.n_heads * model.d_head if reads == "z" else model.d_model
+    return LinearDictionary(module, reads, random(d_in, d_dict) / d_in**0.5, random(d_dict, model.d_model) / 5, random(d_dict) / 9, random(model.d_model) / 9, gates[gate](), b_in=random(d_in) / 9)
+
+
+def all_dictionaries(model, **options):
+    return {f"{kind}{i}": draw(model, f"{kind}{i}", **options) for i, layer in enumerate(model.layers) for kind in "am" if kind == "a" or layer.mlp is not None}
+
+
+@torch.no_grad()
+def by_definition(model, tokens, dictionaries, rule):
+    """Every edge `{(source, target, port): (sum, absolute sum, sum of squares)}` with each gradient taken by automatic differentiation; and completeness `[value, sum of weights]` of each reader at each position."""
+    parts, nodes = cut_model(model, dictionaries)
+    names, found, complete = list(nodes["name"]), {}, []
+    for sequence in tokens.split(1):
+        written, bias, x = {name: y.expand(1, len(sequence[0]), -1)[0] for name, y in embed_tokens(model, sequence).items()}, torch.zeros(model.d_model, dtype=model.dtype), 0
+        x = sum(written.values())
+        before = x, bias, dict(written)
+        for part in parts:
+            layer = model.layers[part.layer]
+            if part.kind == "attn": before = x, bias, dict(written)
+            read, const, writers = before if layer.parallel else (x, bias, dict(written))
+            y, values = module_values(model, part, read)
+            for j, active in values.items():
+                for p in range(rule.skip_first, len(read)):
+                    if active[p] is None: continue
+                    weights, change = weigh_one(active[p], read, {**writers, "const": const.expand(len(read), -1)}, rule, part_ports(part, rule))
+                    complete.append((change, sum(w for port in weights.values() for w in port.values())))
+                    for port, edges in weights.items():
+                        for source, w in edges.items():
+                            old = found.get((source, j, port), np.zeros(3))
+                            found[source, j, port] = old + np.array([w, abs(w), w * w])
+            d = part.dictionary
+            own = layer.attn.b_O if part.kind == "attn" else layer.mlp.b_out
+            if d is None:
+                bias = bias if own is None else bias + own
+                written[part.module] = y - (0 if own is None else own)
+            else:
+                place = {"output": y, "stream": read + y}.get(d.reads)
+                acts = d.encode(place_value(model, part, read, [read] * 3, norm_of(model, part, read), y) if place is None else place)
+                written |= {f"{part.module}/{i}": acts[:, i : i + 1] * d.W_dec[i] for i in range(d.d_dict)} | {f"{part.module}/err": y - d.decode(acts)}
+                bias = bias + d.b_dec
+            x = x + y
+        scale, following = norm_scale(model.ln_final, x)[None], sequence[0]
+        def margin(xs, p, scale=scale, following=following):
+            logits = run_logits(model, xs[0][None], scale=scale)[0, p]
+            return logits[following[p + 1]] - logits.mean()
+        for p in range(rule.skip_first, len(x) - 1):
+            pick = partial(margin, p=p)
+            weights, change = weigh_one(pick, x, {**written, "const": bias.expand(len(x), -1)}, rule, ("logits",))
+            complete.append((change, sum(weights["logits"].values())))
+            for source, w in weights["logits"].items(): found[source, "logits", "logits"] = found.get((source, "logits", "logits"), np.zeros(3)) + np.array([w, abs(w), w * w])
+    return {key: sums for key, sums in found.items() if sums[1] > 0}, np.array(complete), names
+
+
+def norm_of(model, part, read):
+    return norm_scale(model.layers[part.layer].ln1 if part.kind == "attn" else model.layers[part.layer].ln2, read)
+
+
+def run_part(model, part, xs, scale, post_scale):
+    layer = model.layers[part.layer]
+    if part.kind == "mlp":
+        out, post = run_mlp(model, part.layer, xs[0][None], scale=scale[None], post_scale=post_scale)
+        return (out + (0 if layer.mlp.b_out is None else layer.mlp.b_out))[0], post
+    out, post = write_heads(model, part.layer, run_attention(model, part.layer, *(x[None] for x in xs[:3]), scale=scale[None]), post_scale=post_scale)
+    return (out.sum(2) + (0 if layer.attn.b_O is None else layer.attn.b_O))[0], post
+
+
+def place_value(model, part, read, xs, scale, y):
+    norm = model.layers[part.layer].ln1 if part.kind == "attn" else model.layers[part.layer].ln2
+    reads = part.dictionary.reads
+    if reads == "z": return run_attention(model, part.layer, *(x[None] for x in xs), scale=scale[None]).transpose(1, 2).flatten(2)[0]
+    bare = type(norm)(norm.kind, None, None, norm.eps)
+    return {"output": lambda: y, "stream": lambda: read + y, "input": lambda: read, "normed": lambda: apply_norm(norm, read, scale), "scaled": lambda: apply_norm(bare, read, scale)}[reads]()
+
+
+def module_values(model, part, read):
+    """What a part writes, and for each of its nodes and positions a function of the inputs at its ports (the last of them the encoder's own), None where there is no reader."""
+    scale, d = norm_of(model, part, read), part.dictionary
+    y, post = run_part(model, part, [read] * 3, scale, None)
+    out = lambda xs: run_part(model, part, xs, scale, post)[0]  # noqa: E731
+    if d is None:
+        bias = model.layers[part.layer].attn.b_O if part.kind == "attn" else model.layers[part.layer].mlp.b_out
+        own = y - (0 if bias is None else bias)
+        return y, {part.module: [lambda xs, p=p: (out(xs)[p] * own[p]).sum() / own[p].square().sum() for p in range(len(read))]}
+    known = find_structure(d)
+    pre = lambda xs: place_value(model, part, xs[-1], xs[:3], scale, out(xs)) @ known.W_enc + known.b_enc  # noqa: E731
+    clean = pre([read] * 4)
+    slope, acts = known.gate.slope(clean), known.gate(clean)
+    error = y - d.decode(acts)
+    unit = error / error.norm(dim=1, keepdim=True)
+    values = {f"{part.module}/{j}": [(lambda xs, p=p, j=j: slope[p, j] * pre(xs)[p, j]) if acts[p, j] != 0 else None for p in range(len(read))] for j in range(d.d_dict)}
+    on = (acts != 0) * slope
+    return y, values | {f"{part.module}/err": [lambda xs, p=p: unit[p] @ (out(xs)[p] - (on[p] * pre(xs)[p]) @ known.W_dec) for p in range(len(read))]}
+
+
+def weigh_one(value, read, writers, rule, ports):
+    """Weights `{port: {source: weight}}` of one reader at one position by integrated gradients of `value(xs)`, and the change of the value from the empty input."""
+    names = {"q": 0, "k": 1, "v": 2, "mlp": 0, "logits": 0, "in": 3}
+    grads = [torch.zeros_like(read) for _ in range(4)]
+    for alpha, weight in rule.steps:
+        with torch.enable_grad():
+            xs = [(alpha * read).requires_grad_() for _ in range(4)]
+            found = torch.autograd.grad(value(xs), xs, allow_unused=True)
+        for total, grad, x in zip(grads, found, xs, strict=True): total += weight * (torch.zeros_like(x) if grad is None else grad)
+    if rule.ports == "merged": grads, names = [sum(grads)] * 4, names | {"in": 0}
+    change = float(value([read] * 4) - value([torch.zeros_like(read)] * 4))
+    return {port: {source: float((grads[names[port]] * c).sum()) for source, c in writers.items()} for port in ports}, change
+
+
+def as_sums(edges, n, n_logits):
+    over = np.where(edges["target"].astype(str) == "logits", n_logits, n)
+    return {key: np.array(row) for key, *row in zip(zip(edges["source"].astype(str), edges["target"].astype(str), edges["port"].astype(str), strict=True), edges["weight"] * over, edges["abs_weight"] * over, edges["rms_weight"] ** 2 * over, strict=True)}
+
+
+def compare(model, tokens, dictionaries, rule, rtol=1e-6):
+    nodes, edges = weigh_features(model, tokens, dictionaries, rule, keep=None, progress=False, batch_size=2)
+    wanted, complete, names = by_definition(model, tokens, dictionaries, rule)
+    got = as_sums(edges, tokens.numel() - len(tokens) * rule.skip_first, tokens.numel() - len(tokens) * (rule.skip_first + 1))
+    assert list(nodes["name"]) == names and np.allclose(nodes["kept"], 1)
+    assert len(wanted) > 150
+    largest = max(sums[1] for sums in wanted.values())
+    for key in wanted.keys() | got.keys(): assert np.allclose(wanted.get(key, np.zeros(3)), got.get(key, np.zeros(3)), rtol=rtol, atol=1e-9 * largest), (key, wanted.get(key), got.get(key))
+    return complete
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_edges_are_the_gradients_of_each_value(name):
+    model = tiny_model(name, dtype=torch.float64)
+    complete = compare(model, random_tokens(model, 2, 5), all_dictionaries(model), Rule(n_steps=16))
+    error = np.abs(complete[:, 0] - complete[:, 1]).max() / np.abs(complete[:, 0]).max()
+    assert error < (1e-2 if "relu" in name else 1e-3)
+
+
+@pytest.mark.parametrize("options", [{"reads": "stream"}, {"reads": "z"}, {"reads": "normed"}, {"reads": "input"}, {"reads": "scaled"}, {"gate": "gated"}, {"gate": "jumprelu"}, {"gate": "relu"}, {"gate": "none"}], ids=str)
+def test_places_and_gates(options):
+    model = tiny_model("qwen2", dtype=torch.float64)
+    dictionaries = all_dictionaries(model, **{k: v for k, v in options.items() if v != "z"})
+    if options.get("reads") == "z": dictionaries["a1"] = draw(model, "a1", reads="z")
+    compare(model, random_tokens(model, 2, 5, seed=4), dictionaries, Rule(n_steps=3))
+
+
+@pytest.mark.parametrize("rule", [Rule(attribution="gradient"), Rule(ports="merged", n_steps=3)], ids=["gradient", "merged"])
+@pytest.mark.parametrize("which", ["every module", "some modules"])
+def test_rules_and_mixed_grains(rule, which):
+    model = tiny_model("llama", dtype=torch.float64)
+    dictionaries = all_dictionaries(model)
+    if which == "some modules": dictionaries = {name: dictionaries[name] for name in ("m0", "a1")}
+    compare(model, random_tokens(model, 2, 5, seed=4), dictionaries, rule)
