@@ -350,27 +350,30 @@ def weigh_sources(
         out[(here.start - first) * n_readers :].index_add_(1, nodes[s], weights * values[s])
     return out
 
-# %% ../nbs/08_feature_edges.ipynb #7d8a7092
+# %% ../nbs/08_feature_edges.ipynb #c4febed7
 class Sums:
     "Running sums of the weights of all edges into some readers of a part: weight, absolute value, square, and number of positions."
     BYTES = 32  # for each port, reader and writer
 
     def __init__(self, ports: tuple[str, ...], first: int, last: int, n_before: int, device: torch.device) -> None:
-        self.ports, self.first, self.n_readers, self.n_before = ports, first, last - first, n_before
-        self.tables = torch.zeros(4, len(ports), last - first, n_before, dtype=torch.float64, device=device)
+        self.ports, self.first, self.n_before = ports, first, n_before
+        self.tables = torch.zeros(2, len(ports), last - first, n_before, dtype=torch.complex128, device=device)  # weight and size in one place of memory; square and count
 
     def add(self, port: str, reader: Int[Tensor, "n reader"], active: Float[Tensor, "n reader"], nodes: Int[Tensor, "n writer"], weights: Float[Tensor, "n reader writer"]) -> None:
         "Add weights from the writers of each position."
-        order = self._order(reader, active)
-        rows, who = weights.flatten(0, 1)[order], reader.flatten()[order] - self.first
-        key, flat = (who[:, None] * self.n_before + nodes[order // reader.shape[1]]).flatten(), rows.flatten().double()
-        for table, x in zip(self.tables[:, self.ports.index(port)], (flat, flat.abs(), flat.square(), (flat != 0).double()), strict=True): table.view(-1).index_add_(0, key, x)
+        tables, flat = self.tables[:, self.ports.index(port)].flatten(1), weights.flatten(0, 1)
+        for rows in self._order(reader, active).split(512):  # what is in hand stays in the cache
+            key = ((reader.flatten()[rows] - self.first)[:, None] * self.n_before + nodes[rows // reader.shape[1]]).flatten()
+            w = flat[rows].flatten().double()
+            tables[0].index_add_(0, key, torch.complex(w, w.abs()))
+            tables[1].index_add_(0, key, torch.complex(w.square(), (w != 0).double()))
 
     def add_rows(self, port: str, reader: Int[Tensor, "n reader"], active: Float[Tensor, "n reader"], weights: Float[Tensor, "n*reader node"]) -> None:
         "Add weights that were summed over sources, one for each node."
         order = self._order(reader, active)
-        rows, who = weights[order].double(), reader.flatten()[order] - self.first
-        for table, x in zip(self.tables[:, self.ports.index(port)], (rows, rows.abs(), rows.square(), (rows != 0).double()), strict=True): table.index_add_(0, who, x)
+        w, who = weights[order].double(), reader.flatten()[order] - self.first
+        self.tables[0, self.ports.index(port)].index_add_(0, who, torch.complex(w, w.abs()))
+        self.tables[1, self.ports.index(port)].index_add_(0, who, torch.complex(w.square(), (w != 0).double()))
 
     def _order(self, reader: Tensor, active: Tensor) -> Tensor:
         "Those that read, one reader after the other."
@@ -379,7 +382,7 @@ class Sums:
 
     def prune(self, keep: int | None, share: float) -> pd.DataFrame:
         "Edges that are kept: source, reader, port, the sums, and `kept`, the share of the reader's absolute weight that its kept edges hold."
-        table = self.tables.transpose(1, 2).flatten(2)  # [4 reader port*node]
+        table = torch.view_as_real(self.tables).permute(0, 4, 2, 1, 3).flatten(0, 1).flatten(2)  # [4 reader port*node]
         size, total = table[1], table[1].sum(1)
         chosen = (size > 0) & (size >= share * total[:, None])
         if keep is not None and keep < size.shape[1]: chosen &= torch.zeros_like(chosen).scatter(1, size.topk(keep, sorted=False).indices, True)
@@ -388,7 +391,7 @@ class Sums:
         numbers = {name: x.cpu().numpy() for name, x in {"source": column % self.n_before, "reader": reader + self.first, "port": column // self.n_before, "kept": kept}.items()}
         return pd.DataFrame(numbers | dict(zip(("weight", "abs_weight", "rms_weight", "count"), table[:, reader, column].cpu().numpy(), strict=True)))
 
-# %% ../nbs/08_feature_edges.ipynb #635ec70a
+# %% ../nbs/08_feature_edges.ipynb #0c7b3b90
 def part_ports(part: Part, rule: Rule) -> tuple[str, ...]:
     "The ports of a part under a rule: `in` for what its encoder reads before the module."
     reads = "output" if part.dictionary is None else part.dictionary.reads
@@ -399,6 +402,7 @@ def part_ports(part: Part, rule: Rule) -> tuple[str, ...]:
 
 def _select(readers: Readers, first: int, last: int) -> Readers:
     "Readers of one group of nodes, as few columns as hold them."
+    if first == 0 and last > int(readers.index.max()): return readers
     on = readers.active * (readers.index >= first) * (readers.index < last)
     which = on.topk(max(1, int((on != 0).sum(1).max())), sorted=False).indices
     take = lambda x: None if x is None else x.gather(1, which.view(*which.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))  # noqa: E731
