@@ -149,12 +149,12 @@ def carry_lefts(model: Model, part: Part) -> Lefts:
 
 def _norm_before(model: Model, part: Part) -> Norm: return model.layers[part.layer].ln1 if part.kind == "attn" else model.layers[part.layer].ln2
 
-# %% ../nbs/08_feature_edges.ipynb #8477c4e6
+# %% ../nbs/08_feature_edges.ipynb #5ee60a96
 @dataclass(frozen=True, eq=False)
 class Readers:
     "The readers of one part on a batch: left vectors at its hidden layer or z, and directly at what it reads."
     index: Int[Tensor, "n reader"]  # node within the part
-    active: Float[Tensor, "n reader"]  # one, or zero where there is no reader
+    active: Float[Tensor, "n reader"]  # one, or zero where there is no reader; the vectors of those do not count
     inner: Float[Tensor, "n reader *inner"] | None
     direct: Float[Tensor, "n reader d_model"] | None
 
@@ -183,20 +183,17 @@ def list_active(
         back = torch.einsum("nkd, nd -> nk", part.structure.W_dec[feature], own) * on  # <d_j, own direction of the error>
         index, active = torch.cat([feature, torch.full_like(feature[:, :1], part.n_nodes - 1)], 1), torch.cat([on, late], 1)
         inner, direct = None, None
-        spread = lambda x, like: x.view(*x.shape, *[1] * (like.ndim - 1))  # noqa: E731
         if lefts.inner is not None:
-            rows = lefts.inner[feature] * spread(on, lefts.inner)
-            inner = torch.cat([rows, (out - (rows * spread(back, lefts.inner)).sum(1))[:, None]], 1)
+            rows = lefts.inner[feature]
+            inner = torch.cat([rows, (out.flatten(1)[:, None] - back[:, None] @ rows.flatten(2)).unflatten(2, rows.shape[2:])], 1)
         else: inner = torch.cat([out.new_zeros(*feature.shape, *out.shape[1:]), out[:, None]], 1)
         if lefts.direct is not None:
-            rows = lefts.direct[feature] * on[..., None]
-            rows = rows * scale[:, None] if lefts.scaled else rows
-            last = -(rows * back[..., None]).sum(1, keepdim=True)
-            direct = torch.cat([rows, last], 1)
+            rows = lefts.direct[feature] * (scale[:, None] if lefts.scaled else 1)
+            direct = torch.cat([rows, -back[:, None] @ rows], 1)
     if post is not None: inner = inner * post.flatten(0, 1).view(-1, *[1] * (inner.ndim - 1))
     return Readers(index, active, inner, direct)
 
-# %% ../nbs/08_feature_edges.ipynb #26010ddd
+# %% ../nbs/08_feature_edges.ipynb #28503481
 def pull_mlp(
     model: Model,
     layer: int,
@@ -209,11 +206,14 @@ def pull_mlp(
     scale = norm_scale(ln2, x)
     base, clean = (preactivations(mlp, apply_norm(ln2, at, s)) for at, s in ((torch.zeros_like(x[:1, :1]), scale[:1, :1]), (x, scale)))
     slopes = [slope.flatten(0, 1)[:, None] for slope in mlp_slopes(mlp, base, clean, rule)]
-    grad = (inner * slopes[0]).flatten(0, 1) @ mlp.W_in
-    if mlp.W_gate is not None: grad.addmm_((inner * slopes[1]).flatten(0, 1), mlp.W_gate)
-    return norm_vjp(ln2, grad.unflatten(0, inner.shape[:2]), scale.flatten(0, 1)[:, None])
+    grad = inner.new_empty(*inner.shape[:2], x.shape[2])
+    for rows in range(0, len(inner), step := 32):  # what is in hand stays in the cache
+        here = slice(rows, rows + step)
+        torch.mm((inner[here] * slopes[0][here]).flatten(0, 1), mlp.W_in, out=grad[here].flatten(0, 1))
+        if mlp.W_gate is not None: grad[here].flatten(0, 1).addmm_((inner[here] * slopes[1][here]).flatten(0, 1), mlp.W_gate)
+    return norm_vjp(ln2, grad, scale.flatten(0, 1)[:, None])
 
-# %% ../nbs/08_feature_edges.ipynb #79d508e9
+# %% ../nbs/08_feature_edges.ipynb #34d4c274
 @dataclass(frozen=True, eq=False)
 class Writers:
     "All that is written before a part on a batch."
@@ -222,6 +222,7 @@ class Writers:
     table: Float[Tensor, "node d_model"]  # directions of features, by node
     dense_nodes: Int[Tensor, " dense"]  # nodes that write vectors
     dense: Float[Tensor, "n dense d_model"]
+    stream: Float[Tensor, "n d_model"]  # their sum: what is read
 
     @property
     def nodes(self) -> Int[Tensor, "n writer"]:
@@ -242,16 +243,16 @@ def list_directions(parts: list[Part], n_nodes: int, like: Tensor) -> Float[Tens
     return table
 
 
-def list_writers(parts: list[Part], names: list[str], activity: Activity, n_before: int, table: Tensor) -> Writers:
-    "Who writes before node `n_before`, embeddings and `const` included."
-    earlier, row = [part for part in parts if part.first < n_before], {name: i for i, name in enumerate(names[:n_before])}
+def list_writers(parts: list[Part], names: list[str], activity: Activity, part: Part, table: Tensor) -> Writers:
+    "Who writes before a part, embeddings and `const` included."
+    earlier, row = [p for p in parts if p.first < part.n_before], {name: i for i, name in enumerate(names[: part.n_before])}
     dense = {row[name]: x for name, x in activity.dense.items() if name in row and name not in activity.index}
-    dense |= {part.first + part.n_nodes - 1: activity.dense[part.module] for part in earlier if part.dictionary is not None}
+    dense |= {p.first + p.n_nodes - 1: activity.dense[p.module] for p in earlier if p.dictionary is not None}
     n = len(next(iter(activity.dense.values())))
-    dense[row["const"]] = sum((activity.bias[part.module] for part in earlier), table.new_zeros(table.shape[1])).expand(n, -1)
+    dense[row["const"]] = sum((activity.bias[p.module] for p in earlier), table.new_zeros(table.shape[1])).expand(n, -1)
     index, value = [activity.index[p.module] + p.first for p in earlier if p.dictionary is not None], [activity.value[p.module] for p in earlier if p.dictionary is not None]
     none = torch.zeros(n, 0, dtype=torch.long, device=table.device)
-    return Writers(torch.cat([none, *index], 1), torch.cat([none.to(table), *value], 1), table, torch.tensor(list(dense), device=table.device), torch.stack(list(dense.values()), 1))
+    return Writers(torch.cat([none, *index], 1), torch.cat([none.to(table), *value], 1), table, torch.tensor(list(dense), device=table.device), torch.stack(list(dense.values()), 1), activity.reads[part.module].flatten(0, 1))
 
 
 def weigh_writers(grad: Float[Tensor, "n reader d_model"], writers: Writers) -> Float[Tensor, "n reader writer"]:
@@ -262,11 +263,11 @@ def weigh_writers(grad: Float[Tensor, "n reader d_model"], writers: Writers) -> 
     for p in range(len(grad)):
         torch.index_select(writers.table, 0, writers.index[p], out=rows)
         torch.mm(grad[p], rows.mT, out=out[p, :, :n_features]) if n_features else None
-    out[:, :, :n_features] *= writers.value[:, None]
+    out[:, :, :n_features].mul_(writers.value[:, None])
     torch.bmm(grad, writers.dense.mT, out=out[:, :, n_features:])
     return out
 
-# %% ../nbs/08_feature_edges.ipynb #90d4c17a
+# %% ../nbs/08_feature_edges.ipynb #f731f7d0
 @dataclass(frozen=True, eq=False)
 class _Paths:
     "What the path of one sequence comes to, averaged: pattern, and gradients at the scores times powers of the step."
@@ -323,57 +324,59 @@ def weigh_sources(
     paths: _Paths,
     inner: Float[Tensor, "pos reader head d_head"],
     writers: Writers,  # of this sequence
+    columns: Int[Tensor, "pos writer"],  # where each writer's sum stands
     tables: Mapping[str, Tensor],  # `project_writers` of the table of directions, by port
-    scale: Float[Tensor, "pos one"],  # of the norm before attention
     port: str,  # "k" or "v"
     first: int,  # readers at positions from this one
-    last: int,  # to before this one
-    n_before: int,
-) -> Float[Tensor, "reader_pos node"]:  # readers of the positions first to last, in order
-    "Weights at ports k or v, summed over the positions that the writers stand at."
-    attn, (cos, sin) = model.layers[part.layer].attn, rotary_tables(model, len(inner), part.layer)
-    n_kv, n_readers = len(attn.W_K), inner.shape[1]
-    out, nodes, values = inner.new_zeros((last - first) * n_readers, n_before), writers.nodes, writers.values * scale
+    out: Float[Tensor, "column pos_reader"],  # to which is added; as many positions as it has room for
+) -> None:
+    "Add weights at ports k or v, summed over the positions that the writers stand at."
+    attn, ln1, (cos, sin) = model.layers[part.layer].attn, model.layers[part.layer].ln1, rotary_tables(model, len(inner), part.layer)
+    n_kv, n_readers, scale = len(attn.W_K), inner.shape[1], norm_scale(ln1, writers.stream)
+    last, values = first + out.shape[1] // n_readers, writers.values * scale
     grouped = lambda t, axis: t.unflatten(axis, (n_kv, -1))  # noqa: E731  query heads by the key-value head that they share
     for s in range(last if attn.causal else len(inner)):
         here = slice(max(first, s) if attn.causal else first, last)
         rows = torch.cat([tables[port][writers.index[s]], project_writers(model, part, writers.dense[s], port)])  # [writer kv_head d_head]
         if port == "v":
             left = torch.einsum("gmp, pjgme -> pjge", grouped(paths.pattern[:, here, s], 0), grouped(inner[here], 2))
-            weights = left.flatten(0, 1).flatten(1) @ rows.flatten(1).mT
+            weights = (rows * values[s, :, None, None]).flatten(1) @ left.flatten(0, 1).flatten(1).mT
         else:
-            rows = rotate(rows.transpose(0, 1)[None], cos[s : s + 1], sin[s : s + 1], attn.rotary)[0]  # [kv_head writer d_head]
-            weights = 0
+            rows = rotate((rows * values[s, :, None, None]).transpose(0, 1)[None], cos[s : s + 1], sin[s : s + 1], attn.rotary)[0]  # [kv_head writer d_head]
+            weights = rows.new_zeros(len(columns[s]), (here.stop - here.start) * n_readers)
             for c, q in zip(paths.powers, paths.q, strict=True):
-                met = torch.einsum("gmpe, gwe -> pgmw", grouped(q[:, here], 0), rows).flatten(1, 2)
-                weights = weights + (c[here, :, :, s] @ met).flatten(0, 1)
-        out[(here.start - first) * n_readers :].index_add_(1, nodes[s], weights * values[s])
-    return out
+                if not q.any(): continue  # without biases, queries start at zero
+                met = torch.einsum("gmpe, gwe -> pwgm", grouped(q[:, here], 0), rows).flatten(2)
+                weights += (met @ c[here, :, :, s].mT).transpose(0, 1).flatten(1)
+        out[:, (here.start - first) * n_readers :].index_add_(0, columns[s], weights)
 
-# %% ../nbs/08_feature_edges.ipynb #c4febed7
+# %% ../nbs/08_feature_edges.ipynb #6ce25abd
 class Sums:
     "Running sums of the weights of all edges into some readers of a part: weight, absolute value, square, and number of positions."
     BYTES = 32  # for each port, reader and writer
 
     def __init__(self, ports: tuple[str, ...], first: int, last: int, n_before: int, device: torch.device) -> None:
         self.ports, self.first, self.n_before = ports, first, n_before
-        self.tables = torch.zeros(2, len(ports), last - first, n_before, dtype=torch.complex128, device=device)  # weight and size in one place of memory; square and count
+        self.table = torch.zeros(len(ports), last - first, n_before, 2, dtype=torch.complex128, device=device)  # weight and size, square and count: one place of memory for an edge
 
     def add(self, port: str, reader: Int[Tensor, "n reader"], active: Float[Tensor, "n reader"], nodes: Int[Tensor, "n writer"], weights: Float[Tensor, "n reader writer"]) -> None:
         "Add weights from the writers of each position."
-        tables, flat = self.tables[:, self.ports.index(port)].flatten(1), weights.flatten(0, 1)
-        for rows in self._order(reader, active).split(512):  # what is in hand stays in the cache
-            key = ((reader.flatten()[rows] - self.first)[:, None] * self.n_before + nodes[rows // reader.shape[1]]).flatten()
-            w = flat[rows].flatten().double()
-            tables[0].index_add_(0, key, torch.complex(w, w.abs()))
-            tables[1].index_add_(0, key, torch.complex(w.square(), (w != 0).double()))
+        flat = weights.flatten(0, 1)
+        for rows in self._order(reader, active).split(256):  # what is in hand stays in the cache
+            self._scatter(port, reader.flatten()[rows], nodes[rows // reader.shape[1]], flat[rows].double())
 
-    def add_rows(self, port: str, reader: Int[Tensor, "n reader"], active: Float[Tensor, "n reader"], weights: Float[Tensor, "n*reader node"]) -> None:
-        "Add weights that were summed over sources, one for each node."
-        order = self._order(reader, active)
-        w, who = weights[order].double(), reader.flatten()[order] - self.first
-        self.tables[0, self.ports.index(port)].index_add_(0, who, torch.complex(w, w.abs()))
-        self.tables[1, self.ports.index(port)].index_add_(0, who, torch.complex(w.square(), (w != 0).double()))
+    def _scatter(self, port: str, reader: Tensor, nodes: Tensor, w: Tensor, more: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
+        "Add a weight `[row writer]`, or a sum of weights and of their sizes, squares and count, to the place of its edge."
+        key = ((reader - self.first)[:, None] * self.n_before + nodes) * 2
+        size, square, count = (w.abs(), w.square(), (w != 0).double()) if more is None else more
+        moments = torch.view_as_complex(torch.stack([w, size, square, count], -1).unflatten(-1, (2, 2)))
+        self.table[self.ports.index(port)].flatten().index_add_(0, torch.stack([key, key + 1], -1).flatten(), moments.flatten())
+
+    def add_table(self, port: str, readers: Int[Tensor, " reader"], nodes: Int[Tensor, " node"], moments: list[Float[Tensor, "reader node"]]) -> None:
+        "Add sums of weights, sizes and squares, and counts, that were taken elsewhere."
+        for rows in torch.arange(len(readers), device=readers.device).split(16):
+            w, *more = (m[rows].double() for m in moments)
+            self._scatter(port, readers[rows], nodes.expand(len(rows), -1), w, (more[0], more[1], more[2]))
 
     def _order(self, reader: Tensor, active: Tensor) -> Tensor:
         "Those that read, one reader after the other."
@@ -382,7 +385,7 @@ class Sums:
 
     def prune(self, keep: int | None, share: float) -> pd.DataFrame:
         "Edges that are kept: source, reader, port, the sums, and `kept`, the share of the reader's absolute weight that its kept edges hold."
-        table = torch.view_as_real(self.tables).permute(0, 4, 2, 1, 3).flatten(0, 1).flatten(2)  # [4 reader port*node]
+        table = torch.view_as_real(self.table).permute(3, 4, 1, 0, 2).flatten(0, 1).flatten(2)  # [4 reader port*node]
         size, total = table[1], table[1].sum(1)
         chosen = (size > 0) & (size >= share * total[:, None])
         if keep is not None and keep < size.shape[1]: chosen &= torch.zeros_like(chosen).scatter(1, size.topk(keep, sorted=False).indices, True)
@@ -391,7 +394,7 @@ class Sums:
         numbers = {name: x.cpu().numpy() for name, x in {"source": column % self.n_before, "reader": reader + self.first, "port": column // self.n_before, "kept": kept}.items()}
         return pd.DataFrame(numbers | dict(zip(("weight", "abs_weight", "rms_weight", "count"), table[:, reader, column].cpu().numpy(), strict=True)))
 
-# %% ../nbs/08_feature_edges.ipynb #0c7b3b90
+# %% ../nbs/08_feature_edges.ipynb #7191961b
 def part_ports(part: Part, rule: Rule) -> tuple[str, ...]:
     "The ports of a part under a rule: `in` for what its encoder reads before the module."
     reads = "output" if part.dictionary is None else part.dictionary.reads
@@ -419,7 +422,7 @@ def add_part(
     x: Float[Tensor, "batch pos d_model"],  # what the part reads
     tables: Mapping[str, Tensor],  # `project_writers` of the directions by port, for attention
     rule: Rule,
-    block: int = 16,  # positions whose sums over sources are held at a time
+    block: int = 64,  # positions of an attention layer whose sums over sources are held at a time
 ) -> None:
     "Add the weights of all edges into the readers of one part on one batch."
     port = lambda name: "in" if rule.ports == "merged" else name  # noqa: E731
@@ -436,23 +439,37 @@ def add_part(
 
 
 def _add_attention(sums: Sums, model: Model, part: Part, readers: Readers, writers: Writers, x: Tensor, rows: slice, tables: Mapping[str, Tensor], rule: Rule, block: int, direct: Tensor | None) -> None:
-    "One sequence of `add_part`."
+    "One sequence of `add_part`: sums over sources for a block of readers' positions, in columns for the writers of this sequence alone, then over positions."
     assert readers.inner is not None
-    index, active, inner = readers.index[rows], readers.active[rows], readers.inner[rows]
-    here = Writers(writers.index[rows], writers.value[rows], writers.table, writers.dense_nodes, writers.dense[rows])
-    paths, scale = _average_paths(model, part, x, inner, rule), norm_scale(model.layers[part.layer].ln1, x)
+    index, active, inner, n_readers = readers.index[rows], readers.active[rows] != 0, readers.inner[rows], readers.index.shape[1]
+    here = Writers(writers.index[rows], writers.value[rows], writers.table, writers.dense_nodes, writers.dense[rows], x)
+    paths = _average_paths(model, part, x, inner, rule)
     at_place = {} if rule.pattern == "frozen" else {"q": weigh_writers(pull_queries(model, part, x, paths), here)}
     if direct is not None: at_place["direct"] = direct[rows]
+    over = ("v",) if rule.pattern == "frozen" else ("k", "v")
+    nodes, columns = here.nodes.unique(return_inverse=True)
+    who, row = index[active].unique(return_inverse=True)
+    row = torch.full_like(index, -1).masked_scatter(active, row)
+    moments = {port: [x.new_zeros(len(who), len(nodes)) for _ in range(3)] for port in (("in",) if rule.ports == "merged" else over)}
     for first in range(0, len(x), block):
-        last, weights = min(first + block, len(x)), {}
-        if not active[first:last].any(): continue
-        for port in ("v",) if rule.pattern == "frozen" else ("k", "v"): weights[port] = weigh_sources(model, part, paths, inner, here, tables, scale, port, first, last, sums.n_before)
-        for port, values in at_place.items():
-            weights[port] = torch.stack([values.new_zeros(values.shape[1], sums.n_before).index_add_(1, nodes, value) for nodes, value in zip(here.nodes[first:last], values[first:last], strict=True)]).flatten(0, 1)
-        if rule.ports == "merged": weights = {"in": torch.stack(list(weights.values())).sum(0)}
-        for port, value in weights.items(): sums.add_rows(port, index[first:last], active[first:last], value)
+        last = min(first + block, len(x))
+        on = active[first:last].flatten().nonzero()[:, 0]
+        if not len(on): continue
+        sources = [x.new_zeros(len(nodes), (last - first) * n_readers) for _ in moments]
+        for port, out in zip(over, sources * (len(over) // len(sources)), strict=True): weigh_sources(model, part, paths, inner, here, columns, tables, port, first, out)
+        for values in at_place.values() if rule.ports == "merged" else ():
+            for p in range(first, last): sources[0][:, (p - first) * n_readers : (p - first + 1) * n_readers].index_add_(0, columns[p], values[p].mT)
+        for three, out in zip(moments.values(), sources, strict=True):
+            weights, to = out.mT[on], row[first:last].flatten()[on]
+            for total, power in zip(three, (lambda x: x, torch.Tensor.abs_, torch.Tensor.square_), strict=True): total.index_add_(0, to, power(weights))
+    written = torch.zeros(len(x), len(nodes), device=x.device).scatter(1, columns, (here.values != 0).float())
+    heard = (~attention_mask(model.layers[part.layer].attn, len(x), x.device)).float() @ written > 0
+    reads = torch.zeros(len(who), len(x), device=x.device).index_put((row[active], active.nonzero()[:, 0]), torch.ones((), device=x.device))
+    for port, three in moments.items(): sums.add_table(port, who, nodes, [*three, reads @ heard.float()])
+    for port, values in at_place.items():
+        if rule.ports != "merged": sums.add(port, index, active, here.nodes, values)
 
-# %% ../nbs/08_feature_edges.ipynb #47aa62a3
+# %% ../nbs/08_feature_edges.ipynb #ad58d016
 def group_readers(part: Part, n_ports: int, memory: float) -> list[tuple[int, int]]:
     "Groups of a part's nodes whose sums fit into `memory` bytes. Raises ValueError if not even one reader's do."
     each = Sums.BYTES * n_ports * part.n_before
@@ -519,7 +536,7 @@ def weigh_features(
                 by_port = {port: project_writers(model, part, table[: part.n_before], port) for port in ("k", "v")} if part.kind == "attn" else {}
                 for tokens, file in zip(batches, files, strict=True):
                     activity = load(file)
-                    writers, x = list_writers(parts, names, activity, part.n_before, table), activity.reads[part.module]
+                    writers, x = list_writers(parts, names, activity, part, table), activity.reads[part.module]
                     if part is last: _add_logits(sums, model, tokens.to(model.device), x, writers, rule)
                     else: add_part(sums, model, part, _select(list_active(model, part, lefts, activity, rule.skip_first), *span), writers, x, by_port, rule)
                     bar.update()
