@@ -25,11 +25,11 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/06_graph.ipynb #e0c51917
+# %% ../nbs/06_graph.ipynb #3cf39f95
 NODE_COLUMNS = ("name", "module", "kind", "layer", "index", "frequency", "mean_activation")
 EDGE_COLUMNS = ("source", "target", "port", "weight", "abs_weight", "rms_weight", "count")
-META_KEYS = ("format_version", "model", "corpus", "nodes", "target", "attribution", "n_steps", "baseline", "norm", "pattern", "ports", "skip_first", "seed", "versions", "history")
-SETTINGS = ("nodes", "target", "attribution", "n_steps", "baseline", "norm", "pattern", "ports", "skip_first")
+META_KEYS = ("format_version", "model", "corpus", "nodes", "target", "attribution", "n_steps", "baseline", "norm", "pattern", "ports", "skip_first", "seed", "versions", "history", "dictionaries", "others", "keep", "share")  # the last four where the nodes are features
+SETTINGS = ("nodes", "target", "attribution", "n_steps", "baseline", "norm", "pattern", "ports", "skip_first", "dictionaries", "others", "keep", "share")
 FORMAT_VERSION = 1
 PORTS = ("q", "k", "v", "mlp", "logits", "in")
 
@@ -330,11 +330,21 @@ def select_edges(
     else: chosen = top_edges(graph, n, by)
     return prune_dangling(chosen) if prune else chosen
 
-# %% ../nbs/06_graph.ipynb #5884d69b
+# %% ../nbs/06_graph.ipynb #d968e7c7
 def _check_mergeable(a: Graph, b: Graph) -> None:
     "Refuse to merge graphs of different models or rules."
     for key in ("model", *SETTINGS):
         if a.meta.get(key) != b.meta.get(key): raise ValueError(f"graphs to merge must agree in {key!r}, got {a.meta.get(key)!r} and {b.meta.get(key)!r}")
+
+
+def _merge_sparse(a: Graph, b: Graph) -> pd.DataFrame:
+    "Means over both texts of edges that may be missing in one, where they count as zero."
+    both = a.edges.merge(b.edges, on=["source", "target", "port"], how="outer", suffixes=("", "_b")).fillna(dict.fromkeys([f"{c}{s}" for c in ("weight", "abs_weight", "rms_weight", "count") for s in ("", "_b")], 0))
+    to_logits = both["target"] == "logits"  # the last position has no next token
+    n, m = (sum(t["n_sequences"] * (t["seq_len"] - g.meta["skip_first"] - to_logits) for t in g.meta["corpus"]) for g in (a, b))
+    mean = lambda column, power: ((n * both[column] ** power + m * both[f"{column}_b"] ** power) / (n + m)) ** (1 / power)  # noqa: E731
+    both = both.assign(weight=mean("weight", 1), abs_weight=mean("abs_weight", 1), rms_weight=mean("rms_weight", 2), count=(both["count"] + both["count_b"]).astype(int))
+    return pd.DataFrame(both, columns=a.edges.columns).sort_values(["target", "port", "source"])
 
 
 def _merge_edges(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
@@ -345,7 +355,7 @@ def _merge_edges(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
     return a.assign(weight=mean(a["weight"], b["weight"]), abs_weight=mean(a["abs_weight"], b["abs_weight"]),
                     rms_weight=np.sqrt(mean(a["rms_weight"] ** 2, b["rms_weight"] ** 2)), count=n + m)
 
-# %% ../nbs/06_graph.ipynb #f061d475
+# %% ../nbs/06_graph.ipynb #3472279d
 def merge_graphs(
     a: Graph,
     b: Graph,
@@ -359,11 +369,13 @@ def merge_graphs(
         if len(nodes) != len(a.nodes): raise ValueError("graphs of the same text must have the same nodes to be merged; cut edges (keep), not nodes (subgraph)")
         if shared := set(a.edge_names) & set(b.edge_names): raise ValueError(f"graphs of the same text must share no edge to be merged, but both hold {sorted(shared)[0]} (the same tokens would count twice)")
         return Graph(a.nodes, pd.concat([a.edges, b.edges]).sort_values(["target", "port", "source"], kind="stable"), meta)
-    key = ["source", "target", "port"]
-    if len(a) != len(b) or not (a.edges[key].equals(b.edges[key])):
+    key, sparse = ["source", "target", "port"], a.meta.get("nodes") == "feature"
+    if sparse and len(a.nodes) != len(b.nodes): raise ValueError(f"graphs to merge must have the same nodes, got {len(a.nodes)} and {len(b.nodes)}; merge before cutting")
+    if not sparse and (len(a) != len(b) or not a.edges[key].equals(b.edges[key])):
         raise ValueError(f"graphs of different texts must have the same edges to be merged, got {len(a)} and {len(b)}; merge before cutting")
     n, m = (sum(t["n_sequences"] * t["seq_len"] for t in g.meta["corpus"]) for g in (a, b))
     nodes = a.nodes.assign(**{c: (n * a.nodes[c] + m * b.nodes[c]) / max(n + m, 1) for c in ("frequency", "mean_activation")})
+    if sparse: return Graph(nodes, _merge_sparse(a, b), meta | {"corpus": [*a.meta["corpus"], *b.meta["corpus"]]})
     return Graph(nodes, _merge_edges(a.edges, b.edges), meta | {"corpus": [*a.meta["corpus"], *b.meta["corpus"]]})
 
 # %% ../nbs/06_graph.ipynb #ea6bf77a

@@ -1,13 +1,17 @@
 """Edges between features: the closed form against automatic differentiation of each reader's own value, completeness, groups and batches that change nothing, refusals."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+import circuitgraph.feature_edges
 from circuitgraph.attribution import Rule
-from circuitgraph.dictionary import Gate, LinearDictionary, find_structure
+from circuitgraph.build import build_graph
+from circuitgraph.dictionary import FunctionDictionary, Gate, LinearDictionary, find_structure
 from circuitgraph.feature_edges import cut_model, part_ports, weigh_features
 from circuitgraph.model import TINY_MODELS, apply_norm, embed_tokens, norm_scale, run_attention, run_logits, run_mlp, tiny_model, write_heads
 from oracles import random_tokens
@@ -168,3 +172,87 @@ def test_rules_and_mixed_grains(rule, which):
     dictionaries = all_dictionaries(model)
     if which == "some modules": dictionaries = {name: dictionaries[name] for name in ("m0", "a1")}
     compare(model, random_tokens(model, 2, 5, seed=4), dictionaries, rule)
+
+
+def build(model, tokens, dictionaries, **options):
+    return build_graph(model, tokens, dictionaries, n_steps=3, progress=False, **options)
+
+
+def test_groups_and_batches_change_nothing():
+    model = tiny_model("llama", dtype=torch.float64)
+    tokens, dictionaries = random_tokens(model, 5, 6), all_dictionaries(model)
+    whole = build(model, tokens, dictionaries, keep=None)
+    for options in ({"batch_size": 2}, {"memory": 32 * 3 * 60 * 2}): assert_same(whole, build(model, tokens, dictionaries, keep=None, **options))
+
+
+def test_shards_merge_to_the_whole():
+    model = tiny_model("llama", dtype=torch.float64)
+    tokens, dictionaries = random_tokens(model, 5, 6), all_dictionaries(model)
+    whole, parts = build(model, tokens, dictionaries, keep=None), [build(model, shard, dictionaries, keep=None) for shard in (tokens[:1], tokens[1:])]
+    assert len(parts[0]) < len(whole)
+    assert_same(whole, parts[0].merge(parts[1]))
+    with pytest.raises(ValueError, match="must agree in 'dictionaries'"): parts[0].merge(build(model, tokens[1:], {"m0": dictionaries["m0"]}, keep=None))
+
+
+def assert_same(a, b):
+    pd.testing.assert_frame_equal(a.nodes, b.nodes)
+    assert a.edge_names == b.edge_names and np.array_equal(a.edges["count"], b.edges["count"])
+    for column in ("weight", "abs_weight", "rms_weight"): assert np.allclose(a.edges[column], b.edges[column], rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_pruned_is_told():
+    model = tiny_model("llama", dtype=torch.float64)
+    tokens, dictionaries = random_tokens(model, 3, 6), all_dictionaries(model)
+    whole, few = build(model, tokens, dictionaries, keep=None), build(model, tokens, dictionaries, keep=5)
+    assert few.edges["target"].astype(str).value_counts().max() == 5
+    for name in ("m1/3", "a1/err", "logits"):
+        into = lambda graph, name=name: graph.edges[graph.edges["target"].astype(str) == name]["abs_weight"]  # noqa: E731
+        assert np.isclose(into(few).sum(), into(whole).nlargest(5).sum())
+        assert np.isclose(few.nodes.set_index("name").loc[name, "kept"], into(few).sum() / into(whole).sum())
+    assert build(model, tokens, dictionaries, keep=None, share=0.1).edges.shape[0] < len(whole)
+
+
+def test_dead_features_stay():
+    model = tiny_model("llama", dtype=torch.float64)
+    dead = replace(draw(model, "m0", gate="relu"), b_enc=torch.full((11,), -1e3, dtype=torch.float64))
+    graph = build(model, random_tokens(model, 2, 6), {"m0": dead})
+    nodes = graph.nodes.set_index("name")
+    assert (nodes.loc[[f"m0/{i}" for i in range(11)], "frequency"] == 0).all() and nodes.loc["m0/err", "frequency"] == 1 and not graph.edges["source"].astype(str).str.match(r"m0/\d").any()
+
+
+def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
+    model = tiny_model("llama", dtype=torch.float64)
+    tokens, dictionaries = random_tokens(model, 3, 6), all_dictionaries(model)
+    whole, calls = build(model, tokens, dictionaries), []
+
+    def stop_late(*args, real=circuitgraph.feature_edges.add_part):
+        if len(calls) == 3: raise KeyboardInterrupt
+        calls.append(1)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("circuitgraph.feature_edges.add_part", stop_late)
+        with pytest.raises(KeyboardInterrupt): build(model, tokens, dictionaries, checkpoint=tmp_path / "run", batch_size=3)
+    done = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert done == ["edges-0.parquet", "edges-1.parquet", "edges-2.parquet", "request.json"]
+    with monkeypatch.context() as patch:
+        patch.setattr("circuitgraph.feature_edges.add_part", lambda *args, real=circuitgraph.feature_edges.add_part: calls.append(1) or real(*args))
+        assert build(model, tokens, dictionaries, checkpoint=tmp_path / "run", batch_size=3) == whole and len(calls) == 4  # one part was left, and the logits
+    with pytest.raises(ValueError, match="belongs to a run with another"): build(model, tokens, dictionaries, checkpoint=tmp_path / "run", keep=7)
+
+
+@pytest.mark.parametrize(("change", "options", "words"), [
+    (lambda d: {"m7": replace(d["m0"], module="m7")}, {}, "there is no 'm7'"), (lambda d: {"m1": d["m0"]}, {}, "must stand under the names"), (lambda d: {"m0": d["m0"]}, {"others": None}, "a0 has no dictionary"),
+    (lambda d: d, {"others": "neuron"}, "others must be"), (lambda d: d, {"memory": 100}, "memory must hold the sums of one reader"), (lambda d: d, {"keep": 0}, "keep must be at least 1"), (lambda d: d, {"share": 1.0}, "share must lie"),
+    (lambda d: d, {"baseline": "mean"}, "zero baseline"), (lambda d: {"b0": replace(d["m0"], module="b0")}, {}, "attention layers and MLPs"),
+])
+def test_refusals(change, options, words):
+    model = tiny_model("llama", dtype=torch.float64)
+    with pytest.raises(ValueError, match=words): build(model, random_tokens(model, 2, 6), change(all_dictionaries(model)), **options)
+
+
+def test_no_text_and_no_linear_encoder_are_refused():
+    model = tiny_model("llama", dtype=torch.float64)
+    with pytest.raises(ValueError, match="corpus"): build(model, random_tokens(model, 2, 6)[:0], all_dictionaries(model))
+    curved = FunctionDictionary("m0", "output", 11, lambda x: x[..., :11].tanh(), lambda a: a @ torch.ones(11, model.d_model, dtype=a.dtype))
+    with pytest.raises(ValueError, match="affine"): build(model, random_tokens(model, 2, 6), {"m0": curved})
