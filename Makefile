@@ -3,11 +3,16 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 GRAPH := graphs/smollm2-head
+FEATURES := graphs/smollm2-features
+DICTIONARIES ?= $(HOME)/.cache/circuitgraph/dictionaries/smollm2-135m-default
 
 .PHONY: env graph test test-tl4 lint readme docs clean
 
-graph: env  ## the main job: the head graph of SmolLM2-135M over 4,096 tokens, and report.html
+graph: env  ## the main job: the head graph of SmolLM2-135M over 4,096 tokens, the feature graph of layers 8 to 11 over 1,024, and a page for each
 	$(OFFLINE) $(BIN)/circuitgraph build --model smollm2-135m --corpus default --nodes head --attribution ig --n-tokens 4096 --seq-len 128 --out $(GRAPH)
+	$(OFFLINE) $(BIN)/circuitgraph train --modules a8,m8,a9,m9,a10,m10,a11,m11 --n-tokens 50000 --n-steps 600 --out $(DICTIONARIES)
+	$(OFFLINE) $(BIN)/circuitgraph build --nodes $(DICTIONARIES) --n-tokens 1024 --seq-len 128 --out $(FEATURES)
+	$(OFFLINE) $(BIN)/circuitgraph report $(FEATURES) --out features.html
 	$(OFFLINE) $(BIN)/circuitgraph report $(GRAPH) --out report.html
 
 test: env browser lint  ## every notebook's tests, then tests/

@@ -32,6 +32,7 @@ from .dictionary import Dictionary
 from .feature_edges import hash_dictionary, weigh_features
 from .graph import Graph
 from .model import Model, Reader, Trace, list_nodes, list_readers, sum_biases, trace_modules
+from .prompt import weigh_prompt
 
 # %% ../nbs/08_build.ipynb #bcb11326
 def list_edges(
@@ -206,6 +207,19 @@ def _build_features(model: Model, corpus: Tensor, dictionaries: Mapping[str, Dic
     nodes, edges = weigh_features(model, corpus, dictionaries, rule, **cut, **options, checkpoint=folder)
     return Graph(nodes, edges, meta)
 
+
+def _build_prompt(model: Model, tokens: Tensor, dictionaries: Mapping[str, Dictionary], rule: Rule, cut: dict[str, Any], seed: int, **options: Any) -> Graph:
+    "The graph of features of one sequence, positions kept."
+    nodes, edges = weigh_prompt(model, tokens, dictionaries, rule, **cut, **options)
+    return Graph(nodes, edges, _describe(model, tokens, "feature", rule, seed, None) | cut | {"dictionaries": {name: hash_dictionary(dictionary) for name, dictionary in dictionaries.items()}, "positions": "keep"})
+
+
+def _check_positions(positions: str, nodes: str | Mapping[str, Dictionary], checkpoint: str | Path | None) -> None:
+    "Refuse what does not go together with positions."
+    if positions not in ("sum", "keep"): raise ValueError(f"positions must be 'sum' or 'keep', got {positions!r}")
+    if positions == "keep" and isinstance(nodes, str): raise ValueError(f"positions='keep' is of features: give dictionaries by module as nodes, got {nodes!r}")
+    if positions == "keep" and checkpoint is not None: raise ValueError("checkpoint goes with positions='sum': one sequence has nothing to go on from")
+
 # %% ../nbs/08_build.ipynb #08177261
 def build_graph(
     model: Model,
@@ -219,11 +233,14 @@ def build_graph(
     pattern: str = "live",  # attention patterns "live", or "frozen": the OV path alone
     ports: str = "split",  # attention's q, k, v apart ("split") or together ("merged")
     n_steps: int = 8,  # points on the path, for "ig"
-    skip_first: int = 1,  # positions whose readers are left out: the first is an attention sink
+    skip_first: int | None = None,  # positions whose readers are left out: by default 1, since the first is an attention sink, and 0 where positions are kept
     batch_size: int | None = None,  # sequences at a time; by default about 512 tokens
     others: str | None = "layer",  # for features: modules without dictionary are one node each ("layer") or refused (None)
     keep: int | None = 100,  # for features: edges kept for each reader, the largest; None for all
     share: float = 0.0,  # for features: of a reader's absolute incoming weight that an edge must have to be kept
+    positions: str = "sum",  # for features: edges summed over positions ("sum"), or the graph of one sequence, whose nodes are features at positions ("keep")
+    n_logits: int = 10,  # where positions are kept: output tokens at most that are nodes
+    logit_mass: float = 0.95,  # where positions are kept: fewer output tokens if their probabilities sum to this
     memory: float = 4e9,  # for features: bytes for the sums of one module's readers
     checkpoint: str | Path | None = None,  # folder for running sums, written after each batch, or for features after each module; an unfinished run found there goes on
     progress: bool = True,
@@ -231,14 +248,19 @@ def build_graph(
 ) -> Graph:
     """Weigh every edge between the modules of a model over a corpus.
 
-    A weight is the mean over positions of the attribution of the reader's value to the writer's contribution: a share of the reader's output, the activation of a feature, or logits for the reader `logits`.
+    A weight is the mean over positions of the attribution of the reader's value to the writer's contribution: a share of the reader's output, the activation of a feature, or logits for the reader `logits`. Where positions are kept, it is the attribution itself, of one sequence `[1 pos]`, and the readers at the end are the most probable output tokens.
     Raises ValueError for bad tokens or options and for a checkpoint of another run, OSError for a folder that can't be written."""
+    _check_positions(positions, nodes, checkpoint)
+    skip_first = (1 if positions == "sum" else 0) if skip_first is None else skip_first
     rule = Rule(attribution, n_steps, baseline, norm, pattern, ports, skip_first)
     if not isinstance(model, Model): raise ValueError(f"model must be a Model, as load_model returns it, got {type(model).__name__}")
     if isinstance(nodes, str): list_readers(model, nodes)
     _check_texts(model, corpus, corrupted, rule)
     batch_size = batch_size or max(1, 512 // corpus.shape[1])
-    if not isinstance(nodes, str): return _build_features(model, corpus, nodes, rule, {"others": others, "keep": keep, "share": share}, seed, memory=memory, batch_size=batch_size, checkpoint=checkpoint, progress=progress)
+    if not isinstance(nodes, str):
+        cut = {"others": others, "keep": keep, "share": share}
+        if positions == "keep": return _build_prompt(model, corpus, nodes, rule, cut | {"n_logits": n_logits, "logit_mass": logit_mass}, seed, memory=memory, progress=progress)
+        return _build_features(model, corpus, nodes, rule, cut, seed, memory=memory, batch_size=batch_size, checkpoint=checkpoint, progress=progress)
     meta = _describe(model, corpus, nodes, rule, seed, corrupted)
     folder = None if checkpoint is None else _open_checkpoint(Path(checkpoint))
     fingerprint = hashlib.sha256(json.dumps([meta, batch_size], sort_keys=True).encode()).hexdigest()

@@ -4,19 +4,24 @@
 
 # %% auto #0
 __all__ = ['Part', 'cut_model', 'hash_dictionary', 'Activity', 'read_activity', 'Lefts', 'carry_lefts', 'Readers', 'list_active',
-           'pull_mlp', 'Writers', 'list_directions', 'list_writers', 'weigh_writers', 'pull_queries', 'project_writers',
-           'weigh_sources', 'Sums', 'part_ports', 'add_part', 'group_readers', 'weigh_features']
+           'pull_mlp', 'Writers', 'list_directions', 'list_writers', 'weigh_writers', 'Paths', 'average_paths',
+           'pull_queries', 'project_writers', 'weigh_sources', 'weigh_dense', 'Places', 'order_places', 'Sums',
+           'part_ports', 'add_part', 'group_readers', 'weigh_features']
 
 # %% ../nbs/08_feature_edges.ipynb #5e242828
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import numba
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -157,6 +162,7 @@ class Readers:
     active: Float[Tensor, "n reader"]  # one, or zero where there is no reader; the vectors of those do not count
     inner: Float[Tensor, "n reader *inner"] | None
     direct: Float[Tensor, "n reader d_model"] | None
+    post_scale: Float[Tensor, " n"] | None = None  # clean scale of a norm after the module, which `inner` is multiplied by
 
 
 @torch.no_grad()
@@ -191,7 +197,7 @@ def list_active(
             rows = lefts.direct[feature] * (scale[:, None] if lefts.scaled else 1)
             direct = torch.cat([rows, -back[:, None] @ rows], 1)
     if post is not None: inner = inner * post.flatten(0, 1).view(-1, *[1] * (inner.ndim - 1))
-    return Readers(index, active, inner, direct)
+    return Readers(index, active, inner, direct, None if post is None else post.flatten())
 
 # %% ../nbs/08_feature_edges.ipynb #28503481
 def pull_mlp(
@@ -256,29 +262,29 @@ def list_writers(parts: list[Part], names: list[str], activity: Activity, part: 
 
 
 def weigh_writers(grad: Float[Tensor, "n reader d_model"], writers: Writers) -> Float[Tensor, "n reader writer"]:
-    "Dot products of readers' gradients with what is written at the same position."
+    "Dot products of readers' gradients with what is written at the same position; in memory, writers come before readers."
     n_features = writers.index.shape[1]
-    out = grad.new_empty(*grad.shape[:2], n_features + len(writers.dense_nodes))
+    out = grad.new_empty(len(grad), n_features + len(writers.dense_nodes), grad.shape[1])
     rows = grad.new_empty(n_features, grad.shape[2])
-    for p in range(len(grad)):
+    for p in range(len(grad) if n_features else 0):
         torch.index_select(writers.table, 0, writers.index[p], out=rows)
-        torch.mm(grad[p], rows.mT, out=out[p, :, :n_features]) if n_features else None
-    out[:, :, :n_features].mul_(writers.value[:, None])
-    torch.bmm(grad, writers.dense.mT, out=out[:, :, n_features:])
-    return out
+        torch.mm(rows, grad[p].mT, out=out[p, :n_features])
+    out[:, :n_features].mul_(writers.value[:, :, None])
+    torch.bmm(writers.dense, grad.mT, out=out[:, n_features:])
+    return out.mT
 
 # %% ../nbs/08_feature_edges.ipynb #f731f7d0
 @dataclass(frozen=True, eq=False)
-class _Paths:
+class Paths:
     "What the path of one sequence comes to, averaged: pattern, and gradients at the scores times powers of the step."
-    pattern: Tensor  # [head query key]
-    powers: list[Tensor]  # two of [query reader head key], without the scores' scale
-    q: list[Tensor]  # two of [head query d_head], turned: where the path starts, and its change
-    k: list[Tensor]
+    pattern: Float[Tensor, "head query key"]
+    powers: list[Float[Tensor, "head query reader key"] | None]  # two, without the scores' scale; None where no query and no key has that power of the step
+    q: list[Float[Tensor, "head query d_head"]]  # two, turned: where the path starts, and its change
+    k: list[Float[Tensor, "head key d_head"]]
 
 
-def _average_paths(model: Model, part: Part, x: Tensor, inner: Tensor, rule: Rule) -> _Paths:
-    "Along the path from zero, for one sequence `[pos d_model]` and its readers `[pos reader head d_head]`."
+def average_paths(model: Model, part: Part, x: Float[Tensor, "pos d_model"], inner: Float[Tensor, "pos reader head d_head"], rule: Rule) -> Paths:
+    "Along the path from zero, for one sequence and its readers."
     attn, ln1, n_pos = model.layers[part.layer].attn, model.layers[part.layer].ln1, len(x)
     scale, mask, tables = norm_scale(ln1, x), attention_mask(attn, n_pos, x.device), rotary_tables(model, n_pos, part.layer)
     def project(h: Tensor) -> list[Tensor]:
@@ -286,29 +292,37 @@ def _average_paths(model: Model, part: Part, x: Tensor, inner: Tensor, rule: Rul
         return [rotate(q, *tables, attn.rotary)[0], rotate(k, *tables, attn.rotary)[0], v[0]]
     start, end = project(apply_norm(ln1, torch.zeros_like(x), scale)), project(apply_norm(ln1, x, scale))
     change = [b - a for a, b in zip(start, end, strict=True)]
-    clean = attention_pattern(attn, end[0][None], end[1][None], mask)[0][0]
-    frozen = rule.pattern == "frozen"
-    mean = clean if frozen else torch.zeros_like(clean)
-    powers = [] if frozen else [inner.new_zeros(n_pos, inner.shape[1], model.n_heads, n_pos) for _ in range(2)]
-    by_value = [torch.einsum("pjhe, hse -> pjhs", inner, v) for v in (start[2], change[2])] if not frozen else []
-    for alpha, weight in rule.steps if not frozen else []:
-        q, k = (a + alpha * b for a, b in zip(start[:2], change[:2], strict=True))
-        pattern, scores = (t[0] for t in attention_pattern(attn, q[None], k[None], mask))
-        mean.add_(pattern, alpha=weight)
-        of_value, held = by_value[0] + alpha * by_value[1], pattern.transpose(0, 1)[:, None]  # [query 1 head key]
-        grad = held * (of_value - (held * of_value).sum(-1, keepdim=True))
-        if attn.softcap is not None: grad = grad * (1 - (scores / attn.softcap).square()).transpose(0, 1)[:, None]
-        for r in range(2): powers[r].add_(grad, alpha=weight * attn.scale * alpha**r)
-    return _Paths(mean, powers, [start[0], change[0]], [start[1], change[1]])
+    q, k = ([a[i], b[i]] for i in (0, 1) for a, b in [(start, change)])
+    if rule.pattern == "frozen": return Paths(attention_pattern(attn, end[0][None], end[1][None], mask)[0][0], [], q, k)
+    held, slope = [], []
+    for alpha, _ in rule.steps:
+        pattern, scores = (t[0] for t in attention_pattern(attn, (q[0] + alpha * q[1])[None], (k[0] + alpha * k[1])[None], mask))
+        held.append(pattern)
+        slope.append(pattern if attn.softcap is None else pattern * (1 - (scores / attn.softcap).square()))
+    alphas, weights = (torch.tensor(t, dtype=x.dtype, device=x.device)[:, None] for t in zip(*rule.steps, strict=True))
+    of_value = [inner.permute(2, 0, 1, 3) @ v[:, None].mT for v in (start[2], change[2])]  # [head query reader key]
+    return Paths((weights * torch.stack(held, 2)).sum(2), _average_scores(torch.stack(held, 2), torch.stack(slope, 2), of_value, alphas, weights * attn.scale, q, k), q, k)
 
 
-def pull_queries(model: Model, part: Part, x: Tensor, paths: _Paths) -> Float[Tensor, "pos reader d_model"]:
+def _average_scores(held: Tensor, slope: Tensor, of_value: list[Tensor], alphas: Tensor, weights: Tensor, q: list[Tensor], k: list[Tensor]) -> list[Tensor | None]:
+    "Gradients at the scores times powers of the step, averaged over the steps of `held` and `slope` `[head query step key]`."
+    got = sum(held @ v.mT * alphas**i for i, v in enumerate(of_value) if v.any())  # what each reader gets at each step
+    powers = []
+    for r in range(2):
+        if not isinstance(got, Tensor) or not (q[r].any() or k[r].any()): powers.append(None)
+        else:
+            weighted = weights * alphas**r * slope
+            powers.append(sum((v * (weighted * alphas**i).sum(2)[:, :, None] for i, v in enumerate(of_value) if v.any()), -got.mT @ weighted))
+    return powers
+
+
+def pull_queries(model: Model, part: Part, x: Tensor, paths: Paths) -> Float[Tensor, "pos reader d_model"]:
     "Gradients at the port q of one sequence."
-    attn, (cos, sin) = model.layers[part.layer].attn, rotary_tables(model, len(x), part.layer)
-    grad = torch.stack([torch.einsum("pjhs, hse -> jhpe", c, k) for c, k in zip(paths.powers, paths.k, strict=True)]).sum(0)
-    grad = rotate(grad, cos, -sin, attn.rotary)
-    grad = torch.einsum("jhpe, hed -> pjd", grad, attn.W_Q)
-    return norm_vjp(model.layers[part.layer].ln1, grad, norm_scale(model.layers[part.layer].ln1, x)[:, None])
+    attn, (cos, sin), ln1 = model.layers[part.layer].attn, rotary_tables(model, len(x), part.layer), model.layers[part.layer].ln1
+    found = [c @ k[:, None] for c, k in zip(paths.powers, paths.k, strict=True) if c is not None]  # [head query reader d_head]
+    if not found: return x.new_zeros(len(x), 1, x.shape[1])
+    grad = rotate(torch.stack(found).sum(0).transpose(1, 2), cos, -sin, attn.rotary).permute(2, 1, 0, 3)
+    return norm_vjp(ln1, grad.flatten(2) @ attn.W_Q.flatten(0, 1), norm_scale(ln1, x)[:, None])
 
 
 def project_writers(model: Model, part: Part, table: Float[Tensor, "*any d_model"], port: str) -> Float[Tensor, "*any kv_head d_head"]:
@@ -317,11 +331,11 @@ def project_writers(model: Model, part: Part, table: Float[Tensor, "*any d_model
     W = layer.attn.W_K if port == "k" else layer.attn.W_V
     return (table @ norm_vjp(layer.ln1, W.flatten(0, 1), table.new_ones(1)).mT).unflatten(-1, W.shape[:2])
 
-
+# %% ../nbs/08_feature_edges.ipynb #cf1e60b7
 def weigh_sources(
     model: Model,
     part: Part,
-    paths: _Paths,
+    paths: Paths,
     inner: Float[Tensor, "pos reader head d_head"],
     writers: Writers,  # of this sequence
     columns: Int[Tensor, "pos writer"],  # where each writer's sum stands
@@ -330,7 +344,7 @@ def weigh_sources(
     first: int,  # readers at positions from this one
     out: Float[Tensor, "column pos_reader"],  # to which is added; as many positions as it has room for
 ) -> None:
-    "Add weights at ports k or v, summed over the positions that the writers stand at."
+    "Add weights at ports k or v, summed over the positions that the writers stand at: source by source, on any device."
     attn, ln1, (cos, sin) = model.layers[part.layer].attn, model.layers[part.layer].ln1, rotary_tables(model, len(inner), part.layer)
     n_kv, n_readers, scale = len(attn.W_K), inner.shape[1], norm_scale(ln1, writers.stream)
     last, values = first + out.shape[1] // n_readers, writers.values * scale
@@ -345,54 +359,180 @@ def weigh_sources(
             rows = rotate((rows * values[s, :, None, None]).transpose(0, 1)[None], cos[s : s + 1], sin[s : s + 1], attn.rotary)[0]  # [kv_head writer d_head]
             weights = rows.new_zeros(len(columns[s]), (here.stop - here.start) * n_readers)
             for c, q in zip(paths.powers, paths.q, strict=True):
-                if not q.any(): continue  # without biases, queries start at zero
+                if c is None or not q.any(): continue  # without biases, queries start at zero
                 met = torch.einsum("gmpe, gwe -> pwgm", grouped(q[:, here], 0), rows).flatten(2)
-                weights += (met @ c[here, :, :, s].mT).transpose(0, 1).flatten(1)
+                weights += torch.einsum("pwh, hpj -> wpj", met, c[:, here, :, s]).flatten(1)
         out[:, (here.start - first) * n_readers :].index_add_(0, columns[s], weights)
 
+# %% ../nbs/08_feature_edges.ipynb #05678b22
+def weigh_dense(
+    paths: Paths,
+    inner: Float[Tensor, "pos reader head d_head"],
+    value: Float[Tensor, "pos dense kv_head d_head"],
+    key: Float[Tensor, "pos dense kv_head d_head"],  # turned
+) -> dict[str, Float[Tensor, "pos reader dense"]]:  # by port
+    "Weights at ports k and v of writers that have a vector of their own at each position, summed over their positions."
+    n_kv = value.shape[2]
+    mixed = torch.einsum("gmps, sdge -> pgmde", paths.pattern.unflatten(0, (n_kv, -1)), value).flatten(1, 2)  # [query head dense d_head]
+    by_value = torch.einsum("pjhe, phde -> pjd", inner, mixed)
+    by_key = torch.zeros_like(by_value)
+    for c, q in zip(paths.powers, paths.q, strict=bool(paths.powers)):
+        if c is None or not q.any(): continue
+        met = torch.einsum("gmpe, sdge -> pgmsd", q.unflatten(0, (n_kv, -1)), key)
+        by_key += torch.bmm(c.permute(1, 2, 0, 3).flatten(2), met.flatten(1, 3))
+    return {"v": by_value, "k": by_key}
+
+# %% ../nbs/08_feature_edges.ipynb #c0444a40
+@lru_cache(maxsize=4)
+def _pool(n_threads: int) -> ThreadPoolExecutor: return ThreadPoolExecutor(n_threads)
+
+
+def _on_threads(loop: Callable[..., None], *arrays: Any) -> None:
+    "Run a compiled loop on as many threads as torch has; each takes its own share of what is added to."
+    n = torch.get_num_threads()
+    if n == 1: loop(0, 1, *arrays)
+    else: list(_pool(n).map(lambda thread: loop(thread, n, *arrays), range(n)))
+
+
+@numba.njit(fastmath=True, cache=True, nogil=True)
+def _meet_keys(thread, n_threads, n_seq, held, column, start, place, met, first, last, power):  # noqa: ANN001, ANN202  (arrays)
+    "Add the terms of @eq-heads for the port k to `held [column reader n]`, source by source; `met` holds, for each source, `[kv_head occurrence member query]`, and `power [n kv_head member reader query]`."
+    n_pos, n_members = len(first) // n_seq, power.shape[2]
+    for b in range(thread, n_seq, n_threads):
+        for s in range(b * n_pos, (b + 1) * n_pos):
+            lo, length, n_here = first[s], last[s] - first[s], start[s + 1] - start[s]
+            for o in range(n_here):
+                to = held[column[start[s] + o]]
+                for g in range(power.shape[1]):
+                    at = place[s] + (g * n_here + o) * n_members * length
+                    for j in range(power.shape[3]):
+                        row = to[j, lo : lo + length]
+                        for m in range(0, n_members - 2, 3):  # three at a time: `row` is read and written once for them
+                            a0, a1, a2 = met[at + m * length : at + (m + 1) * length], met[at + (m + 1) * length : at + (m + 2) * length], met[at + (m + 2) * length : at + (m + 3) * length]
+                            b0, b1, b2 = power[s, g, m, j], power[s, g, m + 1, j], power[s, g, m + 2, j]
+                            for p in range(length): row[p] += a0[p] * b0[p] + a1[p] * b1[p] + a2[p] * b2[p]
+                        for m in range(n_members - n_members % 3, n_members):
+                            a0, b0 = met[at + m * length : at + (m + 1) * length], power[s, g, m, j]
+                            for p in range(length): row[p] += a0[p] * b0[p]
+
+# %% ../nbs/08_feature_edges.ipynb #9536ae25
+@numba.njit(fastmath=True, cache=True, nogil=True)
+def _add_writers(thread, n_threads, by_value, by_key, merged, held, node, start, source, value, first, last, pattern, virtual, reader, bound, pos, flat, near):  # noqa: ANN001, ANN202  (arrays)
+    "Add the sums of all edges from features into the readers of an attention layer: @eq-virtual for the port v, `held` for k; for both together, with `near [occurrence reader]` from the reader's own position, if `merged`."
+    n_pos, (n_groups, _, _, n_members) = pattern.shape[0], virtual.shape
+    has_keys, n_readers = held.shape[0] > 0, near.shape[1]
+    mixed, heard, beside = np.zeros((n_pos, n_groups * n_members), pattern.dtype), np.zeros(n_pos, np.bool_), np.zeros(n_pos * n_readers, pattern.dtype)
+    for i in range(thread, len(node), n_threads):
+        n, lo, hi = node[i], n_pos, 0
+        for o in range(start[i], start[i + 1]):
+            s = source[o]
+            a, b = first[s], last[s]
+            lo, hi = min(lo, a), max(hi, b)
+            for p in range(b - a):
+                heard[a + p] = True
+                for h in range(n_groups * n_members): mixed[a + p, h] += value[o] * pattern[s, p, h]
+            for j in range(n_readers): beside[j * n_pos + s] = near[o, j]
+        for u in range(len(reader)):
+            v1, v2, v3, k1, k2, k3, count = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0
+            for q in range(bound[u], bound[u + 1]):
+                p = pos[q]
+                if heard[p]:
+                    x = mixed[p, 0] * virtual[0, i, u, 0]
+                    for m in range(1, n_members): x += mixed[p, m] * virtual[0, i, u, m]
+                    for g in range(1, n_groups):
+                        for m in range(n_members): x += mixed[p, g * n_members + m] * virtual[g, i, u, m]
+                    y = held[i, flat[q]] if has_keys else x * 0
+                    if merged: x += y + (beside[flat[q]] if n_readers else x * 0)
+                    v1, v2, v3, k1, k2, k3, count = v1 + x, v2 + abs(x), v3 + x * x, k1 + y, k2 + abs(y), k3 + y * y, count + 1
+            if count:
+                r = reader[u]
+                by_value[n, r, 0] += v1
+                by_value[n, r, 1] += v2
+                by_value[n, r, 2] += v3
+                by_value[n, r, 3] += count
+                if has_keys and not merged:
+                    by_key[n, r, 0] += k1
+                    by_key[n, r, 1] += k2
+                    by_key[n, r, 2] += k3
+                    by_key[n, r, 3] += count
+        mixed[lo:hi], heard[lo:hi], beside[:] = 0, False, 0
+        if has_keys: held[i] = 0
+
 # %% ../nbs/08_feature_edges.ipynb #6ce25abd
+@dataclass(frozen=True, eq=False)
+class Places:
+    "Where writers write on a batch, one writer after the other."
+    writer: Int[Tensor, " writer"]  # nodes
+    start: Int[Tensor, " writer_and_end"]  # where the places of each begin
+    pos: Int[Tensor, " place"]
+    slot: Int[Tensor, " place"]  # column of what is written there
+    which: Int[Tensor, " place"]  # row of `writer`
+
+
+def order_places(nodes: Int[Tensor, "n slot"], on: Bool[Tensor, "n slot"]) -> Places:
+    "Sort what is written by writer."
+    pos, slot = on.nonzero(as_tuple=True)
+    order = (node := nodes[pos, slot]).argsort(stable=True)
+    writer, which, count = node[order].unique_consecutive(return_inverse=True, return_counts=True)
+    return Places(writer, torch.cat([count.new_zeros(1), count.cumsum(0)]), pos[order], slot[order], which)
+
+
+@numba.njit(fastmath=True, cache=True, nogil=True)
+def _add_places(thread, n_threads, table, node, start, position, slot, reader, weights):  # noqa: ANN001, ANN202  (arrays)
+    "Add weights `[n slot reader]` to the sums `table [writer reader 4]`; `reader [n reader]` is below zero where there is none."
+    for i in range(thread, len(node), n_threads):
+        row = table[node[i]]
+        for o in range(start[i], start[i + 1]):
+            p, w = position[o], slot[o]
+            for j in range(reader.shape[1]):
+                r, x = reader[p, j], weights[p, w, j]
+                if r >= 0 and x != 0:
+                    row[r, 0] += x
+                    row[r, 1] += abs(x)
+                    row[r, 2] += x * x
+                    row[r, 3] += 1
+
+# %% ../nbs/08_feature_edges.ipynb #2fec6b11
 class Sums:
     "Running sums of the weights of all edges into some readers of a part: weight, absolute value, square, and number of positions."
     BYTES = 32  # for each port, reader and writer
 
     def __init__(self, ports: tuple[str, ...], first: int, last: int, n_before: int, device: torch.device) -> None:
-        self.ports, self.first, self.n_before = ports, first, n_before
-        self.table = torch.zeros(len(ports), last - first, n_before, 2, dtype=torch.complex128, device=device)  # weight and size, square and count: one place of memory for an edge
+        self.ports, self.first = ports, first
+        self.table = torch.zeros(len(ports), n_before, last - first, 4, dtype=torch.float64, device=device)
 
-    def add(self, port: str, reader: Int[Tensor, "n reader"], active: Float[Tensor, "n reader"], nodes: Int[Tensor, "n writer"], weights: Float[Tensor, "n reader writer"]) -> None:
-        "Add weights from the writers of each position."
-        flat = weights.flatten(0, 1)
-        for rows in self._order(reader, active).split(256):  # what is in hand stays in the cache
-            self._scatter(port, reader.flatten()[rows], nodes[rows // reader.shape[1]], flat[rows].double())
+    def of(self, port: str) -> Float[Tensor, "writer reader four"]:
+        "The sums of one port."
+        return self.table[self.ports.index(port)]
 
-    def _scatter(self, port: str, reader: Tensor, nodes: Tensor, w: Tensor, more: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
-        "Add a weight `[row writer]`, or a sum of weights and of their sizes, squares and count, to the place of its edge."
-        key = ((reader - self.first)[:, None] * self.n_before + nodes) * 2
-        size, square, count = (w.abs(), w.square(), (w != 0).double()) if more is None else more
-        moments = torch.view_as_complex(torch.stack([w, size, square, count], -1).unflatten(-1, (2, 2)))
-        self.table[self.ports.index(port)].flatten().index_add_(0, torch.stack([key, key + 1], -1).flatten(), moments.flatten())
-
-    def add_table(self, port: str, readers: Int[Tensor, " reader"], nodes: Int[Tensor, " node"], moments: list[Float[Tensor, "reader node"]]) -> None:
-        "Add sums of weights, sizes and squares, and counts, that were taken elsewhere."
-        for rows in torch.arange(len(readers), device=readers.device).split(16):
-            w, *more = (m[rows].double() for m in moments)
-            self._scatter(port, readers[rows], nodes.expand(len(rows), -1), w, (more[0], more[1], more[2]))
-
-    def _order(self, reader: Tensor, active: Tensor) -> Tensor:
-        "Those that read, one reader after the other."
-        on = active.flatten().nonzero()[:, 0]
-        return on[reader.flatten()[on].argsort(stable=True)]
+    def add(self, port: str, readers: "Readers", places: Places, weights: Float[Tensor, "n reader slot"]) -> None:
+        "Add weights from what is written to the readers at the same position."
+        row = (readers.index - self.first).masked_fill(readers.active == 0, -1)
+        if self.table.device.type == "cpu":
+            _on_threads(_add_places, self.of(port).numpy(), *(t.numpy() for t in (places.writer, places.start, places.pos, places.slot, row, weights.mT.contiguous())))
+            return
+        for some in torch.arange(len(places.pos), device=row.device).split(20_000):
+            pos, node = places.pos[some], places.writer[places.which[some]]
+            to, w = row[pos], weights[pos, :, places.slot[some]].double()
+            on = to >= 0
+            self.of(port).flatten(0, 1).index_add_(0, (node[:, None] * self.table.shape[2] + to)[on], _moments(w, w != 0)[on])
 
     def prune(self, keep: int | None, share: float) -> pd.DataFrame:
         "Edges that are kept: source, reader, port, the sums, and `kept`, the share of the reader's absolute weight that its kept edges hold."
-        table = torch.view_as_real(self.table).permute(3, 4, 1, 0, 2).flatten(0, 1).flatten(2)  # [4 reader port*node]
-        size, total = table[1], table[1].sum(1)
-        chosen = (size > 0) & (size >= share * total[:, None])
-        if keep is not None and keep < size.shape[1]: chosen &= torch.zeros_like(chosen).scatter(1, size.topk(keep, sorted=False).indices, True)
-        reader, column = chosen.nonzero(as_tuple=True)
-        kept = ((size * chosen).sum(1) / total)[reader]
-        numbers = {name: x.cpu().numpy() for name, x in {"source": column % self.n_before, "reader": reader + self.first, "port": column // self.n_before, "kept": kept}.items()}
-        return pd.DataFrame(numbers | dict(zip(("weight", "abs_weight", "rms_weight", "count"), table[:, reader, column].cpu().numpy(), strict=True)))
+        found, n_before = [], self.table.shape[1]
+        for first in range(0, self.table.shape[2], 64):
+            table = self.table[:, :, first : first + 64].permute(3, 2, 0, 1).flatten(2)  # [4 reader port*writer]
+            size, total = table[1], table[1].sum(1)
+            chosen = (size > 0) & (size >= share * total[:, None])
+            if keep is not None and keep < size.shape[1]: chosen &= torch.zeros_like(chosen).scatter(1, size.topk(keep, sorted=False).indices, True)
+            reader, column = chosen.nonzero(as_tuple=True)
+            kept = ((size * chosen).sum(1) / total)[reader]
+            numbers = {"source": column % n_before, "reader": reader + first + self.first, "port": column // n_before, "kept": kept} | dict(zip(("weight", "abs_weight", "rms_weight", "count"), table[:, reader, column], strict=True))
+            found.append(pd.DataFrame({name: x.cpu().numpy() for name, x in numbers.items()}))
+        return pd.concat(found, ignore_index=True)
+
+
+def _moments(w: Float[Tensor, "*any"], count: Tensor) -> Float[Tensor, "*any four"]: return torch.stack([w, w.abs(), w.square(), count.to(w)], -1)
 
 # %% ../nbs/08_feature_edges.ipynb #7191961b
 def part_ports(part: Part, rule: Rule) -> tuple[str, ...]:
@@ -409,9 +549,9 @@ def _select(readers: Readers, first: int, last: int) -> Readers:
     on = readers.active * (readers.index >= first) * (readers.index < last)
     which = on.topk(max(1, int((on != 0).sum(1).max())), sorted=False).indices
     take = lambda x: None if x is None else x.gather(1, which.view(*which.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))  # noqa: E731
-    return Readers(readers.index.gather(1, which), on.gather(1, which), take(readers.inner), take(readers.direct))
+    return Readers(readers.index.gather(1, which), on.gather(1, which), take(readers.inner), take(readers.direct), readers.post_scale)
 
-
+# %% ../nbs/08_feature_edges.ipynb #a5417d43
 @torch.no_grad()
 def add_part(
     sums: Sums,
@@ -422,52 +562,155 @@ def add_part(
     x: Float[Tensor, "batch pos d_model"],  # what the part reads
     tables: Mapping[str, Tensor],  # `project_writers` of the directions by port, for attention
     rule: Rule,
-    block: int = 64,  # positions of an attention layer whose sums over sources are held at a time
+    memory: float = 3e8,  # bytes for what an attention layer's readers and writers meet in, at a time
 ) -> None:
     "Add the weights of all edges into the readers of one part on one batch."
-    port = lambda name: "in" if rule.ports == "merged" else name  # noqa: E731
     direct = None if readers.direct is None else weigh_writers(readers.direct, writers)
+    merged, everyone = rule.ports == "merged", order_places(writers.nodes, writers.values != 0)
     if part.kind == "mlp":
         assert readers.inner is not None
         weights = weigh_writers(pull_mlp(model, part.layer, x, readers.inner, rule), writers)
-        if direct is not None and rule.ports == "merged": weights, direct = weights + direct, None
-        sums.add(port("mlp"), readers.index, readers.active, writers.nodes, weights)
+        if direct is not None and merged: weights, direct = weights + direct, None
+        sums.add("in" if merged else "mlp", readers, everyone, weights)
     else:
-        for b in range(len(x)): _add_attention(sums, model, part, readers, writers, x[b], slice(b * x.shape[1], (b + 1) * x.shape[1]), tables, rule, block, direct if rule.ports == "merged" else None)
-        if rule.ports == "merged": direct = None
-    if direct is not None: sums.add("in", readers.index, readers.active, writers.nodes, direct)
+        _add_attention(sums, model, part, readers, writers, everyone, x, tables, rule, direct if merged else None, memory)
+        if merged: direct = None
+    if direct is not None: sums.add("in", readers, everyone, direct)
 
 
-def _add_attention(sums: Sums, model: Model, part: Part, readers: Readers, writers: Writers, x: Tensor, rows: slice, tables: Mapping[str, Tensor], rule: Rule, block: int, direct: Tensor | None) -> None:
-    "One sequence of `add_part`: sums over sources for a block of readers' positions, in columns for the writers of this sequence alone, then over positions."
+def _add_attention(sums: Sums, model: Model, part: Part, readers: Readers, writers: Writers, everyone: Places, x: Tensor, tables: Mapping[str, Tensor], rule: Rule, direct: Tensor | None, memory: float) -> None:
+    "The edges into an attention layer: at the reader's position, from writers with a vector for each position, and from features."
     assert readers.inner is not None
-    index, active, inner, n_readers = readers.index[rows], readers.active[rows] != 0, readers.inner[rows], readers.index.shape[1]
-    here = Writers(writers.index[rows], writers.value[rows], writers.table, writers.dense_nodes, writers.dense[rows], x)
-    paths = _average_paths(model, part, x, inner, rule)
-    at_place = {} if rule.pattern == "frozen" else {"q": weigh_writers(pull_queries(model, part, x, paths), here)}
-    if direct is not None: at_place["direct"] = direct[rows]
-    over = ("v",) if rule.pattern == "frozen" else ("k", "v")
-    nodes, columns = here.nodes.unique(return_inverse=True)
-    who, row = index[active].unique(return_inverse=True)
-    row = torch.full_like(index, -1).masked_scatter(active, row)
-    moments = {port: [x.new_zeros(len(who), len(nodes)) for _ in range(3)] for port in (("in",) if rule.ports == "merged" else over)}
-    for first in range(0, len(x), block):
-        last = min(first + block, len(x))
-        on = active[first:last].flatten().nonzero()[:, 0]
-        if not len(on): continue
-        sources = [x.new_zeros(len(nodes), (last - first) * n_readers) for _ in moments]
-        for port, out in zip(over, sources * (len(over) // len(sources)), strict=True): weigh_sources(model, part, paths, inner, here, columns, tables, port, first, out)
-        for values in at_place.values() if rule.ports == "merged" else ():
-            for p in range(first, last): sources[0][:, (p - first) * n_readers : (p - first + 1) * n_readers].index_add_(0, columns[p], values[p].mT)
-        for three, out in zip(moments.values(), sources, strict=True):
-            weights, to = out.mT[on], row[first:last].flatten()[on]
-            for total, power in zip(three, (lambda x: x, torch.Tensor.abs_, torch.Tensor.square_), strict=True): total.index_add_(0, to, power(weights))
-    written = torch.zeros(len(x), len(nodes), device=x.device).scatter(1, columns, (here.values != 0).float())
-    heard = (~attention_mask(model.layers[part.layer].attn, len(x), x.device)).float() @ written > 0
-    reads = torch.zeros(len(who), len(x), device=x.device).index_put((row[active], active.nonzero()[:, 0]), torch.ones((), device=x.device))
-    for port, three in moments.items(): sums.add_table(port, who, nodes, [*three, reads @ heard.float()])
-    for port, values in at_place.items():
-        if rule.ports != "merged": sums.add(port, index, active, here.nodes, values)
+    n_pos, n_features, merged, frozen = x.shape[1], writers.index.shape[1], rule.ports == "merged", rule.pattern == "frozen"
+    ln1, rotary, (cos, sin) = model.layers[part.layer].ln1, model.layers[part.layer].attn.rotary, rotary_tables(model, n_pos, part.layer)
+    dense = {port: project_writers(model, part, writers.dense, port) * norm_scale(ln1, x).flatten(0, 1)[:, :, None, None] for port in ("v", "k")}
+    paths, near, far = [], [], []
+    for b, sequence in enumerate(x):
+        rows = slice(b * n_pos, (b + 1) * n_pos)
+        here = Writers(writers.index[rows], writers.value[rows], writers.table, writers.dense_nodes, writers.dense[rows], sequence)
+        paths.append(average_paths(model, part, sequence, inner := readers.inner[rows], rule))
+        if not frozen: near.append(weigh_writers(pull_queries(model, part, sequence, paths[-1]), here).expand(-1, inner.shape[1], -1))
+        far.append(weigh_dense(paths[-1], inner, dense["v"][rows], rotate(dense["k"][rows].permute(1, 2, 0, 3), cos, sin, rotary).permute(2, 0, 1, 3)))
+    beside = torch.cat(near) if near else torch.zeros_like(direct) if direct is not None else None
+    if beside is not None and direct is not None: beside = beside + direct
+    by_port = {port: torch.cat([one[port] for one in far]) for port in (("v",) if frozen else ("k", "v"))}
+    places = order_places(writers.dense_nodes.expand(len(writers.index), -1), torch.ones_like(writers.dense[..., 0], dtype=torch.bool))
+    if merged: by_port = {"in": torch.stack([*by_port.values(), *([] if beside is None else [beside[:, :, n_features:]])]).sum(0)}
+    for port, weights in by_port.items(): sums.add(port, readers, places, weights)
+    if beside is not None and not merged: sums.add("q", readers, everyone, beside)
+    add = _add_features if x.device.type == "cpu" else _add_features_anywhere
+    if n_features: add(sums, model, part, readers, writers, x, paths, tables, rule, beside[:, :, :n_features] if merged and beside is not None else None, memory)
+
+# %% ../nbs/08_feature_edges.ipynb #fdd7fbd4
+def _sources_of(model: Model, part: Part, x: Tensor) -> tuple[Tensor, Tensor]:
+    "The first query that sees each position, and one after the last, positions of all sequences counted through."
+    n_seq, n_pos = x.shape[:2]
+    sees = ~attention_mask(model.layers[part.layer].attn, n_pos, x.device)
+    start = (torch.arange(n_seq) * n_pos)[:, None]
+    return (sees.int().argmax(0) + start).flatten(), (n_pos - sees.flip(0).int().argmax(0) + start).flatten()
+
+
+def _pack(paths: list[Paths], first: Tensor, last: Tensor, post: Tensor | None, n_kv: int) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    "Patterns `[n query head]`, powers `[n kv_head member reader query]` and queries `[kv_head d_head member query]` by sequence, with each position's queries from its first on."
+    n_pos, pattern, power, queries = paths[0].pattern.shape[1], None, None, []
+    for b, path in enumerate(paths):
+        used = [(c, q) for c, q in zip(path.powers, path.q, strict=bool(path.powers)) if c is not None and q.any()]
+        held = path.pattern.permute(2, 1, 0) if post is None else (path.pattern * post[b * n_pos : (b + 1) * n_pos, None]).permute(2, 1, 0)
+        scores = torch.cat([c.unflatten(0, (n_kv, -1)) for c, _ in used], 1).permute(4, 0, 1, 3, 2) if used else None  # a power of the step is one more member of the group
+        if used: queries.append(torch.cat([q.unflatten(0, (n_kv, -1)) for _, q in used], 1).permute(0, 3, 1, 2))
+        if pattern is None: pattern = held.new_zeros(len(first), *held.shape[1:])
+        if power is None and scores is not None: power = held.new_zeros(len(first), *scores.shape[1:])
+        for s in range(n_pos):
+            at = b * n_pos + s
+            a, n = int(first[at]) - b * n_pos, int(last[at] - first[at])
+            pattern[at, :n] = held[s, a : a + n]
+            if scores is not None and power is not None: power[at, ..., :n] = scores[s, ..., a : a + n]
+    assert pattern is not None
+    return pattern, power, queries
+
+# %% ../nbs/08_feature_edges.ipynb #cb0446b4
+def _list_pairs(part: Part, readers: Readers, n_kv: int) -> tuple[Tensor, ...]:
+    "Active readers, one distinct left vector after the other: the vectors `[kv_head d_head distinct*member]`, their nodes, where each one's places begin, positions, and places among all `[reader n]`."
+    assert readers.inner is not None
+    n = len(readers.index)
+    own = readers.index == part.n_nodes - 1 if part.dictionary is not None else torch.ones_like(readers.index, dtype=torch.bool)  # another vector at each position
+    key = torch.where(own, part.n_nodes + torch.arange(n)[:, None], readers.index)
+    pos, column = (readers.active != 0).nonzero(as_tuple=True)
+    distinct, which = key[pos, column].unique(return_inverse=True)
+    order = which.argsort(stable=True)
+    pos, column, bound = pos[order], column[order], torch.cat([pos.new_zeros(1), which.bincount(minlength=len(distinct)).cumsum(0)])
+    one = bound[:-1]
+    left = readers.inner[pos[one], column[one]]
+    if readers.post_scale is not None: left = left / readers.post_scale[pos[one], None, None]
+    return left.unflatten(1, (n_kv, -1)).permute(1, 3, 0, 2).flatten(2).contiguous(), readers.index[pos[one], column[one]], bound, pos, column * n + pos
+
+
+def _add_features(sums: Sums, model: Model, part: Part, readers: Readers, writers: Writers, x: Tensor, paths: list[Paths], tables: Mapping[str, Tensor], rule: Rule, near: Tensor | None, memory: float) -> None:
+    "The edges from features into an attention layer at ports k and v, or all ports together, a block of writers at a time."
+    attn, n_seq, (n, n_readers) = model.layers[part.layer].attn, len(x), readers.index.shape
+    n_kv, merged, (first, last) = len(attn.W_V), rule.ports == "merged", _sources_of(model, part, x)
+    pattern, power, queries = _pack(paths, first, last, readers.post_scale, n_kv)
+    left, reader, bound, pos, flat = _list_pairs(part, readers, n_kv)
+    places = order_places(writers.index, writers.value != 0)
+    value = (writers.value * norm_scale(model.layers[part.layer].ln1, x).flatten(0, 1))[places.pos, places.slot]
+    step = max(1, min(len(places.writer), int(memory // (max(n * n_readers, left.shape[2]) * x.element_size()))))
+    held, room = x.new_zeros(0 if power is None else step, n_readers * n), x.new_empty(n_kv, step, left.shape[2])
+    by_value = sums.of("in" if merged else "v").numpy()
+    by_key = by_value if merged or power is None else sums.of("k").numpy()
+    for a in range(0, len(places.writer), step):
+        b = min(a + step, len(places.writer))
+        span, writer = slice(int(places.start[a]), int(places.start[b])), places.writer[a:b]
+        virtual = room if b - a == step else room.new_empty(n_kv, b - a, left.shape[2])
+        torch.bmm(tables["v"][writer].transpose(0, 1), left, out=virtual)
+        if power is not None:
+            rows = tables["k"][writer[places.which[span] - a]] * value[span, None, None]
+            _add_keys(held.view(step, n_readers, n), model, part, rows, places.which[span] - a, places.pos[span], first, last, power, queries, n_seq)
+        beside = x.new_zeros(span.stop - span.start, 0) if near is None else near[places.pos[span], :, places.slot[span]].contiguous()
+        arrays = held, writer, places.start[a : b + 1] - places.start[a], places.pos[span], value[span], first, last, pattern, virtual.unflatten(2, (len(reader), -1)), reader - sums.first, bound, pos, flat, beside
+        _on_threads(_add_writers, by_value, by_key, merged, *(t.numpy() for t in arrays))
+
+
+def _add_keys(held: Tensor, model: Model, part: Part, rows: Tensor, column: Tensor, source: Tensor, first: Tensor, last: Tensor, power: Tensor, queries: list[Tensor], n_seq: int) -> None:
+    "Keys `[place kv_head d_head]` of writers, turned, meet the queries that see them; what comes of it is added to `held [column reader n]`."
+    n_pos, order = len(first) // n_seq, source.argsort(stable=True)
+    cos, sin = rotary_tables(model, n_pos, part.layer)
+    at = source[order] % n_pos
+    keys = rotate(rows[order].transpose(0, 1)[None], cos[at], sin[at], model.layers[part.layer].attn.rotary)[0]
+    count = source.bincount(minlength=len(first))
+    size = count * (last - first) * power.shape[1] * power.shape[2]
+    start, place = (torch.cat([t.new_zeros(1), t.cumsum(0)]) for t in (count, size))
+    met, begin, room = keys.new_empty(int(place[-1])), start.tolist(), place.tolist()
+    for s in range(len(first)):
+        if begin[s] == begin[s + 1]: continue
+        here = slice(int(first[s]) - s // n_pos * n_pos, int(last[s]) - s // n_pos * n_pos)
+        torch.bmm(keys[:, begin[s] : begin[s + 1]], queries[s // n_pos][..., here].flatten(2), out=met[room[s] : room[s + 1]].view(len(keys), begin[s + 1] - begin[s], -1))
+    _on_threads(_meet_keys, n_seq, held.numpy(), *(t.numpy() for t in (column[order], start, place, met, first, last, power)))
+
+# %% ../nbs/08_feature_edges.ipynb #c0a17933
+def _add_features_anywhere(sums: Sums, model: Model, part: Part, readers: Readers, writers: Writers, x: Tensor, paths: list[Paths], tables: Mapping[str, Tensor], rule: Rule, near: Tensor | None, memory: float) -> None:
+    "The same on any device, without compiled loops: source by source, for blocks of readers' positions, in columns for the writers of one sequence."
+    assert readers.inner is not None
+    (n_pos, n_readers), merged = (x.shape[1], readers.index.shape[1]), rule.ports == "merged"
+    ports = ("v",) if rule.pattern == "frozen" else ("k", "v")
+    for b, sequence in enumerate(x):
+        rows = slice(b * n_pos, (b + 1) * n_pos)
+        here = Writers(writers.index[rows], writers.value[rows], writers.table, writers.dense_nodes[:0], writers.dense[rows, :0], sequence)
+        nodes, columns = here.index.unique(return_inverse=True)
+        heard = (~attention_mask(model.layers[part.layer].attn, n_pos, x.device)).to(x) @ x.new_zeros(n_pos, len(nodes)).scatter(1, columns, (here.value != 0).to(x)) > 0
+        step = max(1, min(n_pos, int(memory // (len(nodes) * n_readers * x.element_size() * len(ports)))))
+        for first in range(0, n_pos, step):
+            span = slice(first, min(first + step, n_pos))
+            found = {port: x.new_zeros(len(nodes), (span.stop - first) * n_readers) for port in (("in",) if merged else ports)}
+            for port in ports: weigh_sources(model, part, paths[b], readers.inner[rows], here, columns, tables, port, first, found["in" if merged else port])
+            for p in range(first, span.stop if near is not None else first):
+                assert near is not None
+                found["in"][:, (p - first) * n_readers : (p - first + 1) * n_readers].index_add_(0, columns[p], near[rows][p].mT)
+            at, column = (readers.active[rows][span] != 0).nonzero(as_tuple=True)
+            to = readers.index[rows][span][at, column] - sums.first
+            for port, w in found.items():
+                moments = _moments(w[:, at * n_readers + column].double(), heard[span][at].mT)  # [node pair 4]
+                total = moments.new_zeros(len(nodes), sums.table.shape[2], 4).index_add(1, to, moments)
+                sums.of(port).index_add_(0, nodes, total)
 
 # %% ../nbs/08_feature_edges.ipynb #ad58d016
 def group_readers(part: Part, n_ports: int, memory: float) -> list[tuple[int, int]]:
@@ -565,4 +808,4 @@ def _add_logits(sums: Sums, model: Model, tokens: Tensor, x: Tensor, writers: Wr
     grad = logit_gradients(model, x, None, tokens, rule)
     grad[:, : rule.skip_first] = 0
     on = (grad != 0).any(-1).flatten()[:, None].to(grad)
-    sums.add("logits", torch.zeros_like(on, dtype=torch.long), on, writers.nodes, weigh_writers(grad.flatten(0, 1)[:, None], writers))
+    sums.add("logits", Readers(torch.zeros_like(on, dtype=torch.long), on, None, None), order_places(writers.nodes, writers.values != 0), weigh_writers(grad.flatten(0, 1)[:, None], writers))

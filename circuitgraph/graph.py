@@ -28,8 +28,8 @@ import pandas as pd
 # %% ../nbs/06_graph.ipynb #3cf39f95
 NODE_COLUMNS = ("name", "module", "kind", "layer", "index", "frequency", "mean_activation")
 EDGE_COLUMNS = ("source", "target", "port", "weight", "abs_weight", "rms_weight", "count")
-META_KEYS = ("format_version", "model", "corpus", "nodes", "target", "attribution", "n_steps", "baseline", "norm", "pattern", "ports", "skip_first", "seed", "versions", "history", "dictionaries", "others", "keep", "share")  # the last four where the nodes are features
-SETTINGS = ("nodes", "target", "attribution", "n_steps", "baseline", "norm", "pattern", "ports", "skip_first", "dictionaries", "others", "keep", "share")
+META_KEYS = ("format_version", "model", "corpus", "nodes", "target", "attribution", "n_steps", "baseline", "norm", "pattern", "ports", "skip_first", "seed", "versions", "history", "dictionaries", "others", "keep", "share", "positions", "n_logits", "logit_mass")  # the last seven where the nodes are features; of these the last three where positions are kept
+SETTINGS = ("nodes", "target", "attribution", "n_steps", "baseline", "norm", "pattern", "ports", "skip_first", "dictionaries", "others", "keep", "share", "positions", "n_logits", "logit_mass")
 FORMAT_VERSION = 1
 PORTS = ("q", "k", "v", "mlp", "logits", "in")
 
@@ -369,6 +369,7 @@ def merge_graphs(
         if len(nodes) != len(a.nodes): raise ValueError("graphs of the same text must have the same nodes to be merged; cut edges (keep), not nodes (subgraph)")
         if shared := set(a.edge_names) & set(b.edge_names): raise ValueError(f"graphs of the same text must share no edge to be merged, but both hold {sorted(shared)[0]} (the same tokens would count twice)")
         return Graph(a.nodes, pd.concat([a.edges, b.edges]).sort_values(["target", "port", "source"], kind="stable"), meta)
+    if a.meta.get("positions") == "keep": raise ValueError("graphs that keep positions are each of one text, and don't merge; build one over all texts with positions='sum'")
     key, sparse = ["source", "target", "port"], a.meta.get("nodes") == "feature"
     if sparse and len(a.nodes) != len(b.nodes): raise ValueError(f"graphs to merge must have the same nodes, got {len(a.nodes)} and {len(b.nodes)}; merge before cutting")
     if not sparse and (len(a) != len(b) or not a.edges[key].equals(b.edges[key])):

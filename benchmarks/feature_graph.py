@@ -1,0 +1,127 @@
+"""What edges between features cost, against the matrix products of their closed form at the rate measured in the same run, and how the whole grows.
+
+    python benchmarks/feature_graph.py            # prints tables and writes benchmarks/feature_graph.csv and feature_graph_growth.csv
+
+Dictionaries are TopK with directions drawn from whitened activations: what training would change is which features are active, not how many. Numbers are CPU seconds.
+Operations are those of the closed form as it is written down: for an MLP two products back to the residual stream and the dot products with all writers; for attention the product of every reader with every writer at every source (@eq-heads), of which the code does fewer (@eq-virtual).
+"Edges" are pairs of a reader and a writer that are active together, counted at each position of the reader; those into attention at each port."""
+
+import argparse
+import datetime
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from circuitgraph.attribution import Rule
+from circuitgraph.build import build_graph
+from circuitgraph.data import load_corpus
+from circuitgraph.dictionary import Dictionary, Gate, LinearDictionary
+from circuitgraph.feature_edges import Sums, add_part, carry_lefts, cut_model, list_active, list_directions, list_writers, part_ports, project_writers, read_activity
+from circuitgraph.model import Model, load_model
+from circuitgraph.train import _whiten, collect_activations
+
+
+def cpu_seconds(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def matmul_rate(n: int = 512, d_in: int = 1536, d_out: int = 576) -> float:
+    "Operations a CPU second: the best of six tens."
+    x, W, out = torch.randn(n, d_in), torch.randn(d_in, d_out), torch.empty(n, d_out)
+    return 2 * n * d_in * d_out / min(cpu_seconds(lambda: [torch.mm(x, W, out=out) for _ in range(10)]) / 10 for _ in range(6))
+
+
+def draw_dictionaries(model: Model, modules: list[str], d_dict: int, k: int) -> dict[str, Dictionary]:
+    "TopK dictionaries whose directions are whitened activations, each with a bias that centres it."
+    made: dict[str, Dictionary] = {}
+    corpus = load_corpus("default", model, 4096, seed=1)
+    for start in range(0, len(modules), 12):
+        for name, (values, scale) in collect_activations(model, corpus, modules[start : start + 12], progress=False).items():
+            x = values.float() * scale
+            W, mean = _whiten(x - x.mean(0))[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:d_dict]], x.mean(0)
+            made[name] = LinearDictionary(name, "output", W.mT.contiguous(), W, torch.zeros(d_dict), mean, Gate("topk", k=k), b_in=mean)
+    return made
+
+
+def count_operations(model: Model, kind: str, n_readers: int, n_writers: int, n_pos: int) -> float:
+    "Of the closed form, for a position."
+    d, S, heads, kv = model.d_model, (n_pos + 1) / 2, model.n_heads, model.n_kv_heads
+    dots = 2 * n_readers * n_writers * d
+    if kind == "mlp":
+        mlp = model.layers[0].mlp
+        assert mlp is not None
+        return 2 * n_readers * len(mlp.W_in) * d * (1 if mlp.W_gate is None else 2) + dots
+    width = heads * model.d_head
+    by_value, by_key = 2 * n_readers * n_writers * kv * model.d_head * S, 2 * n_writers * width * S + 2 * n_readers * n_writers * heads * S
+    return by_value + by_key + 4 * n_readers * width * S + 2 * n_readers * width * d + dots
+
+
+def time_modules(model: Model, dictionaries: dict[str, Dictionary], names: list[str], tokens: torch.Tensor, rate: float) -> pd.DataFrame:
+    parts, nodes = cut_model(model, dictionaries)
+    table, every, activity, rule, rows = list_directions(parts, len(nodes), model.W_U), nodes["name"].tolist(), read_activity(model, tokens, parts), Rule(), []
+    for part in [p for p in parts if p.module in names]:
+        writers, x, ports = list_writers(parts, every, activity, part, table), activity.reads[part.module], part_ports(part, rule)
+        lefts, projected = carry_lefts(model, part), {port: project_writers(model, part, table[: part.n_before], port) for port in ("k", "v")} if part.kind == "attn" else {}
+        sums = Sums(ports, 0, part.n_nodes, part.n_before, model.device)
+        run = lambda: add_part(sums, model, part, list_active(model, part, lefts, activity), writers, x, projected, rule)  # noqa: B023, E731
+        run()  # compiles, and touches the store
+        before = sums.table[..., 3].sum()
+        seconds = min(cpu_seconds(run) for _ in range(3))
+        edges = float(sums.table[..., 3].sum() - before) / 3
+        n_readers, n_writers, n = activity.index[part.module].shape[1] + 1, writers.nodes.shape[1], tokens.numel()
+        operations = count_operations(model, part.kind, n_readers, n_writers, tokens.shape[1])
+        rows.append({"module": part.module, "writers at a position": n_writers, "tokens / CPU s": n / seconds, "million edges / CPU s": edges / seconds / 1e6, "MFLOP / token": operations / 1e6, "share of matmul rate": n * operations / seconds / rate})
+    return pd.DataFrame(rows)
+
+
+def grow(model: Model, tokens: torch.Tensor) -> pd.DataFrame:
+    "The whole graph of the first layers: one thing grows at a time."
+    rows = []
+    for n_layers, d_dict, k in [(2, 1152, 16), (4, 1152, 16), (8, 1152, 16), (8, 576, 16), (8, 2304, 16), (8, 1152, 8), (8, 1152, 32)]:
+        made = draw_dictionaries(model, [f"{kind}{i}" for i in range(n_layers) for kind in "am"], d_dict, k)
+        seconds = cpu_seconds(lambda made=made: build_graph(model, tokens, made, progress=False))
+        rows.append({"layers with dictionaries": n_layers, "d_dict": d_dict, "active": k, "CPU ms / token": 1000 * seconds / tokens.numel()})
+    return pd.DataFrame(rows)
+
+
+def peak(n_tokens: int) -> float:
+    "Peak memory in MB of a process that builds the graph of four modules."
+    return float(subprocess.run([sys.executable, __file__, "--peak", str(n_tokens)], capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n-tokens", type=int, default=512)
+    parser.add_argument("--modules", default="m14,a14")
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    model, names, here = load_model("smollm2-135m"), args.modules.split(","), Path(__file__).parent
+    if args.peak:
+        build_graph(model, load_corpus("default", model, args.peak), draw_dictionaries(model, ["a8", "m8", "a9", "m9"], 2304, 32), progress=False)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    marks = {"date": datetime.date.today(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__}
+    tokens, n_layers = load_corpus("default", model, args.n_tokens), 1 + max(int(name[1:]) for name in names)
+    made = draw_dictionaries(model, [f"{kind}{i}" for i in range(n_layers) for kind in "am"], 2304, 32)
+    rate = matmul_rate()
+    table = time_modules(model, made, names, tokens, rate).round(2)
+    print(f"matrix products: {rate / 1e9:.1f} GFLOP a CPU second\n{table.to_string(index=False)}", flush=True)
+    table.assign(**{"matmul GFLOP / CPU s": round(rate / 1e9, 1)}, **marks).to_csv(here / "feature_graph.csv", index=False)
+    growth = grow(model, tokens[:2]).round(1)
+    memory = pd.DataFrame([{"tokens": n, "peak MB": round(peak(n))} for n in (512, 1024, 2048)])
+    print(growth.to_string(index=False), memory.to_string(index=False), sep="\n\n")
+    pd.concat([growth, memory]).assign(**marks).to_csv(here / "feature_graph_growth.csv", index=False)
+
+
+if __name__ == "__main__":
+    main()
