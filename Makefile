@@ -4,7 +4,7 @@ BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 GRAPH := graphs/smollm2-head
 FEATURES := graphs/smollm2-features
-DICTIONARIES ?= $(HOME)/.cache/circuitgraph/dictionaries/smollm2-135m-default
+DICTIONARIES ?= $(HOME)/.cache/circuitgraph/dictionaries/smollm2-135m-layers-8-11
 
 .PHONY: env graph test test-tl4 lint readme docs clean
 

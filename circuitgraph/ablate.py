@@ -24,6 +24,8 @@ from tqdm import tqdm
 from .attribution import Rule, reader_ports
 from .build import list_edges, trace_mean
 from .data import Corpus, check_tokens
+from .dictionary import Dictionary
+from .feature_ablate import Choice, Cut, Values, choose_edges, choose_nodes, count_edges, first_positions, mean_features, open_graph, run_choices
 from .graph import Graph, name_edges, select_edges
 from circuitgraph.model import (
     GRAINS,
@@ -52,7 +54,7 @@ class Ablation:
     "What cut edges carry."
     value: str  # one of VALUES
     other: Int[Tensor, "seq pos"] | None = None  # tokens whose run gives the values, row by row: for "resample" and "corrupted"
-    mean: Float[Tensor, "one pos writer d_model"] | None = None  # what writers write on average, for all positions (pos = 1) or for each: for "mean"
+    mean: Float[Tensor, "one pos writer d_model"] | Values | None = None  # what writers (of a graph of features, nodes) write on average, for all positions (pos = 1) or for each: for "mean"
 
 
 def permute_rows(
@@ -86,7 +88,7 @@ def _rows_at_a_time(tokens: Tensor, batch_size: int | None) -> int:
 # %% ../nbs/09_ablate.ipynb #a6d3f255
 def set_ablation(
     model: Model,
-    grain: str,  # "block", "layer" or "head"
+    grain: str,  # "block", "layer" or "head"; "feature" with `cut`
     tokens: Int[Tensor, "seq pos"],  # what the graph is run on
     value: str = "mean",  # "mean", "zero", "resample" or "corrupted"
     *,
@@ -97,6 +99,7 @@ def set_ablation(
     batch_size: int | None = None,  # sequences at a time; by default about 512 tokens
     seed: int = 0,  # of the permutation, for "resample"
     progress: bool = False,
+    cut: Cut | None = None,  # the model's nodes, for a graph of features
 ) -> Ablation:
     "Fix what cut edges carry. Raises ValueError for options that do not go together and tokens that do not fit."
     _check_value(value, corrupted, reference, per_position)
@@ -110,8 +113,9 @@ def set_ablation(
         check_tokens(reference, model, "reference")
         if per_position and reference.shape[1] < tokens.shape[1]: raise ValueError(f"reference must have at least {tokens.shape[1]} positions for per_position=True, got {reference.shape[1]}: take longer sequences")
     text, lengths = (tokens, lengths) if reference is None else (reference, None)
-    mean = trace_mean(model, text, grain, skip_first=text.shape[1] if per_position else 0, lengths=lengths, batch_size=_rows_at_a_time(text, batch_size), progress=progress)
-    n = tokens.shape[1] if per_position else 1  # one for all positions is broadcast
+    size, n = _rows_at_a_time(text, batch_size), tokens.shape[1] if per_position else 1  # one for all positions is broadcast
+    if cut is not None: return Ablation(value, mean=first_positions(mean_features(cut, text, per_position=per_position, lengths=lengths, batch_size=size, progress=progress), n))
+    mean = trace_mean(model, text, grain, skip_first=text.shape[1] if per_position else 0, lengths=lengths, batch_size=size, progress=progress)
     return Ablation(value, mean=mean.writes[:, :n])
 
 # %% ../nbs/09_ablate.ipynb #a8ea5147
@@ -338,7 +342,7 @@ def run_masks(
     with torch.no_grad():
         base = None if ablation.other is None else trace_modules(model, ablation.other[rows], grain)
         held = _patterns(model, grain, tokens) if pattern == "frozen" else {}
-    run = _Run(model, grain, tokens.to(model.device), ablation.mean, base, held, grad)
+    run = _Run(model, grain, tokens.to(model.device), ablation.mean if isinstance(ablation.mean, Tensor) else None, base, held, grad)
     for mask in (m for part in ([first], masks) for m in part):
         with torch.set_grad_enabled(grad): stream = run(mask)
         yield stream
@@ -357,28 +361,46 @@ def run_ablated(
     masks: Float[Tensor, "*mask edge"] | None = None,  # numbers for the edges of the graph, one keeps and zero cuts; many masks are many graphs; gradients flow back to them
     batch_size: int | None = None,  # sequences at a time; by default about 512 tokens
     seed: int = 0,  # of the permutation, for "resample"
+    dictionaries: Mapping[str, Dictionary] | None = None,  # by module, for a graph of features: those that it was built with
+    exact: bool = True,  # False, for a graph of features: features move by their gradients at the model's own run
 ) -> Float[Tensor, "*mask batch pos d_vocab"]:
     """Logits of the model with edges cut: each reader's input is put together anew, in the order of computation (@eq-ablate).
 
-    Raises ValueError for bad tokens or options, a graph of another model, edges that the architecture does not have, and masks that do not fit."""
-    grain, rule = check_graph(model, graph)
+    Raises ValueError for bad tokens or options, a graph of another model, edges that the architecture does not have, and masks that do not fit, and for dictionaries that are not the graph's."""
+    grain, rule, cut = _open(model, graph, dictionaries, exact)
     check_tokens(tokens, model)
-    _check_masks(graph, masks, ablation)
-    setting = set_ablation(model, grain, tokens, value, corrupted=corrupted, reference=reference, per_position=per_position, batch_size=batch_size, seed=seed)
-    size, out = _rows_at_a_time(tokens, batch_size), []
-    full = [mask_nodes(model, graph)] if ablation == "node" else [mask_edges(model, graph, m) for m in ([None] if masks is None else masks.view(-1, len(graph)))]
+    _check_masks(graph, masks, ablation, cut)
+    setting = set_ablation(model, grain, tokens, value, corrupted=corrupted, reference=reference, per_position=per_position, batch_size=batch_size, seed=seed, cut=cut)
+    size, out, each = _rows_at_a_time(tokens, batch_size), [], [None] if masks is None else list(masks.view(-1, len(graph)))
+    if cut is not None: full = [choose_nodes(cut, graph)] if ablation == "node" else [choose_edges(cut, graph if m is None else graph.keep(m.bool().cpu().numpy())) for m in each]
+    else: full = [mask_nodes(model, graph)] if ablation == "node" else [mask_edges(model, graph, m) for m in each]
     for start in range(0, len(tokens), size):
         rows = slice(start, start + size)
-        out.append(torch.stack(list(run_masks(model, grain, full, tokens[rows], setting, rows, pattern=rule.pattern))))
+        out.append(torch.stack(list(_run_any(model, grain, cut, full, tokens[rows], setting, rows, rule.pattern, exact))))
     streams = torch.cat(out, 1)
     with torch.set_grad_enabled(streams.requires_grad): return run_logits(model, streams[0] if masks is None or masks.ndim == 1 else streams)
 
 
-def _check_masks(graph: Graph, masks: Tensor | None, ablation: str) -> None:
+def _check_masks(graph: Graph, masks: Tensor | None, ablation: str, cut: Cut | None = None) -> None:
     if ablation not in ("edge", "node"): raise ValueError(f"ablation must be 'edge' or 'node', got {ablation!r}")
     if masks is None: return
     if ablation == "node": raise ValueError("masks are of edges: with ablation='node' leave them out, and cut the graph instead")
     if masks.ndim not in (1, 2) or masks.shape[-1] != len(graph) or not len(masks): raise ValueError(f"masks must have the shape [edge] or [mask edge] with {len(graph)} edges (those of the graph), got {tuple(masks.shape)}")
+    if cut is not None and (masks.requires_grad or not ((masks == 0) | (masks == 1)).all()): raise ValueError("masks of a graph of features must be zeros and ones without gradients: an edge is kept or cut")
+
+
+def _open(model: Model, graph: Graph, dictionaries: Mapping[str, Dictionary] | None, exact: bool) -> tuple[str, Rule, Cut | None]:
+    "Grain and rule of a graph, and for one of features the model cut into them."
+    if graph.meta.get("nodes") == "feature": return "feature", (cut := open_graph(model, graph, dictionaries)).rule, cut
+    for name, given in (("dictionaries", dictionaries is not None), ("exact=False", not exact)):
+        if given: raise ValueError(f"{name} goes with a graph of features, got a graph at {graph.meta.get('nodes')} grain: leave it out")
+    return *check_graph(model, graph), None
+
+
+def _run_any(model: Model, grain: str, cut: Cut | None, masks: Iterable[Any], tokens: Tensor, ablation: Ablation, rows: slice, pattern: str, exact: bool) -> Iterator[Tensor]:
+    "What `logits` reads, at any grain."
+    if cut is None: return run_masks(model, grain, masks, tokens, ablation, rows, pattern=pattern)
+    return run_choices(cut, masks, tokens, ablation.mean if ablation.other is None else ablation.other[rows], exact=exact)
 
 # %% ../nbs/09_ablate.ipynb #f575fa17
 TEXT_METRICS = ("ce", "kl", "accuracy")
@@ -465,23 +487,25 @@ class _Setting:
     ablation: Ablation
     batch_size: int
     progress: bool
+    cut: Cut | None  # for graphs of features, like the next
+    exact: bool
 
 
 def _set_up(model: Model, graph: Graph, data: Tensor | Corpus | Task, value: str, *, metric: str | None, reference: Tensor | None, per_position: bool, skip_first: int,
-            batch_size: int | None, seed: int, progress: bool) -> _Setting:
+            batch_size: int | None, seed: int, progress: bool, dictionaries: Mapping[str, Dictionary] | None, exact: bool) -> _Setting:
     "Check the request, and fix what cut edges carry."
-    grain, rule = check_graph(model, graph)
+    grain, rule, cut = _open(model, graph, dictionaries, exact)
     opened = _open_data(model, data, metric, skip_first)
     task = opened.task
     if value == "corrupted" and task is None: raise ValueError("value='corrupted' needs a Task, which has corrupted prompts; on text use 'mean', 'zero' or 'resample'")
     ablation = set_ablation(model, grain, opened.tokens, value, corrupted=task.corrupted if task and value == "corrupted" else None, reference=reference, per_position=per_position,
-                            lengths=task.lengths if task else None, batch_size=batch_size, seed=seed, progress=progress)
-    return _Setting(model, grain, rule.pattern, opened, ablation, _rows_at_a_time(opened.tokens, batch_size), progress)
+                            lengths=task.lengths if task else None, batch_size=batch_size, seed=seed, progress=progress, cut=cut)
+    return _Setting(model, grain, rule.pattern, opened, ablation, _rows_at_a_time(opened.tokens, batch_size), progress, cut, exact)
 
 
 @torch.no_grad()
-def _measure(setting: _Setting, masks: Sequence[Tensor], desc: str) -> dict[str, Float[Tensor, "graph input"]]:
-    "Scores of the model (row 0) and of each mask (bool: a number for each edge would take eight times the memory), on every input."
+def _measure(setting: _Setting, masks: Sequence[Any], desc: str) -> dict[str, Float[Tensor, "graph input"]]:
+    "Scores of the model (row 0) and of each mask (bool: a number for each edge would take eight times the memory; at feature grain a choice), on every input."
     model, data = setting.model, setting.data
     found, streams = [], []
     with tqdm(total=len(data.tokens) * len(masks), unit="run", desc=desc, disable=not setting.progress) as bar:
@@ -491,7 +515,8 @@ def _measure(setting: _Setting, masks: Sequence[Tensor], desc: str) -> dict[str,
             own = trace_modules(model, tokens, "block").reads["logits"]
             logp, scores, kept = data.model_logp(own, rows, model), [], [own]
             scores.append(data.score(own, logp, rows, model))
-            for stream in run_masks(model, setting.grain, (mask.to(model.dtype) for mask in masks), tokens, setting.ablation, rows, pattern=setting.pattern):
+            full = masks if setting.cut is not None else (mask.to(model.dtype) for mask in masks)
+            for stream in _run_any(model, setting.grain, setting.cut, full, tokens, setting.ablation, rows, setting.pattern, setting.exact):
                 scores.append(data.score(stream, logp, rows, model))
                 if not isinstance(data.metric, str): kept.append(stream)
                 bar.update(len(tokens))
@@ -559,8 +584,13 @@ class Evaluation:
 def _count_nodes(graph: Graph) -> int: return len({*graph.edges["source"].cat.codes, *graph.edges["target"].cat.codes})
 
 
-def _mask_of(setting: _Setting, graph: Graph, ablation: str) -> Tensor:
+def _mask_of(setting: _Setting, graph: Graph, ablation: str) -> Any:
+    "What is kept: a mask over all edges, or a choice among those of features."
+    if setting.cut is not None: return (choose_edges if ablation == "edge" else choose_nodes)(setting.cut, graph)
     return (mask_edges if ablation == "edge" else mask_nodes)(setting.model, graph).bool()
+
+
+def _nothing(mask: Any) -> Any: return Choice.nothing() if isinstance(mask, Choice) else torch.zeros_like(mask)
 
 # %% ../nbs/09_ablate.ipynb #eec20be9
 def evaluate(
@@ -578,12 +608,14 @@ def evaluate(
     batch_size: int | None = None,  # inputs at a time; by default about 512 tokens
     seed: int = 0,  # of resampled values and of the bootstrap
     progress: bool = True,
+    dictionaries: Mapping[str, Dictionary] | None = None,  # by module, for a graph of features: those that it was built with
+    exact: bool = True,  # False, for a graph of features: features move by their gradients at the model's own run
 ) -> Evaluation:
     "Judge the very graph that is given. Raises ValueError for bad data or options and for a graph of another model."
     _check_masks(graph, None, ablation)
-    setting = _set_up(model, graph, data, value, metric=metric, reference=reference, per_position=per_position, skip_first=skip_first, batch_size=batch_size, seed=seed, progress=progress)
+    setting = _set_up(model, graph, data, value, metric=metric, reference=reference, per_position=per_position, skip_first=skip_first, batch_size=batch_size, seed=seed, progress=progress, dictionaries=dictionaries, exact=exact)
     kept = _mask_of(setting, graph, ablation)
-    scores = _measure(setting, [kept, ~kept, torch.zeros_like(kept)], f"{ablation} ablation")
+    scores = _measure(setting, [kept, ~kept, _nothing(kept)], f"{ablation} ablation")
     whole, graph_m, rest, none = scores["metric"]
     statistics = {"faithfulness": (faithfulness, (graph_m, whole, none)), "completeness": (faithfulness, (rest, whole, none)),
                   **{name: (lambda v: v.mean(-1), (scores[name][1],)) for name in ("kl", "ce", "accuracy") if name in scores}}
@@ -591,7 +623,7 @@ def evaluate(
     ends = {name: bootstrap(statistic, *args, n_boot=n_boot, seed=seed) for name, (statistic, args) in statistics.items()}
     intervals = {name: (float(low), float(high)) for name, (low, high) in ends.items()}
     return Evaluation(values["faithfulness"], values["completeness"], values["kl"], values.get("ce", float("nan")), values.get("accuracy", float("nan")), len(graph), _count_nodes(graph),
-                      setting.data.metric_name, ablation, value, intervals, pd.DataFrame({"model": whole.numpy(), "graph": graph_m.numpy(), "complement": rest.numpy(), "none": none.numpy()}))
+                      setting.data.metric_name, ablation if exact else f"linearised {ablation}", value, intervals, pd.DataFrame({"model": whole.numpy(), "graph": graph_m.numpy(), "complement": rest.numpy(), "none": none.numpy()}))
 
 # %% ../nbs/09_ablate.ipynb #ce3751e9
 BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -605,13 +637,14 @@ def list_budgets(
     return sorted({max(1, int(share * len(graph))) for share in shares}) if len(graph) else []
 
 
-def _curve_rows(setting: _Setting, chosen: Mapping[int, Graph], ruler: str) -> tuple[list[dict[str, Any]], list[Tensor]]:
+def _curve_rows(setting: _Setting, chosen: Mapping[int, Graph], ruler: str) -> tuple[list[dict[str, Any]], list[Any]]:
     "For each budget, what is known before anything runs, and the mask."
     rows, masks = [], []
     for n, graph in chosen.items():
         mask = _mask_of(setting, graph, ruler)
-        among = mask if ruler == "edge" else mask & torch.from_numpy(_end_touched(setting.model, graph, "target")).to(mask.device)
-        rows.append({"ablation": ruler, "n_edges": n, "n_kept": len(graph), "n_nodes": _count_nodes(graph), "n_run": int(among.sum())})
+        if setting.cut is not None: n_run = count_edges(setting.cut, mask)
+        else: n_run = int((mask if ruler == "edge" else mask & torch.from_numpy(_end_touched(setting.model, graph, "target")).to(mask.device)).sum())
+        rows.append({"ablation": ruler, "n_edges": n, "n_kept": len(graph), "n_nodes": _count_nodes(graph), "n_run": n_run})
         masks.append(mask)
     return rows, masks
 
@@ -649,10 +682,12 @@ def ablation_curve(
     batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    dictionaries: Mapping[str, Dictionary] | None = None,
+    exact: bool = True,
 ) -> pd.DataFrame:  # a row for each ruler and budget: n_kept, n_nodes, n_run, faithfulness, its interval (low, high), metric, kl, ce, accuracy; `attrs` hold the options
     "Faithfulness against the number of edges, all budgets and rulers in one run. Raises ValueError as `evaluate` and `select_edges` do."
     return compare_curves(model, {"graph": graph}, data, n_edges, ablation=ablation, value=value, method=method, by=by, metric=metric, reference=reference, per_position=per_position,
-                          skip_first=skip_first, n_boot=n_boot, batch_size=batch_size, seed=seed, progress=progress)[1].drop(columns="graph")
+                          skip_first=skip_first, n_boot=n_boot, batch_size=batch_size, seed=seed, progress=progress, dictionaries=dictionaries, exact=exact)[1].drop(columns="graph")
 
 # %% ../nbs/09_ablate.ipynb #4fd3c08f
 def area_between(
@@ -681,21 +716,23 @@ def compare_curves(
     batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    dictionaries: Mapping[str, Dictionary] | None = None,
+    exact: bool = True,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # CPR and CMD (@eq-areas) with intervals for each graph and ruler; the curves
     "Curves of several graphs on the same inputs and ablated values, in one run. Raises ValueError as `evaluate` does, and for graphs of different grains."
     if not graphs: raise ValueError("graphs must hold at least one graph")
     rulers, first = _check_rulers(ablation), next(iter(graphs.values()))
     chosen = {name: {n: select_edges(graph, n, method, by=by) for n in sorted(set(list_budgets(graph) if n_edges is None else n_edges))} for name, graph in graphs.items()}
     if not any(chosen.values()): raise ValueError("n_edges must hold at least one budget")
-    setting = _set_up(model, first, data, value, metric=metric, reference=reference, per_position=per_position, skip_first=skip_first, batch_size=batch_size, seed=seed, progress=progress)
+    setting = _set_up(model, first, data, value, metric=metric, reference=reference, per_position=per_position, skip_first=skip_first, batch_size=batch_size, seed=seed, progress=progress, dictionaries=dictionaries, exact=exact)
     rows, masks, parts = [], [], {}
     for name, graph in graphs.items():
-        if check_graph(model, graph)[0] != setting.grain or check_graph(model, graph)[1].pattern != setting.pattern: raise ValueError(f"graphs must have one grain and one pattern rule to be compared, but {name!r} has another than {next(iter(graphs))!r}")
+        if any(graph.meta.get(key) != first.meta.get(key) for key in ("nodes", "dictionaries", "others") + (() if setting.cut is None else ("model", "ports"))) or graph.meta.get("pattern", "live") != setting.pattern: raise ValueError(f"graphs must have one grain (for features, one set of dictionaries and one rule for ports) and one pattern rule to be compared, but {name!r} has another than {next(iter(graphs))!r}")
         for ruler in rulers:
             found = _curve_rows(setting, chosen[name], ruler)
             parts[name, ruler] = slice(len(rows), len(rows) + len(chosen[name]))
             rows, masks = rows + [{"graph": name, **row} for row in found[0]], masks + found[1]
-    scores = _measure(setting, [*masks, torch.zeros_like(masks[0])], "ablated runs")
+    scores = _measure(setting, [*masks, _nothing(masks[0])], "ablated runs")
     curves, areas = _frame(rows, scores, n_boot, seed), []
     whole, none, values = scores["metric"][0], scores["metric"][-1], scores["metric"][1:-1]
     for (name, ruler), part in parts.items():
@@ -706,7 +743,7 @@ def compare_curves(
             low, high = bootstrap(statistic, values[part], whole, none, n_boot=n_boot, seed=seed)
             row |= {area: float(statistic(values[part], whole, none)), f"{area}_low": float(low), f"{area}_high": float(high)}
         areas.append(row)
-    curves.attrs = {"value": value, "method": method, "by": by, "metric": setting.data.metric_name, "data": setting.data.task.name if setting.data.task else "text", "n_inputs": len(setting.data.tokens)}
+    curves.attrs = {"value": value, "method": method, "by": by, "metric": setting.data.metric_name, "data": setting.data.task.name if setting.data.task else "text", "n_inputs": len(setting.data.tokens), "exact": exact}
     return pd.DataFrame(areas), curves
 
 # %% ../nbs/09_ablate.ipynb #f2aad6c4
@@ -725,20 +762,28 @@ def minimality(
     batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    dictionaries: Mapping[str, Dictionary] | None = None,
+    exact: bool = True,
 ) -> pd.DataFrame:  # edge, weight, loss and its interval (low, high); largest loss first
     "The loss in faithfulness when one edge of the graph is cut, edge by edge. Raises ValueError as `evaluate` does."
     if n_edges is not None and n_edges < 1: raise ValueError(f"n_edges must be at least 1, or None for all, got {n_edges}")
-    setting = _set_up(model, graph, data, value, metric=metric, reference=reference, per_position=per_position, skip_first=skip_first, batch_size=batch_size, seed=seed, progress=progress)
+    setting = _set_up(model, graph, data, value, metric=metric, reference=reference, per_position=per_position, skip_first=skip_first, batch_size=batch_size, seed=seed, progress=progress, dictionaries=dictionaries, exact=exact)
     drawn = torch.randperm(len(graph), generator=torch.Generator().manual_seed(seed))[:n_edges]
-    kept, (place, row) = mask_edges(model, graph).bool(), locate_edges(model, graph)
-    order = drawn[torch.argsort(torch.tensor([int(place[row == e].min()) for e in drawn]), descending=True)].tolist()  # late readers first: each run begins at its own reader
-    def without(edge: int) -> Tensor:
-        mask = kept.clone()
-        mask[place[row == edge].to(mask.device)] = False
-        return mask
-    scores = _measure(setting, [kept, *map(without, order), torch.zeros_like(kept)], "edges cut")["metric"]
+    kept = _mask_of(setting, graph, "edge")
+    order, without = (drawn.tolist(), kept.without) if isinstance(kept, Choice) else _cut_one(model, graph, drawn, kept)
+    scores = _measure(setting, [kept, *map(without, order), _nothing(kept)], "edges cut")["metric"]
     whole, own, cut, none = scores[0], scores[1], scores[2:-1], scores[-1]
     loss = lambda c, o, w, n: (o.mean(-1) - c.mean(-1)) / (w.mean(-1) - n.mean(-1))  # noqa: E731
     low, high = bootstrap(loss, cut, own, whole, none, n_boot=n_boot, seed=seed)
     names = name_edges(graph.edges.iloc[order])
     return pd.DataFrame({"edge": names, "weight": graph.edges["weight"].iloc[order].to_numpy(), "loss": loss(cut, own, whole, none).numpy(), "low": low.numpy(), "high": high.numpy()}).sort_values("loss", ascending=False, ignore_index=True)
+
+
+def _cut_one(model: Model, graph: Graph, drawn: Tensor, kept: Tensor) -> tuple[list[int], Callable[[int], Tensor]]:
+    "In which order edges are cut (late readers first: each run begins at its own reader), and the mask without one of them."
+    place, row = locate_edges(model, graph)
+    def without(edge: int) -> Tensor:
+        mask = kept.clone()
+        mask[place[row == edge].to(mask.device)] = False
+        return mask
+    return drawn[torch.argsort(torch.tensor([int(place[row == e].min()) for e in drawn]), descending=True)].tolist(), without

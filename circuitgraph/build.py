@@ -33,6 +33,7 @@ from .feature_edges import hash_dictionary, weigh_features
 from .graph import Graph
 from .model import Model, Reader, Trace, list_nodes, list_readers, sum_biases, trace_modules
 from .prompt import weigh_prompt
+from .task import Task
 
 # %% ../nbs/08_build.ipynb #bcb11326
 def list_edges(
@@ -196,15 +197,15 @@ def _check_texts(model: Model, corpus: Tensor, corrupted: Tensor | None, rule: R
         if corrupted.shape != corpus.shape: raise ValueError(f"corrupted must have the shape of corpus, {tuple(corpus.shape)}, got {tuple(corrupted.shape)}")
 
 # %% ../nbs/08_build.ipynb #6c4cdec0
-def _build_features(model: Model, corpus: Tensor, dictionaries: Mapping[str, Dictionary], rule: Rule, cut: dict[str, Any], seed: int, *, checkpoint: str | Path | None, **options: Any) -> Graph:
+def _build_features(model: Model, corpus: Tensor, dictionaries: Mapping[str, Dictionary], rule: Rule, cut: dict[str, Any], seed: int, *, task: Task | None, checkpoint: str | Path | None, **options: Any) -> Graph:
     "The graph of features, with a folder that belongs to one request."
-    meta = _describe(model, corpus, "feature", rule, seed, None) | cut | {"dictionaries": {name: hash_dictionary(dictionary) for name, dictionary in dictionaries.items()}}
+    meta = _describe(model, corpus, "feature", rule, seed, None) | cut | ({} if task is None else {"target": f"{task.metric if isinstance(task.metric, str) else task.metric.__name__} of {task.name}"}) | {"dictionaries": {name: hash_dictionary(dictionary) for name, dictionary in dictionaries.items()}}
     folder = None if checkpoint is None else _open_checkpoint(Path(checkpoint))
     if folder is not None:
         request, note = json.dumps([meta, options["memory"]], sort_keys=True), folder / "request.json"
         if note.exists() and note.read_text() != request: raise ValueError(f"checkpoint {folder} belongs to a run with another model, text, rule or dictionaries; name another folder, or delete it to start anew")
         note.write_text(request)
-    nodes, edges = weigh_features(model, corpus, dictionaries, rule, **cut, **options, checkpoint=folder)
+    nodes, edges = weigh_features(model, corpus, dictionaries, rule, **cut, **options, task=task, checkpoint=folder)
     return Graph(nodes, edges, meta)
 
 
@@ -220,13 +221,23 @@ def _check_positions(positions: str, nodes: str | Mapping[str, Dictionary], chec
     if positions == "keep" and isinstance(nodes, str): raise ValueError(f"positions='keep' is of features: give dictionaries by module as nodes, got {nodes!r}")
     if positions == "keep" and checkpoint is not None: raise ValueError("checkpoint goes with positions='sum': one sequence has nothing to go on from")
 
+
+def _take_task(data: Tensor | Task, nodes: str | Mapping[str, Dictionary], target: str, positions: str) -> tuple[Task | None, Tensor]:
+    "The task whose metric is explained, if one is, and the tokens."
+    if target not in ("node", "metric"): raise ValueError(f"target must be 'node' or 'metric', got {target!r}")
+    if isinstance(data, Task) != (target == "metric"): raise ValueError(f"a task goes with target='metric', and tokens with target='node'; got {type(data).__name__} and {target!r}")
+    if not isinstance(data, Task): return None, data
+    if isinstance(nodes, str) or positions == "keep": raise ValueError("target='metric' is of features summed over positions: give dictionaries by module as nodes, and positions='sum'")
+    return data, data.clean
+
 # %% ../nbs/08_build.ipynb #08177261
 def build_graph(
     model: Model,
-    corpus: Int[Tensor, "seq pos"],  # token ids, from `load_corpus` or one's own
+    corpus: Int[Tensor, "seq pos"] | Task,  # token ids, from `load_corpus` or one's own; or, for target="metric", a task
     nodes: str | Mapping[str, Dictionary] = "head",  # grain, "block", "layer" or "head"; or dictionaries by module, for a graph of features
     *,
     attribution: str = "ig",  # "ig" (integrated gradients) or "gradient" (gradient x input)
+    target: str = "node",  # what edges explain: each reader's own value ("node"), or for features the task's metric ("metric")
     baseline: str = "zero",  # where the path starts: "zero", "mean" (of the corpus) or "corrupted"
     corrupted: Int[Tensor, "seq pos"] | None = None,  # corrupted tokens, position by position, for baseline="corrupted"
     norm: str = "frozen",  # norm scales held at the clean run's ("frozen") or "live"
@@ -251,6 +262,7 @@ def build_graph(
     A weight is the mean over positions of the attribution of the reader's value to the writer's contribution: a share of the reader's output, the activation of a feature, or logits for the reader `logits`. Where positions are kept, it is the attribution itself, of one sequence `[1 pos]`, and the readers at the end are the most probable output tokens.
     Raises ValueError for bad tokens or options and for a checkpoint of another run, OSError for a folder that can't be written."""
     _check_positions(positions, nodes, checkpoint)
+    task, corpus = _take_task(corpus, nodes, target, positions)
     skip_first = (1 if positions == "sum" else 0) if skip_first is None else skip_first
     rule = Rule(attribution, n_steps, baseline, norm, pattern, ports, skip_first)
     if not isinstance(model, Model): raise ValueError(f"model must be a Model, as load_model returns it, got {type(model).__name__}")
@@ -260,7 +272,7 @@ def build_graph(
     if not isinstance(nodes, str):
         cut = {"others": others, "keep": keep, "share": share}
         if positions == "keep": return _build_prompt(model, corpus, nodes, rule, cut | {"n_logits": n_logits, "logit_mass": logit_mass}, seed, memory=memory, progress=progress)
-        return _build_features(model, corpus, nodes, rule, cut, seed, memory=memory, batch_size=batch_size, checkpoint=checkpoint, progress=progress)
+        return _build_features(model, corpus, nodes, rule, cut, seed, task=task, memory=memory, batch_size=batch_size, checkpoint=checkpoint, progress=progress)
     meta = _describe(model, corpus, nodes, rule, seed, corrupted)
     folder = None if checkpoint is None else _open_checkpoint(Path(checkpoint))
     fingerprint = hashlib.sha256(json.dumps([meta, batch_size], sort_keys=True).encode()).hexdigest()

@@ -47,7 +47,7 @@ def build(
     out: Annotated[Path, typer.Option(help="Folder for the graph.")],
     model: Annotated[str, typer.Option(help="smollm2-135m (embedded), a name TransformerLens knows, or a Hugging Face folder.")] = "smollm2-135m",
     corpus: Annotated[str, typer.Option(help="default (embedded text), a text file, a folder, or a dataset's name.")] = "default",
-    nodes: Annotated[str, typer.Option(help="Grain: block, layer or head.")] = "head",
+    nodes: Annotated[str, typer.Option(help="Grain: block, layer or head; or a folder of dictionaries, for a graph of their features.")] = "head",
     attribution: Annotated[str, typer.Option(help="ig or gradient.")] = "ig",
     baseline: Annotated[str, typer.Option(help="zero or mean.")] = "zero",
     norm: Annotated[str, typer.Option(help="frozen or live.")] = "frozen",
@@ -60,6 +60,9 @@ def build(
     batch_size: Annotated[int | None, typer.Option(help="Sequences at a time; by default about 512 tokens.")] = None,
     seed: Annotated[int, typer.Option(help="Which sequences of the text are drawn.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    keep: Annotated[int, typer.Option(help="For features: edges kept for each reader, the largest.")] = 100,
+    share: Annotated[float, typer.Option(help="For features: of a reader's absolute incoming weight that an edge must have to be kept.")] = 0.0,
+    memory: Annotated[float, typer.Option(help="For features: bytes for the sums of one module's readers.")] = 4e9,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew even if an unfinished run is found.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
@@ -69,17 +72,19 @@ def build(
     with _plain_errors(debug):
         from circuitgraph.build import build_graph
         from circuitgraph.data import load_corpus
+        from circuitgraph.dictionary import load_dictionaries
         from circuitgraph.graph import check_output_folder
-        from circuitgraph.model import load_model
+        from circuitgraph.model import GRAINS, load_model
         check_output_folder(out)
         partial = out.with_name(f".{out.name}.partial")
         if fresh: shutil.rmtree(partial, ignore_errors=True)
         start = time.time()
         loaded = load_model(model, device=device)
+        read = nodes if nodes in GRAINS or not Path(nodes).exists() else load_dictionaries(nodes, loaded)
         tokens = load_corpus(corpus, loaded, n_tokens, seq_len=seq_len, seed=seed)
         try:
-            graph = build_graph(loaded, tokens, nodes, attribution=attribution, baseline=baseline, norm=norm, pattern=pattern, ports=ports, n_steps=n_steps,
-                                skip_first=skip_first, batch_size=batch_size, seed=seed, checkpoint=partial)
+            graph = build_graph(loaded, tokens, read, attribution=attribution, baseline=baseline, norm=norm, pattern=pattern, ports=ports, n_steps=n_steps,
+                                skip_first=skip_first, batch_size=batch_size, seed=seed, keep=keep, share=share, memory=memory, checkpoint=partial)
         except KeyboardInterrupt:
             typer.echo(f"\nStopped. What was done is kept in {partial}: the same command goes on from there, --fresh starts anew.", err=True)
             raise typer.Exit(130) from None
@@ -140,6 +145,7 @@ def train(
 def evaluate(
     graph: Annotated[Path, typer.Argument(help="Folder of a saved graph.")],
     model: Annotated[str, typer.Option(help="The model that the graph is of: smollm2-135m, a name TransformerLens knows, or a Hugging Face folder.")] = "smollm2-135m",
+    dictionaries: Annotated[Path | None, typer.Option(help="For a graph of features: the folder of its dictionaries.")] = None,
     task: Annotated[str | None, typer.Option(help="A task by name, or a .csv or .jsonl file; by default text is judged.")] = None,
     corpus: Annotated[str, typer.Option(help="Without a task: default (embedded text), a text file, a folder, or a dataset's name.")] = "default",
     n_edges: Annotated[list[int] | None, typer.Option(help="A budget, as often as there are budgets; by default ten, from 0.1 % to 100 % of the edges.")] = None,
@@ -161,13 +167,15 @@ def evaluate(
     with _plain_errors(debug):
         from circuitgraph.ablate import ablation_curve
         from circuitgraph.data import load_corpus
+        from circuitgraph.dictionary import load_dictionaries
         from circuitgraph.graph import Graph
         from circuitgraph.model import load_model
         from circuitgraph.task import load_task
         if out is not None and not out.parent.is_dir(): raise ValueError(f"out must lie in a folder that exists, got {out}")
         judged, loaded = Graph.load(graph), load_model(model, device=device)
         data = load_corpus(corpus, loaded, n_tokens, seq_len=seq_len, seed=seed) if task is None else load_task(task, loaded, n=n_prompts, seed=seed)
-        curve = ablation_curve(loaded, judged, data, n_edges or None, value=value, method=method, by=by, batch_size=batch_size, seed=seed)
+        made = None if dictionaries is None else load_dictionaries(dictionaries, loaded, modules=judged.meta.get("dictionaries"))
+        curve = ablation_curve(loaded, judged, data, n_edges or None, dictionaries=made, value=value, method=method, by=by, batch_size=batch_size, seed=seed)
         if out is not None: curve.to_csv(out, index=False)
         typer.echo(curve.drop(columns=["n_run", "metric"]).to_string(index=False, float_format="{:.3f}".format))
         if out is not None: typer.echo(f"wrote {out}")

@@ -12,8 +12,9 @@ __all__ = ['Part', 'cut_model', 'hash_dictionary', 'Activity', 'read_activity', 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from tqdm import tqdm
 
 from .attribution import Rule, logit_gradients, logit_values, mlp_slopes, preactivations
 from .dictionary import Dictionary, Structure, check_place, find_structure, visit_modules
+from .feature_general import metric_gradients
 from .model import Model, Norm, apply_norm, attention_mask, attention_pattern, embed_tokens, get_mlp, hash_weights, norm_scale, norm_vjp, project_heads, rotary_tables, rotate, run_attention, run_mlp, write_heads
+from .task import Task
 
 # %% ../nbs/08_feature_edges.ipynb #592c74be
 @dataclass(frozen=True, eq=False)
@@ -90,6 +93,7 @@ class Activity:
     value: dict[str, Float[Tensor, "n active"]]  # their activations, zero where there is no further active one
     dense: dict[str, Float[Tensor, "n d_model"]]  # embeddings; errors of dictionaries; what modules without one write
     bias: dict[str, Float[Tensor, " d_model"]]  # what `const` writes at a module
+    effect: dict[str, Float[Tensor, "n d_model"]] = field(default_factory=dict)  # gradient of a metric at what each part writes and at what "logits" reads, where edges are weighed by that
 
 
 @torch.no_grad()
@@ -162,7 +166,7 @@ class Readers:
     active: Float[Tensor, "n reader"]  # one, or zero where there is no reader; the vectors of those do not count
     inner: Float[Tensor, "n reader *inner"] | None
     direct: Float[Tensor, "n reader d_model"] | None
-    post_scale: Float[Tensor, " n"] | None = None  # clean scale of a norm after the module, which `inner` is multiplied by
+    scale: Float[Tensor, "n reader"] | None = None  # what left vectors that are the same at all positions are multiplied by in `inner`, if not one
 
 
 @torch.no_grad()
@@ -197,7 +201,17 @@ def list_active(
             rows = lefts.direct[feature] * (scale[:, None] if lefts.scaled else 1)
             direct = torch.cat([rows, -back[:, None] @ rows], 1)
     if post is not None: inner = inner * post.flatten(0, 1).view(-1, *[1] * (inner.ndim - 1))
-    return Readers(index, active, inner, direct, None if post is None else post.flatten())
+    found = Readers(index, active, inner, direct, None if post is None else post.flatten()[:, None].expand(index.shape))
+    return found if part.module not in activity.effect else _weigh_effects(found, part, activity, own, dense)
+
+
+def _weigh_effects(readers: Readers, part: Part, activity: Activity, own: Tensor, dense: Tensor) -> Readers:
+    "Each reader's vectors times the effect of its value on the metric, @eq-effect."
+    grad = activity.effect[part.module]
+    if part.structure is None or part.structure.W_dec is None: effect = (grad * dense).sum(1, keepdim=True)
+    else: effect = torch.cat([torch.einsum("nkd, nd -> nk", part.structure.W_dec[activity.index[part.module]], grad), (grad * own).sum(1, keepdim=True)], 1)
+    times = lambda x: None if x is None else x * effect.view(*effect.shape, *[1] * (x.ndim - 2))  # noqa: E731
+    return Readers(readers.index, readers.active * (effect != 0), times(readers.inner), times(readers.direct), effect if readers.scale is None else readers.scale * effect)
 
 # %% ../nbs/08_feature_edges.ipynb #28503481
 def pull_mlp(
@@ -387,6 +401,9 @@ def weigh_dense(
 def _pool(n_threads: int) -> ThreadPoolExecutor: return ThreadPoolExecutor(n_threads)
 
 
+def _compiled(device: torch.device) -> bool: return device.type == "cpu"
+
+
 def _on_threads(loop: Callable[..., None], *arrays: Any) -> None:
     "Run a compiled loop on as many threads as torch has; each takes its own share of what is added to."
     n = torch.get_num_threads()
@@ -417,7 +434,7 @@ def _meet_keys(thread, n_threads, n_seq, held, column, start, place, met, first,
 
 # %% ../nbs/08_feature_edges.ipynb #9536ae25
 @numba.njit(fastmath=True, cache=True, nogil=True)
-def _add_writers(thread, n_threads, by_value, by_key, merged, held, node, start, source, value, first, last, pattern, virtual, reader, bound, pos, flat, near):  # noqa: ANN001, ANN202  (arrays)
+def _add_writers(thread, n_threads, by_value, by_key, merged, held, node, start, source, value, first, last, pattern, virtual, reader, bound, pos, scale, flat, near):  # noqa: ANN001, ANN202  (arrays)
     "Add the sums of all edges from features into the readers of an attention layer: @eq-virtual for the port v, `held` for k; for both together, with `near [occurrence reader]` from the reader's own position, if `merged`."
     n_pos, (n_groups, _, _, n_members) = pattern.shape[0], virtual.shape
     has_keys, n_readers = held.shape[0] > 0, near.shape[1]
@@ -441,6 +458,7 @@ def _add_writers(thread, n_threads, by_value, by_key, merged, held, node, start,
                     for m in range(1, n_members): x += mixed[p, m] * virtual[0, i, u, m]
                     for g in range(1, n_groups):
                         for m in range(n_members): x += mixed[p, g * n_members + m] * virtual[g, i, u, m]
+                    x *= scale[q]
                     y = held[i, flat[q]] if has_keys else x * 0
                     if merged: x += y + (beside[flat[q]] if n_readers else x * 0)
                     v1, v2, v3, k1, k2, k3, count = v1 + x, v2 + abs(x), v3 + x * x, k1 + y, k2 + abs(y), k3 + y * y, count + 1
@@ -508,7 +526,7 @@ class Sums:
     def add(self, port: str, readers: "Readers", places: Places, weights: Float[Tensor, "n reader slot"]) -> None:
         "Add weights from what is written to the readers at the same position."
         row = (readers.index - self.first).masked_fill(readers.active == 0, -1)
-        if self.table.device.type == "cpu":
+        if _compiled(self.table.device):
             _on_threads(_add_places, self.of(port).numpy(), *(t.numpy() for t in (places.writer, places.start, places.pos, places.slot, row, weights.mT.contiguous())))
             return
         for some in torch.arange(len(places.pos), device=row.device).split(20_000):
@@ -549,7 +567,7 @@ def _select(readers: Readers, first: int, last: int) -> Readers:
     on = readers.active * (readers.index >= first) * (readers.index < last)
     which = on.topk(max(1, int((on != 0).sum(1).max())), sorted=False).indices
     take = lambda x: None if x is None else x.gather(1, which.view(*which.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))  # noqa: E731
-    return Readers(readers.index.gather(1, which), on.gather(1, which), take(readers.inner), take(readers.direct), readers.post_scale)
+    return Readers(readers.index.gather(1, which), on.gather(1, which), take(readers.inner), take(readers.direct), take(readers.scale))
 
 # %% ../nbs/08_feature_edges.ipynb #a5417d43
 @torch.no_grad()
@@ -598,7 +616,7 @@ def _add_attention(sums: Sums, model: Model, part: Part, readers: Readers, write
     if merged: by_port = {"in": torch.stack([*by_port.values(), *([] if beside is None else [beside[:, :, n_features:]])]).sum(0)}
     for port, weights in by_port.items(): sums.add(port, readers, places, weights)
     if beside is not None and not merged: sums.add("q", readers, everyone, beside)
-    add = _add_features if x.device.type == "cpu" else _add_features_anywhere
+    add = _add_features if _compiled(x.device) else _add_features_anywhere
     if n_features: add(sums, model, part, readers, writers, x, paths, tables, rule, beside[:, :, :n_features] if merged and beside is not None else None, memory)
 
 # %% ../nbs/08_feature_edges.ipynb #fdd7fbd4
@@ -610,12 +628,12 @@ def _sources_of(model: Model, part: Part, x: Tensor) -> tuple[Tensor, Tensor]:
     return (sees.int().argmax(0) + start).flatten(), (n_pos - sees.flip(0).int().argmax(0) + start).flatten()
 
 
-def _pack(paths: list[Paths], first: Tensor, last: Tensor, post: Tensor | None, n_kv: int) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+def _pack(paths: list[Paths], first: Tensor, last: Tensor, n_kv: int) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     "Patterns `[n query head]`, powers `[n kv_head member reader query]` and queries `[kv_head d_head member query]` by sequence, with each position's queries from its first on."
     n_pos, pattern, power, queries = paths[0].pattern.shape[1], None, None, []
     for b, path in enumerate(paths):
         used = [(c, q) for c, q in zip(path.powers, path.q, strict=bool(path.powers)) if c is not None and q.any()]
-        held = path.pattern.permute(2, 1, 0) if post is None else (path.pattern * post[b * n_pos : (b + 1) * n_pos, None]).permute(2, 1, 0)
+        held = path.pattern.permute(2, 1, 0)
         scores = torch.cat([c.unflatten(0, (n_kv, -1)) for c, _ in used], 1).permute(4, 0, 1, 3, 2) if used else None  # a power of the step is one more member of the group
         if used: queries.append(torch.cat([q.unflatten(0, (n_kv, -1)) for _, q in used], 1).permute(0, 3, 1, 2))
         if pattern is None: pattern = held.new_zeros(len(first), *held.shape[1:])
@@ -630,7 +648,7 @@ def _pack(paths: list[Paths], first: Tensor, last: Tensor, post: Tensor | None, 
 
 # %% ../nbs/08_feature_edges.ipynb #cb0446b4
 def _list_pairs(part: Part, readers: Readers, n_kv: int) -> tuple[Tensor, ...]:
-    "Active readers, one distinct left vector after the other: the vectors `[kv_head d_head distinct*member]`, their nodes, where each one's places begin, positions, and places among all `[reader n]`."
+    "Active readers, one distinct left vector after the other: the vectors `[kv_head d_head distinct*member]`, their nodes, where each one's places begin, positions, what it is multiplied by there, and places among all `[reader n]`."
     assert readers.inner is not None
     n = len(readers.index)
     own = readers.index == part.n_nodes - 1 if part.dictionary is not None else torch.ones_like(readers.index, dtype=torch.bool)  # another vector at each position
@@ -640,17 +658,17 @@ def _list_pairs(part: Part, readers: Readers, n_kv: int) -> tuple[Tensor, ...]:
     order = which.argsort(stable=True)
     pos, column, bound = pos[order], column[order], torch.cat([pos.new_zeros(1), which.bincount(minlength=len(distinct)).cumsum(0)])
     one = bound[:-1]
-    left = readers.inner[pos[one], column[one]]
-    if readers.post_scale is not None: left = left / readers.post_scale[pos[one], None, None]
-    return left.unflatten(1, (n_kv, -1)).permute(1, 3, 0, 2).flatten(2).contiguous(), readers.index[pos[one], column[one]], bound, pos, column * n + pos
+    scale = torch.ones_like(readers.active) if readers.scale is None else readers.scale
+    left = readers.inner[pos[one], column[one]] / scale[pos[one], column[one], None, None]
+    return left.unflatten(1, (n_kv, -1)).permute(1, 3, 0, 2).flatten(2).contiguous(), readers.index[pos[one], column[one]], bound, pos, scale[pos, column], column * n + pos
 
 
 def _add_features(sums: Sums, model: Model, part: Part, readers: Readers, writers: Writers, x: Tensor, paths: list[Paths], tables: Mapping[str, Tensor], rule: Rule, near: Tensor | None, memory: float) -> None:
     "The edges from features into an attention layer at ports k and v, or all ports together, a block of writers at a time."
     attn, n_seq, (n, n_readers) = model.layers[part.layer].attn, len(x), readers.index.shape
     n_kv, merged, (first, last) = len(attn.W_V), rule.ports == "merged", _sources_of(model, part, x)
-    pattern, power, queries = _pack(paths, first, last, readers.post_scale, n_kv)
-    left, reader, bound, pos, flat = _list_pairs(part, readers, n_kv)
+    pattern, power, queries = _pack(paths, first, last, n_kv)
+    left, reader, bound, pos, scale, flat = _list_pairs(part, readers, n_kv)
     places = order_places(writers.index, writers.value != 0)
     value = (writers.value * norm_scale(model.layers[part.layer].ln1, x).flatten(0, 1))[places.pos, places.slot]
     step = max(1, min(len(places.writer), int(memory // (max(n * n_readers, left.shape[2]) * x.element_size()))))
@@ -666,7 +684,7 @@ def _add_features(sums: Sums, model: Model, part: Part, readers: Readers, writer
             rows = tables["k"][writer[places.which[span] - a]] * value[span, None, None]
             _add_keys(held.view(step, n_readers, n), model, part, rows, places.which[span] - a, places.pos[span], first, last, power, queries, n_seq)
         beside = x.new_zeros(span.stop - span.start, 0) if near is None else near[places.pos[span], :, places.slot[span]].contiguous()
-        arrays = held, writer, places.start[a : b + 1] - places.start[a], places.pos[span], value[span], first, last, pattern, virtual.unflatten(2, (len(reader), -1)), reader - sums.first, bound, pos, flat, beside
+        arrays = held, writer, places.start[a : b + 1] - places.start[a], places.pos[span], value[span], first, last, pattern, virtual.unflatten(2, (len(reader), -1)), reader - sums.first, bound, pos, scale, flat, beside
         _on_threads(_add_writers, by_value, by_key, merged, *(t.numpy() for t in arrays))
 
 
@@ -755,6 +773,7 @@ def weigh_features(
     share: float = 0.0,  # of a reader's absolute incoming weight that an edge must have to be kept
     memory: float = 4e9,  # bytes for sums
     batch_size: int = 4,  # sequences at a time
+    task: Task | None = None,  # whose clean prompts the corpus is: edges are weighed by the effect of their readers on its metric
     checkpoint: Path | None = None,  # folder that keeps the edges of each group of readers that is done; what is found there is not done again
     progress: bool = True,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # nodes and edges of a `Graph`
@@ -770,7 +789,10 @@ def weigh_features(
     done = {} if checkpoint is None else {i: checkpoint / f"edges-{i}.parquet" for i in range(len(groups))}
     with tempfile.TemporaryDirectory() as folder, tqdm(total=len(batches) * len(groups), desc="feature graph", unit="batch", disable=not progress) as bar:
         files = [Path(folder) / f"{i}.pt" for i in range(len(batches))]
-        for tokens, file in zip(tqdm(batches, desc="activations", disable=not progress), files, strict=True): torch.save(vars(read_activity(model, tokens.to(model.device), parts)), file)
+        effects = [] if task is None else metric_gradients(model, task, batch_size=batch_size)
+        for tokens, file, effect in zip_longest(tqdm(batches, desc="activations", disable=not progress), files, effects):
+            found_here = read_activity(model, tokens.to(model.device), parts)
+            torch.save(vars(found_here if effect is None else replace(found_here, effect={name: grad.flatten(0, 1) for name, grad in effect[1].items()})), file)
         load = lambda file: Activity(**torch.load(file, mmap=True, weights_only=True))  # noqa: E731
         for i, (part, ports, span) in enumerate(groups):
             if i in done and done[i].exists(): bar.update(len(batches))
@@ -780,7 +802,7 @@ def weigh_features(
                 for tokens, file in zip(batches, files, strict=True):
                     activity = load(file)
                     writers, x = list_writers(parts, names, activity, part, table), activity.reads[part.module]
-                    if part is last: _add_logits(sums, model, tokens.to(model.device), x, writers, rule)
+                    if part is last: _add_logits(sums, model, tokens.to(model.device), x, writers, rule, activity.effect.get("logits"))
                     else: add_part(sums, model, part, _select(list_active(model, part, lefts, activity, rule.skip_first), *span), writers, x, by_port, rule)
                     bar.update()
                 edges = sums.prune(keep, share)
@@ -796,7 +818,7 @@ def weigh_features(
         size[-1] = sum(float(logit_values(model, load(file).reads["logits"], tokens.to(model.device))[:, rule.skip_first :].sum(dtype=torch.float64)) for tokens, file in zip(batches, files, strict=True))
     count[-1] = n_logits
     edges = pd.concat(found, ignore_index=True)
-    over = np.where(edges["target"] == len(nodes) - 1, n_logits, n)
+    over = np.where(edges["target"] == len(nodes) - 1, n_logits, n) if task is None else 1.0  # a metric's gradient is that of its mean over prompts already
     for column in ("weight", "abs_weight", "rms_weight"): edges[column] /= over
     edges["rms_weight"] **= 0.5
     edges = edges.assign(count=edges["count"].astype(np.int64), **{end: pd.Categorical.from_codes(edges[end], names) for end in ("source", "target")})
@@ -804,8 +826,8 @@ def weigh_features(
     return nodes.assign(frequency=count / per_node, mean_activation=size / per_node, kept=kept), pd.DataFrame(edges, columns=["source", "target", "port", "weight", "abs_weight", "rms_weight", "count"])
 
 
-def _add_logits(sums: Sums, model: Model, tokens: Tensor, x: Tensor, writers: Writers, rule: Rule) -> None:
-    grad = logit_gradients(model, x, None, tokens, rule)
+def _add_logits(sums: Sums, model: Model, tokens: Tensor, x: Tensor, writers: Writers, rule: Rule, effect: Tensor | None) -> None:
+    grad = logit_gradients(model, x, None, tokens, rule) if effect is None else effect.view_as(x).clone()
     grad[:, : rule.skip_first] = 0
     on = (grad != 0).any(-1).flatten()[:, None].to(grad)
     sums.add("logits", Readers(torch.zeros_like(on, dtype=torch.long), on, None, None), order_places(writers.nodes, writers.values != 0), weigh_writers(grad.flatten(0, 1)[:, None], writers))

@@ -200,13 +200,14 @@ def smollm():
 @torch.no_grad()
 @pytest.mark.parametrize("grain", GRAINS)
 @pytest.mark.parametrize("value", VALUES)
-def test_all_edges_kept_is_the_embedded_model_on_real_text(smollm, grain, value):
+def test_all_edges_kept_is_the_embedded_model_on_real_text(smollm, smollm_double, grain, value):
     model, tokens = smollm
     own = model(tokens)
+    rounding = max(1e-4, 2 * gap(own.double(), smollm_double[0](tokens)))  # some processors' order of summation alone moves the model's own logits by more than 1e-4
     every, other = complete_graph(model, grain), {"corrupted": tokens.flip(0)} if value == "corrupted" else {}
-    assert gap(run_ablated(model, every, tokens, value=value, **other), own) < 1e-4
+    assert gap(run_ablated(model, every, tokens, value=value, **other), own) < rounding
     none = run_ablated(model, every.keep([]), tokens, value=value, **other)
-    if value in ("corrupted", "resample"): assert gap(none, own.flip(0)) < 1e-4  # of two sequences, the other
+    if value in ("corrupted", "resample"): assert gap(none, own.flip(0)) < rounding  # of two sequences, the other
     if value == "mean": assert gap(none[:, 1:], none[:, :-1]) < 1e-4 and gap(none[:1], none[1:]) < 1e-4  # the same everywhere
     if value == "zero": assert none.abs().max() < 1e-4  # no biases
 

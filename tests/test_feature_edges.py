@@ -11,9 +11,10 @@ import torch
 import circuitgraph.feature_edges
 from circuitgraph.attribution import Rule
 from circuitgraph.build import build_graph
-from circuitgraph.dictionary import FunctionDictionary, Gate, LinearDictionary, find_structure
+from circuitgraph.dictionary import FunctionDictionary, Gate, LinearDictionary, find_structure, visit_modules
 from circuitgraph.feature_edges import cut_model, part_ports, weigh_features
 from circuitgraph.model import TINY_MODELS, apply_norm, embed_tokens, norm_scale, run_attention, run_logits, run_mlp, tiny_model, write_heads
+from circuitgraph.task import Task
 from oracles import random_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore", "error:::circuitgraph")
@@ -256,3 +257,59 @@ def test_no_text_and_no_linear_encoder_are_refused():
     with pytest.raises(ValueError, match="corpus"): build(model, random_tokens(model, 2, 6)[:0], all_dictionaries(model))
     curved = FunctionDictionary("m0", "output", 11, lambda x: x[..., :11].tanh(), lambda a: a @ torch.ones(11, model.d_model, dtype=a.dtype))
     with pytest.raises(ValueError, match="affine"): build(model, random_tokens(model, 2, 6), {"m0": curved})
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("rule", [Rule(n_steps=3), Rule(ports="merged", n_steps=3), Rule(pattern="frozen")], ids=["split", "merged", "frozen"])
+def test_compiled_loops_and_plain_products_agree(monkeypatch, name, rule):
+    model = tiny_model(name, dtype=torch.float64)
+    tokens, dictionaries = random_tokens(model, 3, 6), all_dictionaries(model, reads="stream" if name == "llama" else "output")
+    fast = weigh_features(model, tokens, dictionaries, rule, keep=None, progress=False)[1]
+    monkeypatch.setattr("circuitgraph.feature_edges._compiled", lambda _: False)
+    plain = weigh_features(model, tokens, dictionaries, rule, keep=None, progress=False)[1]
+    pd.testing.assert_frame_equal(fast, plain, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-neox"])
+def test_effects_on_a_metric(name):
+    """Against the edges of each prompt with positions kept, times the gradient of the metric at each reader's value by automatic differentiation of a spliced run."""
+    model = tiny_model(name, dtype=torch.float64)
+    clean, dictionaries, n = random_tokens(model, 3, 6), all_dictionaries(model), 6
+    task = Task(clean, clean.flip(0), answers=torch.tensor([[1], [2], [3]]), wrong=torch.tensor([[4], [5], [6]]))
+    graph = build_graph(model, task, dictionaries, target="metric", n_steps=3, keep=None, skip_first=0, progress=False)
+    found = dict(zip(zip(graph.edges["source"].astype(str), graph.edges["target"].astype(str), graph.edges["port"].astype(str), strict=True), graph.edges["weight"], strict=True))
+    effects, wanted = effects_by_splicing(model, task, dictionaries), {}
+    for b, sequence in enumerate(clean):
+        edges = build_graph(model, sequence[None], dictionaries, positions="keep", n_steps=3, keep=None, n_logits=1, progress=False).edges
+        for source, target, port, weight in zip(edges["source"].astype(str), edges["target"].astype(str), edges["port"].astype(str), edges["weight"], strict=True):
+            if port == "logits": continue
+            (reader, p), key = target.split("@"), (source.split("@")[0], target.split("@")[0], port)
+            wanted[key] = wanted.get(key, 0.0) + weight * float(effects[reader][b, int(p)])
+    assert len(wanted) > 100
+    largest = max(map(abs, wanted.values()))
+    for key, weight in wanted.items(): assert abs(weight - found.get(key, 0.0)) < 1e-9 * largest, key
+    assert {key for key in found if key[2] != "logits"} <= set(wanted) and graph.meta["target"] == f"logit_diff of {task.name}" and n == clean.shape[1]
+    for data, target, words in ((task, "node", "a task goes with"), (clean, "metric", "a task goes with")):
+        with pytest.raises(ValueError, match=words): build_graph(model, data, dictionaries, target=target)
+
+
+def effects_by_splicing(model, task, dictionaries):
+    """Gradient of the mean metric at every value `[prompt pos]`, by node: activations are leaves, errors are scaled by leaves."""
+    leaves = {}
+    def splice(kind, layer, places):
+        d = dictionaries.get(f"{kind}{layer}")
+        if d is None: return None
+        acts = d.encode(places[d.reads])
+        error = places["output"] - d.decode(acts)
+        more, size = torch.zeros_like(acts).requires_grad_(), error.new_zeros(error.shape[:2]).requires_grad_()
+        leaves[d.module] = more, size
+        unit = (error / error.norm(dim=-1, keepdim=True)).detach()
+        return d.decode(acts + more) + error + size[..., None] * unit
+    x = visit_modules(model, task.clean, splice)
+    logits = run_logits(model, x)
+    last = logits[torch.arange(len(task)), task.last]
+    score = (last.gather(1, task.answers) - last.gather(1, task.wrong)).mean()
+    grads = torch.autograd.grad(score, [leaf for pair in leaves.values() for leaf in pair])
+    found = {}
+    for i, name in enumerate(leaves): found |= {f"{name}/{j}": grads[2 * i][..., j] for j in range(dictionaries[name].d_dict)} | {f"{name}/err": grads[2 * i + 1]}
+    return found
