@@ -15,6 +15,7 @@ _STAGES = {
     "train": ("Recipe", "collect_activations", "collect_gradients", "interaction_basis", "measure_dictionaries", "train_dictionaries", "train_dictionary", "train_interaction_bases"),
     "graph": ("Graph", "GraphError", "density", "select_edges"),
     "build": ("build_graph", "complete_graph"),
+    "prompt": ("add_influence", "prune_by_influence", "save_attribution_graph", "score_prompt"),
     "ablate": ("Evaluation", "ablation_curve", "compare_curves", "evaluate", "minimality", "run_ablated"),
     "features": ("plot_activations", "plot_quality", "read_features", "show_top", "top_activations", "view_features"),
     "view": ("plot_curve", "plot_layers", "plot_matrix", "plot_strength", "plot_weights", "use_static_renderer", "view", "view_ablation", "write_report"),
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .features import plot_activations, plot_quality, read_features, show_top, top_activations, view_features
     from .graph import Graph, GraphError, density, select_edges
     from .model import Model, UnsupportedModel, list_nodes, load_model
+    from .prompt import add_influence, prune_by_influence, save_attribution_graph, score_prompt
     from .task import Task, load_task
     from .train import Recipe, collect_activations, collect_gradients, interaction_basis, measure_dictionaries, train_dictionaries, train_dictionary, train_interaction_bases
     from .view import plot_curve, plot_layers, plot_matrix, plot_strength, plot_weights, use_static_renderer, view, view_ablation, write_report

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from .attribution import Rule, logit_gradients, logit_values, mlp_slopes, preactivations
 from .dictionary import Dictionary, Structure, check_place, find_structure, visit_modules
-from .feature_general import metric_gradients
+from .feature_general import contributions, metric_gradients, pull_heads, pull_readers, value_effects
 from .model import Model, Norm, apply_norm, attention_mask, attention_pattern, embed_tokens, get_mlp, hash_weights, norm_scale, norm_vjp, project_heads, rotary_tables, rotate, run_attention, run_mlp, write_heads
 from .task import Task
 
@@ -49,13 +49,23 @@ class Part:
         "Features and error node, or one."
         return 1 if self.dictionary is None else self.dictionary.d_dict + 1
 
+    @property
+    def straight(self) -> bool:
+        "Whether features write along directions of their own: an affine decoder."
+        return self.structure is not None and self.structure.W_dec is not None
+
+    @property
+    def closed(self) -> bool:
+        "Whether its readers have a closed form: no dictionary, or affine before the gate and after it."
+        return self.dictionary is None or (self.straight and self.structure is not None and self.structure.W_enc is not None)
+
 
 def cut_model(
     model: Model,
     dictionaries: Mapping[str, Dictionary],  # by module, "a3" or "m3"
     others: str | None = "layer",  # modules without dictionary: one node each ("layer"), or refused (None)
 ) -> tuple[list[Part], pd.DataFrame]:  # parts in order; nodes: name, module, kind, layer, index
-    "The nodes of a graph of features, in the order of computation. Raises ValueError for a module or a place that the model does not have, a dictionary without affine encoder and decoder, and a module without dictionary where that is not allowed."
+    "The nodes of a graph of features, in the order of computation. Raises ValueError for a module or a place that the model does not have, a dictionary that reads what its module does not, and a module without dictionary where that is not allowed."
     if others not in ("layer", None): raise ValueError(f"others must be 'layer' or None, got {others!r}")
     for name, dictionary in dictionaries.items():
         kind, _, head = check_place(model, name, dictionary.reads)
@@ -70,7 +80,7 @@ def cut_model(
             if dictionary is None and others is None: raise ValueError(f"{module} has no dictionary: give one, or others='layer' to take it as one node")
             structure = None if dictionary is None else find_structure(dictionary)
             if dictionary is not None and dictionary.reads == "z" and layer.ln1_post.kind != "none": raise ValueError(f"{dictionary!r} reads z, before the norm after attention of {model.name}; a graph of features needs dictionaries that read on one side of it")
-            if structure is not None and (structure.W_dec is None or structure.W_enc is None): raise ValueError(f"{dictionary!r} must have an affine decoder, and an encoder that is affine before its gate")
+            if dictionary is not None and dictionary.reads == "stream" and layer.parallel and kind == "mlp": raise ValueError(f"{dictionary!r} reads the stream after both modules of a parallel layer, one of which its MLP does not read: its edges could not be complete")
             parts.append(Part(module, kind, i, dictionary, structure, len(rows), before if layer.parallel else len(rows)))
             if dictionary is None: rows.append((module, module, kind, i, -1))
             else: rows += [(f"{module}/{j}", module, "feature", i, j) for j in range(dictionary.d_dict)] + [(f"{module}/err", module, "error", i, -1)]
@@ -78,8 +88,12 @@ def cut_model(
 
 # %% ../nbs/08_feature_edges.ipynb #9c6769e5
 def hash_dictionary(dictionary: Dictionary) -> str:  # hexadecimal
-    "SHA-256 of a dictionary's affine parts and gate."
+    "SHA-256 of a dictionary's affine parts and gate; of functions, of what the decoder makes of some codes, in half precision."
     known = find_structure(dictionary)
+    if known.W_dec is None or known.W_enc is None:
+        like = getattr(dictionary, "W_dec", None)
+        codes = torch.randn(4, dictionary.d_dict, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad(): return hash_weights([dictionary.decode(codes if like is None else codes.to(like)).half()])
     gate = [] if known.gate is None else [value if isinstance(value, Tensor) else None if value is None else torch.frombuffer(bytearray(str(value), "utf8"), dtype=torch.uint8) for value in vars(known.gate).values()]
     return hash_weights([known.W_enc, known.b_enc, known.W_dec, known.b_dec, *gate])
 
@@ -93,6 +107,7 @@ class Activity:
     value: dict[str, Float[Tensor, "n active"]]  # their activations, zero where there is no further active one
     dense: dict[str, Float[Tensor, "n d_model"]]  # embeddings; errors of dictionaries; what modules without one write
     bias: dict[str, Float[Tensor, " d_model"]]  # what `const` writes at a module
+    vectors: dict[str, Float[Tensor, "n active d_model"]] = field(default_factory=dict)  # what active features write, where the decoder is not affine
     effect: dict[str, Float[Tensor, "n d_model"]] = field(default_factory=dict)  # gradient of a metric at what each part writes and at what "logits" reads, where edges are weighed by that
 
 
@@ -111,15 +126,19 @@ def read_activity(
         x, y, weights = places["input"], places["output"].flatten(0, 1), model.layers[layer]
         found.reads[part.module] = x
         found.post_scale[part.module] = None if (weights.ln1_post if kind == "a" else weights.ln2_post).kind == "none" else (write_heads(model, layer, run_attention(model, layer, x, x, x)) if kind == "a" else run_mlp(model, layer, x))[1]
-        if part.dictionary is None or part.structure is None or part.structure.W_dec is None or part.structure.b_dec is None:
+        if part.dictionary is None:
             bias = weights.attn.b_O if kind == "a" else get_mlp(model, layer).b_out
             found.bias[part.module] = zero if bias is None else bias
             found.dense[part.module] = y - found.bias[part.module]
             return
         acts = part.dictionary.encode(places[part.dictionary.reads]).flatten(0, 1)
         most = acts.abs().topk(max(1, int((acts != 0).sum(1).max())), sorted=False).indices
-        found.index[part.module], found.value[part.module], found.bias[part.module] = most, acts.gather(1, most), part.structure.b_dec
-        found.dense[part.module] = y - acts @ part.structure.W_dec - part.structure.b_dec
+        found.index[part.module], found.value[part.module] = most, acts.gather(1, most)
+        if part.straight and part.structure is not None and part.structure.W_dec is not None and part.structure.b_dec is not None: written, found.bias[part.module] = acts @ part.structure.W_dec, part.structure.b_dec
+        else:
+            found.vectors[part.module], found.bias[part.module] = contributions(part.dictionary, acts, most)
+            written = found.vectors[part.module].sum(1)
+        found.dense[part.module] = y - written - found.bias[part.module]
     found.reads["logits"] = visit_modules(model, tokens, visit)
     return found
 
@@ -243,16 +262,22 @@ class Writers:
     dense_nodes: Int[Tensor, " dense"]  # nodes that write vectors
     dense: Float[Tensor, "n dense d_model"]
     stream: Float[Tensor, "n d_model"]  # their sum: what is read
+    curved_index: Int[Tensor, "n curved"]  # active features of dictionaries whose decoder is not affine
+    curved: Float[Tensor, "n curved d_model"]  # what they write
 
     @property
     def nodes(self) -> Int[Tensor, "n writer"]:
         "The writers of each position."
-        return torch.cat([self.index, self.dense_nodes.expand(len(self.index), -1)], 1)
+        return torch.cat([self.index, self.dense_nodes.expand(len(self.index), -1), self.curved_index], 1)
 
     @property
     def values(self) -> Float[Tensor, "n writer"]:
         "What directions are multiplied by: activations, and one."
-        return torch.cat([self.value, self.value.new_ones(self.dense.shape[:2])], 1)
+        return torch.cat([self.value, self.value.new_ones(self.dense.shape[:2]), (self.curved != 0).any(2).to(self.value)], 1)
+
+    def rows(self, rows: slice, stream: Float[Tensor, "pos d_model"]) -> "Writers":
+        "Those of some positions."
+        return Writers(self.index[rows], self.value[rows], self.table, self.dense_nodes, self.dense[rows], stream, self.curved_index[rows], self.curved[rows])
 
 
 def list_directions(parts: list[Part], n_nodes: int, like: Tensor) -> Float[Tensor, "node d_model"]:
@@ -270,21 +295,23 @@ def list_writers(parts: list[Part], names: list[str], activity: Activity, part: 
     dense |= {p.first + p.n_nodes - 1: activity.dense[p.module] for p in earlier if p.dictionary is not None}
     n = len(next(iter(activity.dense.values())))
     dense[row["const"]] = sum((activity.bias[p.module] for p in earlier), table.new_zeros(table.shape[1])).expand(n, -1)
-    index, value = [activity.index[p.module] + p.first for p in earlier if p.dictionary is not None], [activity.value[p.module] for p in earlier if p.dictionary is not None]
+    index, value, curved_index = ([found[p.module] + first * p.first for p in earlier if p.dictionary is not None and p.straight == straight] for found, first, straight in ((activity.index, 1, True), (activity.value, 0, True), (activity.index, 1, False)))
     none = torch.zeros(n, 0, dtype=torch.long, device=table.device)
-    return Writers(torch.cat([none, *index], 1), torch.cat([none.to(table), *value], 1), table, torch.tensor(list(dense), device=table.device), torch.stack(list(dense.values()), 1), activity.reads[part.module].flatten(0, 1))
+    curved = torch.cat([table.new_zeros(n, 0, table.shape[1]), *(activity.vectors[p.module] for p in earlier if p.module in activity.vectors)], 1)
+    return Writers(torch.cat([none, *index], 1), torch.cat([none.to(table), *value], 1), table, torch.tensor(list(dense), device=table.device), torch.stack(list(dense.values()), 1), activity.reads[part.module].flatten(0, 1), torch.cat([none, *curved_index], 1), curved)
 
 
 def weigh_writers(grad: Float[Tensor, "n reader d_model"], writers: Writers) -> Float[Tensor, "n reader writer"]:
     "Dot products of readers' gradients with what is written at the same position; in memory, writers come before readers."
     n_features = writers.index.shape[1]
-    out = grad.new_empty(len(grad), n_features + len(writers.dense_nodes), grad.shape[1])
+    own = torch.cat([writers.dense, writers.curved], 1)
+    out = grad.new_empty(len(grad), n_features + own.shape[1], grad.shape[1])
     rows = grad.new_empty(n_features, grad.shape[2])
     for p in range(len(grad) if n_features else 0):
         torch.index_select(writers.table, 0, writers.index[p], out=rows)
         torch.mm(rows, grad[p].mT, out=out[p, :n_features])
     out[:, :n_features].mul_(writers.value[:, :, None])
-    torch.bmm(writers.dense, grad.mT, out=out[:, n_features:])
+    torch.bmm(own, grad.mT, out=out[:, n_features:])
     return out.mT
 
 # %% ../nbs/08_feature_edges.ipynb #f731f7d0
@@ -365,7 +392,7 @@ def weigh_sources(
     grouped = lambda t, axis: t.unflatten(axis, (n_kv, -1))  # noqa: E731  query heads by the key-value head that they share
     for s in range(last if attn.causal else len(inner)):
         here = slice(max(first, s) if attn.causal else first, last)
-        rows = torch.cat([tables[port][writers.index[s]], project_writers(model, part, writers.dense[s], port)])  # [writer kv_head d_head]
+        rows = torch.cat([tables[port][writers.index[s]], project_writers(model, part, torch.cat([writers.dense[s], writers.curved[s]]), port)])  # [writer kv_head d_head]
         if port == "v":
             left = torch.einsum("gmp, pjgme -> pjge", grouped(paths.pattern[:, here, s], 0), grouped(inner[here], 2))
             weights = (rows * values[s, :, None, None]).flatten(1) @ left.flatten(0, 1).flatten(1).mT
@@ -582,7 +609,7 @@ def add_part(
     rule: Rule,
     memory: float = 3e8,  # bytes for what an attention layer's readers and writers meet in, at a time
 ) -> None:
-    "Add the weights of all edges into the readers of one part on one batch."
+    "Add the weights of all edges into the readers of one part that has a closed form on one batch."
     direct = None if readers.direct is None else weigh_writers(readers.direct, writers)
     merged, everyone = rule.ports == "merged", order_places(writers.nodes, writers.values != 0)
     if part.kind == "mlp":
@@ -605,7 +632,7 @@ def _add_attention(sums: Sums, model: Model, part: Part, readers: Readers, write
     paths, near, far = [], [], []
     for b, sequence in enumerate(x):
         rows = slice(b * n_pos, (b + 1) * n_pos)
-        here = Writers(writers.index[rows], writers.value[rows], writers.table, writers.dense_nodes, writers.dense[rows], sequence)
+        here = writers.rows(rows, sequence)
         paths.append(average_paths(model, part, sequence, inner := readers.inner[rows], rule))
         if not frozen: near.append(weigh_writers(pull_queries(model, part, sequence, paths[-1]), here).expand(-1, inner.shape[1], -1))
         far.append(weigh_dense(paths[-1], inner, dense["v"][rows], rotate(dense["k"][rows].permute(1, 2, 0, 3), cos, sin, rotary).permute(2, 0, 1, 3)))
@@ -613,11 +640,16 @@ def _add_attention(sums: Sums, model: Model, part: Part, readers: Readers, write
     if beside is not None and direct is not None: beside = beside + direct
     by_port = {port: torch.cat([one[port] for one in far]) for port in (("v",) if frozen else ("k", "v"))}
     places = order_places(writers.dense_nodes.expand(len(writers.index), -1), torch.ones_like(writers.dense[..., 0], dtype=torch.bool))
-    if merged: by_port = {"in": torch.stack([*by_port.values(), *([] if beside is None else [beside[:, :, n_features:]])]).sum(0)}
+    n_same = n_features + len(writers.dense_nodes)
+    if merged: by_port = {"in": torch.stack([*by_port.values(), *([] if beside is None else [beside[:, :, n_features:n_same]])]).sum(0)}
     for port, weights in by_port.items(): sums.add(port, readers, places, weights)
     if beside is not None and not merged: sums.add("q", readers, everyone, beside)
     add = _add_features if _compiled(x.device) else _add_features_anywhere
-    if n_features: add(sums, model, part, readers, writers, x, paths, tables, rule, beside[:, :, :n_features] if merged and beside is not None else None, memory)
+    near_features = beside if merged else None
+    if n_features: add(sums, model, part, readers, writers, x, paths, tables, rule, None if near_features is None else near_features[:, :, :n_features], memory)
+    if writers.curved.shape[1]:
+        only = replace(writers, index=writers.index[:, :0], value=writers.value[:, :0])
+        _add_features_anywhere(sums, model, part, readers, only, x, paths, tables, rule, None if near_features is None else near_features[:, :, n_same:], memory)
 
 # %% ../nbs/08_feature_edges.ipynb #fdd7fbd4
 def _sources_of(model: Model, part: Part, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -706,29 +738,103 @@ def _add_keys(held: Tensor, model: Model, part: Part, rows: Tensor, column: Tens
 
 # %% ../nbs/08_feature_edges.ipynb #c0a17933
 def _add_features_anywhere(sums: Sums, model: Model, part: Part, readers: Readers, writers: Writers, x: Tensor, paths: list[Paths], tables: Mapping[str, Tensor], rule: Rule, near: Tensor | None, memory: float) -> None:
-    "The same on any device, without compiled loops: source by source, for blocks of readers' positions, in columns for the writers of one sequence."
+    "The same on any device, without compiled loops, and for features that write along no direction: source by source, for blocks of readers' positions, in columns for the writers of one sequence."
     assert readers.inner is not None
     (n_pos, n_readers), merged = (x.shape[1], readers.index.shape[1]), rule.ports == "merged"
     ports = ("v",) if rule.pattern == "frozen" else ("k", "v")
     for b, sequence in enumerate(x):
         rows = slice(b * n_pos, (b + 1) * n_pos)
-        here = Writers(writers.index[rows], writers.value[rows], writers.table, writers.dense_nodes[:0], writers.dense[rows, :0], sequence)
-        nodes, columns = here.index.unique(return_inverse=True)
-        heard = (~attention_mask(model.layers[part.layer].attn, n_pos, x.device)).to(x) @ x.new_zeros(n_pos, len(nodes)).scatter(1, columns, (here.value != 0).to(x)) > 0
-        step = max(1, min(n_pos, int(memory // (len(nodes) * n_readers * x.element_size() * len(ports)))))
-        for first in range(0, n_pos, step):
-            span = slice(first, min(first + step, n_pos))
-            found = {port: x.new_zeros(len(nodes), (span.stop - first) * n_readers) for port in (("in",) if merged else ports)}
-            for port in ports: weigh_sources(model, part, paths[b], readers.inner[rows], here, columns, tables, port, first, found["in" if merged else port])
-            for p in range(first, span.stop if near is not None else first):
-                assert near is not None
-                found["in"][:, (p - first) * n_readers : (p - first + 1) * n_readers].index_add_(0, columns[p], near[rows][p].mT)
-            at, column = (readers.active[rows][span] != 0).nonzero(as_tuple=True)
-            to = readers.index[rows][span][at, column] - sums.first
-            for port, w in found.items():
-                moments = _moments(w[:, at * n_readers + column].double(), heard[span][at].mT)  # [node pair 4]
-                total = moments.new_zeros(len(nodes), sums.table.shape[2], 4).index_add(1, to, moments)
-                sums.of(port).index_add_(0, nodes, total)
+        here = replace(writers.rows(rows, sequence), dense_nodes=writers.dense_nodes[:0], dense=writers.dense[rows, :0])
+        columns = _Columns.of(model, part, here)
+        for span in _spans(n_pos, len(columns.nodes) * n_readers * x.element_size() * len(ports), memory):
+            found = {port: x.new_zeros(len(columns.nodes), (span.stop - span.start) * n_readers) for port in (("in",) if merged else ports)}
+            for port in ports: weigh_sources(model, part, paths[b], readers.inner[rows], here, columns.at, tables, port, span.start, found["in" if merged else port])
+            columns.add(sums, found, readers, rows, span, near)
+
+
+def _spans(n_pos: int, each: float, memory: float) -> list[slice]:
+    "Blocks of positions, each of which takes `each` bytes."
+    step = max(1, min(n_pos, int(memory // max(each, 1))))
+    return [slice(first, min(first + step, n_pos)) for first in range(0, n_pos, step)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    "The writers of one sequence, a column each."
+    nodes: Int[Tensor, " column"]
+    at: Int[Tensor, "pos writer"]  # the column of what is written
+    heard: Bool[Tensor, "pos column"]  # whether a reader at a position is reached
+
+    @classmethod
+    def of(cls, model: Model, part: Part, writers: Writers) -> "_Columns":
+        "Those of writers on one sequence."
+        nodes, at = writers.nodes.unique(return_inverse=True)
+        sees = (~attention_mask(model.layers[part.layer].attn, len(at), at.device)).to(writers.value)
+        return cls(nodes, at, sees @ sees.new_zeros(len(at), len(nodes)).scatter_add(1, at, (writers.values != 0).to(sees)) > 0)
+
+    def add(self, sums: Sums, found: Mapping[str, Tensor], readers: Readers, rows: slice, span: slice, near: Tensor | None) -> None:
+        "Add weights `[column pos*reader]` by port to the sums, with those from the reader's own position where ports are merged."
+        n_readers = readers.index.shape[1]
+        for p in range(span.start, span.stop if near is not None else span.start):
+            assert near is not None
+            found["in"][:, (p - span.start) * n_readers : (p - span.start + 1) * n_readers].index_add_(0, self.at[p], near[rows][p].mT)
+        at, column = (readers.active[rows][span] != 0).nonzero(as_tuple=True)
+        to = readers.index[rows][span][at, column] - sums.first
+        for port, w in found.items():
+            moments = _moments(w[:, at * n_readers + column].double(), self.heard[span][at].mT)  # [column pair 4]
+            sums.of(port).index_add_(0, self.nodes, moments.new_zeros(len(self.nodes), sums.table.shape[2], 4).index_add(1, to, moments))
+
+# %% ../nbs/08_feature_edges.ipynb #fe0d4378
+def _list_general(part: Part, activity: Activity, skip_first: int, first: int, last: int) -> Readers:
+    "Who of a group of nodes reads at each position of a part without a closed form; vectors are not known yet."
+    shape, value = activity.reads[part.module].shape[:2], activity.value[part.module]
+    late = (torch.arange(shape[1], device=value.device) >= skip_first).repeat(shape[0])[:, None].to(value)
+    index, active = activity.index[part.module], (value != 0).to(value) * late
+    scale = None
+    if part.module in activity.effect:
+        assert part.dictionary is not None
+        acts = value.new_zeros(len(value), part.dictionary.d_dict).scatter(1, index, value)
+        written = activity.dense[part.module] + part.dictionary.decode(acts)
+        scale = value_effects(part.dictionary, activity.effect[part.module], written, acts, index)
+    index, active = torch.cat([index, torch.full_like(index[:, :1], part.n_nodes - 1)], 1), torch.cat([active, late], 1)
+    return Readers(index, active * (index >= first) * (index < last), None, None, scale)
+
+
+def _add_general(sums: Sums, model: Model, part: Part, readers: Readers, writers: Writers, x: Tensor, tables: Mapping[str, Tensor], rule: Rule, memory: float = 3e8) -> None:
+    "Add the weights of all edges into the readers of a part without a closed form on one batch."
+    n_pos, merged, whole = x.shape[1], rule.ports == "merged", slice(0, x.shape[1])
+    effect = torch.ones_like(readers.active) if readers.scale is None else readers.scale
+    features, everyone, near, found = readers.index[:, :-1], order_places(writers.nodes, writers.values != 0), {}, {}
+    for b, sequence in enumerate(x):
+        rows = slice(b * n_pos, (b + 1) * n_pos)
+        here = writers.rows(rows, sequence)
+        columns, scale = _Columns.of(model, part, here), norm_scale(model.layers[part.layer].ln1 if part.kind == "attn" else model.layers[part.layer].ln2, sequence)
+        each = readers.index.shape[1] * 8 * (2 * n_pos * model.n_kv_heads * model.d_head + len(columns.nodes)) if part.kind == "attn" else 1
+        for span in _spans(n_pos, each, memory) if part.kind == "attn" else [whole]:
+            if part.kind == "attn": pull = pull_heads(model, part.module, part.dictionary, sequence, features[rows], rule, positions=span)
+            else: pull = pull_readers(model, part.module, part.dictionary, sequence, features[rows], replace(rule, ports="split"))
+            weigh = effect[rows][span][:, :, None]
+            inside = slice(rows.start + span.start, rows.start + span.stop)
+            for port, grad in pull.here.items():
+                near.setdefault("in" if merged else port, []).append((inside, weigh_writers(grad * weigh, writers.rows(inside, sequence[span]))))
+            if part.kind != "attn": continue
+            found = {port: sequence.new_zeros(len(columns.nodes), (span.stop - span.start) * readers.index.shape[1]) for port in (("in",) if merged else pull.sources)}
+            for port, grad in pull.sources.items(): _weigh_heads(model, part, grad * weigh[..., None, None], here, scale, columns, tables, port, found["in" if merged else port])
+            beside = None
+            if merged and near: beside = torch.zeros_like(effect)[:, :, None].expand(-1, -1, writers.nodes.shape[1]).clone()
+            for where, w in near.pop("in", []) if merged else (): beside[where] += w  # pyright: ignore[reportOptionalSubscript]
+            columns.add(sums, found, readers, rows, span, beside)
+    for port, weights in near.items():
+        total = torch.zeros_like(effect)[:, :, None].expand(-1, -1, writers.nodes.shape[1]).clone()
+        for where, w in weights: total[where] += w
+        sums.add(port, readers, everyone, total)
+
+
+def _weigh_heads(model: Model, part: Part, grad: Float[Tensor, "pos reader kv_head source d_head"], writers: Writers, scale: Float[Tensor, "source one"], columns: _Columns, tables: Mapping[str, Tensor], port: str, out: Float[Tensor, "column pos_reader"]) -> None:
+    "Add the weights of gradients at the sources of a port k or v, summed over sources."
+    for s in range(len(scale)):
+        rows = torch.cat([tables[port][writers.index[s]], project_writers(model, part, torch.cat([writers.dense[s], writers.curved[s]]), port)])
+        out.index_add_(0, columns.at[s], torch.einsum("prge, wge -> wpr", grad[:, :, :, s], rows * (writers.values[s] * scale[s])[:, None, None]).flatten(1))
 
 # %% ../nbs/08_feature_edges.ipynb #ad58d016
 def group_readers(part: Part, n_ports: int, memory: float) -> list[tuple[int, int]]:
@@ -797,13 +903,14 @@ def weigh_features(
         for i, (part, ports, span) in enumerate(groups):
             if i in done and done[i].exists(): bar.update(len(batches))
             else:
-                sums, lefts = Sums(ports, *span, part.n_before, model.device), None if part.dictionary is None else carry_lefts(model, part)
+                sums, lefts = Sums(ports, *span, part.n_before, model.device), carry_lefts(model, part) if part.dictionary is not None and part.closed else None
                 by_port = {port: project_writers(model, part, table[: part.n_before], port) for port in ("k", "v")} if part.kind == "attn" else {}
                 for tokens, file in zip(batches, files, strict=True):
                     activity = load(file)
                     writers, x = list_writers(parts, names, activity, part, table), activity.reads[part.module]
                     if part is last: _add_logits(sums, model, tokens.to(model.device), x, writers, rule, activity.effect.get("logits"))
-                    else: add_part(sums, model, part, _select(list_active(model, part, lefts, activity, rule.skip_first), *span), writers, x, by_port, rule)
+                    elif part.closed: add_part(sums, model, part, _select(list_active(model, part, lefts, activity, rule.skip_first), *span), writers, x, by_port, rule)
+                    else: _add_general(sums, model, part, _list_general(part, activity, rule.skip_first, *span), writers, x, by_port, rule)
                     bar.update()
                 edges = sums.prune(keep, share)
                 if i in done:

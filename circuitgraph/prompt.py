@@ -105,6 +105,8 @@ def read_prompt(
 ) -> Prompt:
     "Run the model on one sequence and list the nodes of its graph, those of the output excepted. Raises ValueError for what `cut_model` refuses."
     parts, every = cut_model(model, dictionaries, others)
+    for part in parts:
+        if not part.closed: raise ValueError(f"{part.dictionary!r} must have an affine decoder, and an encoder that is affine before its gate, where positions are kept")
     activity, n_pos = read_activity(model, tokens, parts), tokens.shape[1]
     inputs = [name for name in every["module"].unique() if name.endswith("embed")]
     ids = {name: torch.arange(i * n_pos, (i + 1) * n_pos)[:, None] for i, name in enumerate(inputs)}
@@ -136,7 +138,7 @@ def write_prompt(
     none = torch.zeros(n, 0, dtype=torch.long, device=like.device)
     ids = torch.cat([none, *(prompt.ids[name][:, :-1] for name in cut), *(prompt.ids[name][:, -1:] for name in dense)], 1)
     rows, values = torch.cat([none, *(prompt.rows[name] for name in cut)], 1), torch.cat([none.to(like), *(activity.value[name] for name in cut)], 1)
-    return Writers(rows, values, like, torch.arange(len(dense), device=like.device), torch.stack(list(dense.values()), 1), activity.reads[part.module].flatten(0, 1)), ids
+    return Writers(rows, values, like, torch.arange(len(dense), device=like.device), torch.stack(list(dense.values()), 1), activity.reads[part.module].flatten(0, 1), none, like.new_zeros(n, 0, like.shape[1])), ids
 
 # %% ../nbs/08_prompt.ipynb #31542f2f
 def choose_logits(
@@ -298,7 +300,7 @@ def _read_outputs(model: Model, prompt: Prompt, n_logits: int, logit_mass: float
 def _weigh_outputs(prompt: Prompt, grad: Tensor, first: int, keep: int | None, share: float, kept: np.ndarray) -> _Found:
     "Edges into the output tokens, from the last position."
     writers, columns = write_prompt(prompt, Part("logits", "logits", -1, None, None, first, 1 + max((p.first for p in prompt.parts), default=0)))
-    last = Writers(writers.index[-1:], writers.value[-1:], writers.table, writers.dense_nodes, writers.dense[-1:], writers.stream[-1:])
+    last = writers.rows(slice(-1, None), writers.stream[-1:])
     weights = weigh_writers(grad[None], last)[0]
     return _keep_largest(torch.arange(first, first + len(grad), device=grad.device), [("logits", weights, columns[-1])], keep, share, kept)
 

@@ -12,7 +12,8 @@ import circuitgraph.feature_edges
 from circuitgraph.attribution import Rule
 from circuitgraph.build import build_graph
 from circuitgraph.dictionary import FunctionDictionary, Gate, LinearDictionary, find_structure, visit_modules
-from circuitgraph.feature_edges import cut_model, part_ports, weigh_features
+from circuitgraph.feature_edges import cut_model, part_ports, read_activity, weigh_features
+from circuitgraph.feature_general import pull_readers
 from circuitgraph.model import TINY_MODELS, apply_norm, embed_tokens, norm_scale, run_attention, run_logits, run_mlp, tiny_model, write_heads
 from circuitgraph.task import Task
 from oracles import random_tokens
@@ -252,11 +253,12 @@ def test_refusals(change, options, words):
     with pytest.raises(ValueError, match=words): build(model, random_tokens(model, 2, 6), change(all_dictionaries(model)), **options)
 
 
-def test_no_text_and_no_linear_encoder_are_refused():
-    model = tiny_model("llama", dtype=torch.float64)
+def test_no_text_and_what_a_place_can_not_give_are_refused():
+    model, parallel = tiny_model("llama", dtype=torch.float64), tiny_model("gpt-neox", dtype=torch.float64)
     with pytest.raises(ValueError, match="corpus"): build(model, random_tokens(model, 2, 6)[:0], all_dictionaries(model))
     curved = FunctionDictionary("m0", "output", 11, lambda x: x[..., :11].tanh(), lambda a: a @ torch.ones(11, model.d_model, dtype=a.dtype))
-    with pytest.raises(ValueError, match="affine"): build(model, random_tokens(model, 2, 6), {"m0": curved})
+    with pytest.raises(ValueError, match="affine"): build(model, random_tokens(model, 1, 6), {"m0": curved}, positions="keep")
+    with pytest.raises(ValueError, match="parallel layer"): build(parallel, random_tokens(parallel, 2, 6), {"m0": draw(parallel, "m0", reads="stream")})
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -313,3 +315,45 @@ def effects_by_splicing(model, task, dictionaries):
     found = {}
     for i, name in enumerate(leaves): found |= {f"{name}/{j}": grads[2 * i][..., j] for j in range(dictionaries[name].d_dict)} | {f"{name}/err": grads[2 * i + 1]}
     return found
+
+
+def hide(d):
+    """The same dictionary as a pair of functions of which nothing else is known."""
+    return FunctionDictionary(d.module, d.reads, d.d_dict, d.encode, d.decode)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "no-norm-relu"])
+@pytest.mark.parametrize("ports", ["split", "merged"])
+def test_functions_get_the_edges_of_what_they_compute(name, ports):
+    model = tiny_model(name, dtype=torch.float64)
+    tokens = random_tokens(model, 2, 5)
+    known = all_dictionaries(model, gate="none") | {"m1": draw(model, "m1", gate="none", reads="normed")}
+    options = {"rule": Rule(n_steps=3, ports=ports), "keep": None, "progress": False}
+    wanted = weigh_features(model, tokens, known, **options)[1]
+    for hidden in (("a1", "m0"), tuple(known)):
+        nodes, found = weigh_features(model, tokens, {key: hide(d) if key in hidden else d for key, d in known.items()}, **options)
+        both = wanted.merge(found, on=["source", "target", "port"], how="outer", suffixes=("", "_found")).fillna({c: 0.0 for c in ("weight", "weight_found", "abs_weight", "abs_weight_found")})
+        for column in ("weight", "abs_weight", "rms_weight"): assert np.allclose(both[column].fillna(0), both[f"{column}_found"].fillna(0), rtol=1e-6, atol=1e-9 * wanted[column].abs().max()), column
+        few = weigh_features(model, tokens, {key: hide(d) if key in hidden else d for key, d in known.items()}, **options, memory=32 * 3 * 60 * 2)[1]
+        pd.testing.assert_frame_equal(found, few, rtol=1e-9)
+
+
+def test_curved_encoders_and_decoders_are_complete():
+    """Weights into a feature sum to what its module's input adds to its activation; the decoder bends too."""
+    model = tiny_model("llama", dtype=torch.float64)
+    tokens, dictionaries = random_tokens(model, 3, 6), {}
+    for key, d in all_dictionaries(model, gate="none").items(): dictionaries[key] = FunctionDictionary(key, "output", d.d_dict, lambda x, d=d: d.encode(x).tanh(), lambda a, d=d: d.decode(a + 0.3 * a.square()))
+    rule = Rule(n_steps=16)
+    nodes, edges = weigh_features(model, tokens, dictionaries, rule, keep=None, progress=False)
+    into = edges.groupby("target", observed=False)["weight"].sum()
+    parts, _ = cut_model(model, dictionaries)
+    activity = read_activity(model, tokens, parts)
+    late = (torch.arange(6) > 0).repeat(3)
+    for part in parts:
+        pulls = [pull_readers(model, part.module, part.dictionary, x, index, rule).change for x, index in zip(activity.reads[part.module], activity.index[part.module].unflatten(0, (3, 6)), strict=True)]
+        change, index = torch.cat(pulls)[late], torch.cat([activity.index[part.module], torch.full((18, 1), part.n_nodes - 1)], 1)[late]
+        total = torch.zeros(part.n_nodes, dtype=torch.float64).index_add(0, index.flatten(), change.flatten()) / int(late.sum())
+        names = [f"{part.module}/{j}" for j in range(part.n_nodes - 1)] + [f"{part.module}/err"]
+        assert np.allclose(into[names], total, atol=1e-5 * edges["abs_weight"].max()), part.module
+    merged = [weigh_features(model, t, dictionaries, rule, keep=None, progress=False)[1] for t in (tokens[:1], tokens[1:])]
+    assert len(merged[0]) and len(merged[1])
