@@ -17,7 +17,7 @@ graph: env  ## the main job: the head graph of SmolLM2-135M over 4,096 tokens, t
 
 test: env browser lint  ## every notebook's tests, then tests/
 	$(OFFLINE) $(BIN)/python scripts/test_notebooks.py
-	$(OFFLINE) $(BIN)/python -m pytest tests
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile  # a core each
 
 test-tl4: .venv-tl4/.stamp  ## the model, build and ablation tests under TransformerLens 4.3.0
 	$(OFFLINE) .venv-tl4/bin/python scripts/test_notebooks.py 02_model 08_build

@@ -54,7 +54,7 @@ def build(
     pattern: Annotated[str, typer.Option(help="live or frozen.")] = "live",
     ports: Annotated[str, typer.Option(help="split or merged.")] = "split",
     n_steps: Annotated[int, typer.Option(help="Points on the path, for ig.")] = 8,
-    skip_first: Annotated[int, typer.Option(help="Positions left out at the start of each sequence.")] = 1,
+    skip_first: Annotated[int | None, typer.Option(help="Positions left out at the start of each sequence; by default 1.")] = None,
     n_tokens: Annotated[int, typer.Option(help="Tokens of text.")] = 4096,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
     batch_size: Annotated[int | None, typer.Option(help="Sequences at a time; by default about 512 tokens.")] = None,

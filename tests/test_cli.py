@@ -19,6 +19,7 @@ from circuitgraph.ablate import ablation_curve
 from circuitgraph.build import build_graph
 from circuitgraph.cli import app
 from circuitgraph.data import load_corpus
+from circuitgraph.dictionary import Gate, LinearDictionary, save_dictionary
 from circuitgraph.graph import Graph
 from circuitgraph.model import load_model, tiny_model
 from oracles import random_tokens
@@ -180,3 +181,21 @@ def test_evaluate_is_the_curve_and_refuses_in_one_line(tmp_path, embedded):
     for options, words in {("--task", "sums"): "source must be one of ioi", ("--value", "corrupted"): "needs a Task", ("--n-edges", "-1"): "n must lie in", ("--method", "best"): "method must be", ("--out", str(tmp_path / "no" / "c.csv")): "a folder that exists"}.items():
         wrong = run(*options)
         assert wrong.exit_code == 2 and words in wrong.stderr.splitlines()[-1] and "Traceback" not in wrong.stderr, wrong.output
+
+
+def test_a_graph_of_features_from_a_folder_of_dictionaries(tmp_path, monkeypatch, embedded):
+    monkeypatch.setattr("circuitgraph.model.load_model", lambda *_, **__: embedded)
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(40, embedded.d_model, generator=generator)
+    made = LinearDictionary("m1", "output", W.mT.contiguous(), W / W.norm(dim=1, keepdim=True), torch.zeros(40), torch.zeros(embedded.d_model), Gate("topk", k=4))
+    save_dictionary(made, tmp_path / "dictionaries" / "m1", weights_hash=embedded.weights_hash)
+    options = ["--n-tokens", "64", "--seq-len", "32"]
+    done = CliRunner().invoke(app, ["build", "--nodes", str(tmp_path / "dictionaries"), "--keep", "20", "--out", str(tmp_path / "g"), *options])
+    assert done.exit_code == 0, done.output
+    graph = Graph.load(tmp_path / "g")
+    assert graph.meta["nodes"] == "feature" and set(graph.meta["dictionaries"]) == {"m1"} and graph.edges["target"].value_counts().max() == 20
+    judge = ["evaluate", str(tmp_path / "g"), "--n-edges", "50", "--value", "zero", *options]
+    done = CliRunner().invoke(app, [*judge, "--dictionaries", str(tmp_path / "dictionaries"), "--out", str(tmp_path / "curve.csv")])
+    assert done.exit_code == 0 and len(pd.read_csv(tmp_path / "curve.csv")) == 2, done.output
+    done = CliRunner().invoke(app, judge)
+    assert done.exit_code == 2 and "dictionaries must be those that the graph of features was built with" in done.stderr
