@@ -10,7 +10,7 @@ __all__ = ['Part', 'cut_model', 'hash_dictionary', 'Activity', 'read_activity', 
 
 # %% ../nbs/08_feature_edges.ipynb #5e242828
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -566,13 +566,15 @@ class Sums:
         "Edges that are kept: source, reader, port, the sums, and `kept`, the share of the reader's absolute weight that its kept edges hold."
         found, n_before = [], self.table.shape[1]
         for first in range(0, self.table.shape[2], 64):
-            table = self.table[:, :, first : first + 64].permute(3, 2, 0, 1).flatten(2)  # [4 reader port*writer]
-            size, total = table[1], table[1].sum(1)
+            table = self.table[:, :, first : first + 64]
+            size = table[..., 1].permute(2, 0, 1).flatten(1)  # [reader port*writer]
+            total = size.sum(1)
             chosen = (size > 0) & (size >= share * total[:, None])
             if keep is not None and keep < size.shape[1]: chosen &= torch.zeros_like(chosen).scatter(1, size.topk(keep, sorted=False).indices, True)
             reader, column = chosen.nonzero(as_tuple=True)
             kept = ((size * chosen).sum(1) / total)[reader]
-            numbers = {"source": column % n_before, "reader": reader + first + self.first, "port": column // n_before, "kept": kept} | dict(zip(("weight", "abs_weight", "rms_weight", "count"), table[:, reader, column], strict=True))
+            numbers = {"source": column % n_before, "reader": reader + first + self.first, "port": column // n_before, "kept": kept}
+            numbers |= dict(zip(("weight", "abs_weight", "rms_weight", "count"), table[column // n_before, column % n_before, reader].mT, strict=True))
             found.append(pd.DataFrame({name: x.cpu().numpy() for name, x in numbers.items()}))
         return pd.concat(found, ignore_index=True)
 
@@ -836,6 +838,39 @@ def _weigh_heads(model: Model, part: Part, grad: Float[Tensor, "pos reader kv_he
         rows = torch.cat([tables[port][writers.index[s]], project_writers(model, part, torch.cat([writers.dense[s], writers.curved[s]]), port)])
         out.index_add_(0, columns.at[s], torch.einsum("prge, wge -> wpr", grad[:, :, :, s], rows * (writers.values[s] * scale[s])[:, None, None]).flatten(1))
 
+# %% ../nbs/08_feature_edges.ipynb #51b02c13
+def _keep_activities(model: Model, batches: Sequence[Tensor], parts: list[Part], task: Task | None, folder: Path, progress: bool) -> list[Path]:
+    "What each batch does, with the effects on a task's metric if there is one, in files."
+    files = [folder / f"{i}.pt" for i in range(len(batches))]
+    effects = [] if task is None else metric_gradients(model, task, batch_size=len(batches[0]))
+    for tokens, file, effect in zip_longest(tqdm(batches, desc="activations", disable=not progress), files, effects):
+        found = read_activity(model, tokens.to(model.device), parts)
+        torch.save(vars(found if effect is None else replace(found, effect={name: grad.flatten(0, 1) for name, grad in effect[1].items()})), file)
+    return files
+
+
+def _load_activity(file: Path) -> Activity: return Activity(**torch.load(file, mmap=True, weights_only=True))
+
+
+def _add_batches(sums: Sums, model: Model, part: Part, span: tuple[int, int], batches: Sequence[Tensor], files: list[Path], parts: list[Part], names: list[str], table: Tensor, rule: Rule, bar: tqdm) -> None:
+    "Add the edges into a group of readers of one part, batch by batch."
+    lefts = carry_lefts(model, part) if part.dictionary is not None and part.closed else None
+    by_port = {port: project_writers(model, part, table[: part.n_before], port) for port in ("k", "v")} if part.kind == "attn" else {}
+    for tokens, file in zip(batches, files, strict=True):
+        activity = _load_activity(file)
+        writers, x = list_writers(parts, names, activity, part, table), activity.reads[part.module]
+        if part.kind == "logits": _add_logits(sums, model, tokens.to(model.device), x, writers, rule, activity.effect.get("logits"))
+        elif part.closed: add_part(sums, model, part, _select(list_active(model, part, lefts, activity, rule.skip_first), *span), writers, x, by_port, rule)
+        else: _add_general(sums, model, part, _list_general(part, activity, rule.skip_first, *span), writers, x, by_port, rule)
+        bar.update()
+
+
+def _add_logits(sums: Sums, model: Model, tokens: Tensor, x: Tensor, writers: Writers, rule: Rule, effect: Tensor | None) -> None:
+    grad = logit_gradients(model, x, None, tokens, rule) if effect is None else effect.view_as(x).clone()
+    grad[:, : rule.skip_first] = 0
+    on = (grad != 0).any(-1).flatten()[:, None].to(grad)
+    sums.add("logits", Readers(torch.zeros_like(on, dtype=torch.long), on, None, None), order_places(writers.nodes, writers.values != 0), weigh_writers(grad.flatten(0, 1)[:, None], writers))
+
 # %% ../nbs/08_feature_edges.ipynb #ad58d016
 def group_readers(part: Part, n_ports: int, memory: float) -> list[tuple[int, int]]:
     "Groups of a part's nodes whose sums fit into `memory` bytes. Raises ValueError if not even one reader's do."
@@ -894,24 +929,12 @@ def weigh_features(
     found, kept = [], np.ones(len(nodes))
     done = {} if checkpoint is None else {i: checkpoint / f"edges-{i}.parquet" for i in range(len(groups))}
     with tempfile.TemporaryDirectory() as folder, tqdm(total=len(batches) * len(groups), desc="feature graph", unit="batch", disable=not progress) as bar:
-        files = [Path(folder) / f"{i}.pt" for i in range(len(batches))]
-        effects = [] if task is None else metric_gradients(model, task, batch_size=batch_size)
-        for tokens, file, effect in zip_longest(tqdm(batches, desc="activations", disable=not progress), files, effects):
-            found_here = read_activity(model, tokens.to(model.device), parts)
-            torch.save(vars(found_here if effect is None else replace(found_here, effect={name: grad.flatten(0, 1) for name, grad in effect[1].items()})), file)
-        load = lambda file: Activity(**torch.load(file, mmap=True, weights_only=True))  # noqa: E731
+        files = _keep_activities(model, batches, parts, task, Path(folder), progress)
         for i, (part, ports, span) in enumerate(groups):
             if i in done and done[i].exists(): bar.update(len(batches))
             else:
-                sums, lefts = Sums(ports, *span, part.n_before, model.device), carry_lefts(model, part) if part.dictionary is not None and part.closed else None
-                by_port = {port: project_writers(model, part, table[: part.n_before], port) for port in ("k", "v")} if part.kind == "attn" else {}
-                for tokens, file in zip(batches, files, strict=True):
-                    activity = load(file)
-                    writers, x = list_writers(parts, names, activity, part, table), activity.reads[part.module]
-                    if part is last: _add_logits(sums, model, tokens.to(model.device), x, writers, rule, activity.effect.get("logits"))
-                    elif part.closed: add_part(sums, model, part, _select(list_active(model, part, lefts, activity, rule.skip_first), *span), writers, x, by_port, rule)
-                    else: _add_general(sums, model, part, _list_general(part, activity, rule.skip_first, *span), writers, x, by_port, rule)
-                    bar.update()
+                sums = Sums(ports, *span, part.n_before, model.device)
+                _add_batches(sums, model, part, span, batches, files, parts, names, table, rule, bar)
                 edges = sums.prune(keep, share)
                 if i in done:
                     edges.to_parquet(new := done[i].with_suffix(".new"))
@@ -919,11 +942,10 @@ def weigh_features(
             edges = pd.read_parquet(done[i]) if i in done else edges
             kept[part.first + edges["reader"]] = edges["kept"]
             found.append(pd.DataFrame({"source": edges["source"], "target": edges["reader"] + part.first, "port": np.array(ports)[edges["port"]]}).join(edges[["weight", "abs_weight", "rms_weight", "count"]]))
-        final = load(files[-1]).bias
-        count, size, n = _count_nodes(parts, names, (load(file) for file in files), rule.skip_first, sum(final.values(), torch.zeros(model.d_model, device=model.device)))
-        n_logits = n - len(corpus)
-        size[-1] = sum(float(logit_values(model, load(file).reads["logits"], tokens.to(model.device))[:, rule.skip_first :].sum(dtype=torch.float64)) for tokens, file in zip(batches, files, strict=True))
-    count[-1] = n_logits
+        final = _load_activity(files[-1]).bias
+        count, size, n = _count_nodes(parts, names, map(_load_activity, files), rule.skip_first, sum(final.values(), torch.zeros(model.d_model, device=model.device)))
+        size[-1] = sum(float(logit_values(model, _load_activity(file).reads["logits"], tokens.to(model.device))[:, rule.skip_first :].sum(dtype=torch.float64)) for tokens, file in zip(batches, files, strict=True))
+    count[-1] = n_logits = n - len(corpus)
     edges = pd.concat(found, ignore_index=True)
     over = np.where(edges["target"] == len(nodes) - 1, n_logits, n) if task is None else 1.0  # a metric's gradient is that of its mean over prompts already
     for column in ("weight", "abs_weight", "rms_weight"): edges[column] /= over
@@ -931,10 +953,3 @@ def weigh_features(
     edges = edges.assign(count=edges["count"].astype(np.int64), **{end: pd.Categorical.from_codes(edges[end], names) for end in ("source", "target")})
     per_node = np.append(np.full(len(nodes) - 1, n), n_logits)
     return nodes.assign(frequency=count / per_node, mean_activation=size / per_node, kept=kept), pd.DataFrame(edges, columns=["source", "target", "port", "weight", "abs_weight", "rms_weight", "count"])
-
-
-def _add_logits(sums: Sums, model: Model, tokens: Tensor, x: Tensor, writers: Writers, rule: Rule, effect: Tensor | None) -> None:
-    grad = logit_gradients(model, x, None, tokens, rule) if effect is None else effect.view_as(x).clone()
-    grad[:, : rule.skip_first] = 0
-    on = (grad != 0).any(-1).flatten()[:, None].to(grad)
-    sums.add("logits", Readers(torch.zeros_like(on, dtype=torch.long), on, None, None), order_places(writers.nodes, writers.values != 0), weigh_writers(grad.flatten(0, 1)[:, None], writers))

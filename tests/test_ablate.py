@@ -459,7 +459,7 @@ def test_a_curve_is_its_graphs_judged_one_by_one(method):
         share = np.array(budgets) / len(graph)
         assert row.cpr == pytest.approx(np.trapezoid(f, share)) and row.cmd == pytest.approx(np.trapezoid(np.abs(1 - f), share)) and row.cpr_low <= row.cpr <= row.cpr_high
     pd.testing.assert_frame_equal(ablation_curve(model, graph, tokens, budgets, value="resample", method=method, progress=False), curves[curves["graph"] == "a"].drop(columns="graph"))
-    assert torch.equal(state, torch.get_rng_state()) and curves.attrs == {"value": "resample", "method": method, "by": "weight", "metric": "ce", "data": "text", "n_inputs": 5}
+    assert torch.equal(state, torch.get_rng_state()) and curves.attrs == {"value": "resample", "method": method, "by": "weight", "metric": "ce", "data": "text", "n_inputs": 5, "exact": True}
 
 
 def test_minimality_is_the_difference_of_two_evaluations():
