@@ -413,7 +413,7 @@ def _sections(graph: Graph, n_edges: int) -> list[tuple[str, str, str]]:
     show = lambda figure, name: pio.to_html(figure, full_html=False, include_plotlyjs=False, div_id=name)  # noqa: E731
     dense = pd.concat({name: density(graph, by) for name, by in (("mean weight", "weight"), ("mean |weight|", "abs_weight"))})
     return [
-        ("What it is", "Every edge is a direct dependency through the residual stream. Its weight is the mean share of what the reader writes that is attributed to the writer (for the reader logits: logits).", _list_settings(graph)),
+        ("What it is", "Every edge is a direct dependency through the residual stream. Its weight is what is attributed to the writer: a mean share of what a module writes, a part of the mean activation of a feature, logits for the reader logits. Drawings divide by the reader's mean value, so that sizes are shares.", _list_settings(graph)),
         ("The strongest edges", "Depth upwards, heads on the left, MLPs on the right. Dark edges raise their reader, purple ones lower it; a node is as large as what goes out of it. Drag the slider; hover over nodes and over the middle of edges.",
          show(plot_layers(graph, n_edges), "layers")),
         ("How dense it is", "The fraction of edges whose magnitude is at least 1 % and 10 % of the largest: of all, and of those into the same port of the same reader.", dense.to_html(border=0, float_format=lambda v: f"{v:.1%}")),

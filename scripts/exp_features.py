@@ -47,15 +47,15 @@ def main() -> None:
     dictionaries, text = load_dictionaries(args.dictionaries, model), load_corpus("default", model, args.n_text * 64, seq_len=64, seed=1)
     fine = rank_by_share(load_graph(args.graph))
     coarse = rank_by_share(build_graph(model, load_corpus("default", model, 1024), "layer"))
-    done = set(map(tuple, pd.read_csv(args.out)[["grain", "value", "n_edges"]].to_numpy())) if args.out.exists() else set()
-    for value in ("zero", "mean"):
+    done = set(map(tuple, pd.read_csv(args.out)[["grain", "value", "method", "n_edges"]].to_numpy())) if args.out.exists() else set()
+    for value, method in (("zero", "top"), ("zero", "greedy"), ("mean", "top"), ("mean", "greedy")):
         for grain, graph in (("layer", coarse), ("feature", fine)):
-            for n in (*[n for n in BUDGETS[grain] if n < len(graph)], len(graph)):
-                if (grain, value, n) in done: continue
+            for n in (*[n for n in BUDGETS[grain] if n < len(graph) and (value == "zero" or n <= 30_000)], *([len(graph)] if value == "zero" or grain == "layer" else [])):
+                if (grain, value, method, n) in done: continue
                 start = time.time()
-                curve = ablation_curve(model, graph, text, [n], value=value, progress=False, **({"dictionaries": dictionaries} if grain == "feature" else {}))
-                curve.assign(grain=grain, value=value, seconds=time.time() - start).round(5).to_csv(args.out, mode="a", header=not args.out.exists(), index=False)
-                print(grain, value, n, curve[["ablation", "n_kept", "n_nodes", "faithfulness"]].to_dict("records"), f"{time.time() - start:.0f} s", flush=True)
+                curve = ablation_curve(model, graph, text, [n], value=value, method=method, progress=False, **({"dictionaries": dictionaries} if grain == "feature" else {}))
+                curve.assign(grain=grain, value=value, method=method, seconds=time.time() - start).round(5).to_csv(args.out, mode="a", header=not args.out.exists(), index=False)
+                print(grain, value, method, n, curve[["ablation", "n_kept", "n_nodes", "faithfulness"]].to_dict("records"), f"{time.time() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
