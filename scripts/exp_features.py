@@ -50,7 +50,7 @@ def main() -> None:
     done = set(map(tuple, pd.read_csv(args.out)[["grain", "value", "method", "n_edges"]].to_numpy())) if args.out.exists() else set()
     for value, method in (("zero", "top"), ("zero", "greedy"), ("mean", "top"), ("mean", "greedy")):
         for grain, graph in (("layer", coarse), ("feature", fine)):
-            for n in (*[n for n in BUDGETS[grain] if n < len(graph) and (value == "zero" or n <= 30_000)], *([len(graph)] if value == "zero" or grain == "layer" else [])):
+            for n in (*[n for n in BUDGETS[grain] if n < len(graph) and (value == "zero" or n <= 30_000)], *([len(graph)] if grain == "layer" else [])):
                 if (grain, value, method, n) in done: continue
                 start = time.time()
                 curve = ablation_curve(model, graph, text, [n], value=value, method=method, progress=False, **({"dictionaries": dictionaries} if grain == "feature" else {}))

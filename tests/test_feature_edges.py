@@ -11,7 +11,7 @@ import torch
 import circuitgraph.feature_edges
 from circuitgraph.attribution import Rule
 from circuitgraph.build import build_graph
-from circuitgraph.dictionary import FunctionDictionary, Gate, LinearDictionary, find_structure, visit_modules
+from circuitgraph.dictionary import FunctionDictionary, Gate, LinearDictionary, find_structure, neuron_basis, visit_modules
 from circuitgraph.feature_edges import cut_model, part_ports, read_activity, weigh_features
 from circuitgraph.feature_general import pull_readers
 from circuitgraph.model import TINY_MODELS, apply_norm, embed_tokens, norm_scale, run_attention, run_logits, run_mlp, tiny_model, write_heads
@@ -357,3 +357,14 @@ def test_curved_encoders_and_decoders_are_complete():
         assert np.allclose(into[names], total, atol=1e-5 * edges["abs_weight"].max()), part.module
     merged = [weigh_features(model, t, dictionaries, rule, keep=None, progress=False)[1] for t in (tokens[:1], tokens[1:])]
     assert len(merged[0]) and len(merged[1])
+
+
+def test_neurons_are_features_without_an_error():
+    model = tiny_model("llama", dtype=torch.float64)
+    tokens, dictionaries = random_tokens(model, 3, 6), all_dictionaries(model) | {name: neuron_basis(model, name) for name in ("m0", "m1")}
+    graph = build_graph(model, tokens, dictionaries, n_steps=16, keep=None, progress=False)
+    nodes, into = graph.nodes.set_index("name"), graph.edges.groupby("target", observed=False)["weight"].sum()
+    assert nodes.loc["m1/err", "mean_activation"] < 1e-12 and into["m1/err"] == 0
+    activity = read_activity(model, tokens, cut_model(model, dictionaries)[0])
+    value = torch.zeros(18, 32, dtype=torch.float64).scatter(1, activity.index["m1"], activity.value["m1"])[(torch.arange(6) > 0).repeat(3)].mean(0)
+    assert np.allclose(into[[f"m1/{j}" for j in range(32)]], value, atol=1e-9)  # a gated neuron without biases is zero at an empty input
