@@ -14,14 +14,18 @@ import pandas as pd
 import torch
 
 from circuitgraph.ablate import ablation_curve
+from circuitgraph.attribution import Rule
 from circuitgraph.build import build_graph
 from circuitgraph.data import load_corpus
-from circuitgraph.dictionary import load_dictionaries
+from circuitgraph.dictionary import Dictionary, load_dictionaries
+from circuitgraph.feature_edges import cut_model, part_ports
 from circuitgraph.graph import Graph, load_graph
-from circuitgraph.model import load_model
+from circuitgraph.model import Model, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {"feature": (300, 1_000, 3_000, 10_000, 30_000, 100_000, 300_000), "layer": (10, 30, 100, 300, 1_000, 3_000)}
+
+LARGEST = {("zero", "top"): 300_000, ("zero", "greedy"): 100_000, ("mean", "top"): 10_000, ("mean", "greedy"): 10_000}  # budget of features: minutes each beyond
 
 
 def rank_by_share(graph: Graph) -> Graph:
@@ -32,6 +36,12 @@ def rank_by_share(graph: Graph) -> Graph:
     kept = nodes["kept"].to_numpy() if "kept" in nodes else np.ones(len(nodes))
     share = edges["abs_weight"].to_numpy() / into[target] * kept[target] * nodes["frequency"].to_numpy()[target]
     return Graph(nodes, edges.assign(weight=np.sign(edges["weight"].to_numpy()) * share, abs_weight=share), graph.meta)
+
+
+def count_possible(model: Model, dictionaries: dict[str, Dictionary]) -> int:
+    "Edges that the architecture allows between features, errors and whole modules."
+    parts, nodes = cut_model(model, dictionaries)
+    return len(nodes) - 1 + sum(part.n_nodes * part.n_before * len(part_ports(part, Rule())) for part in parts)
 
 
 def main() -> None:
@@ -47,14 +57,15 @@ def main() -> None:
     dictionaries, text = load_dictionaries(args.dictionaries, model), load_corpus("default", model, args.n_text * 64, seq_len=64, seed=1)
     fine = rank_by_share(load_graph(args.graph))
     coarse = rank_by_share(build_graph(model, load_corpus("default", model, 1024), "layer"))
+    possible = {"layer": len(coarse), "feature": count_possible(model, dictionaries)}
     done = set(map(tuple, pd.read_csv(args.out)[["grain", "value", "method", "n_edges"]].to_numpy())) if args.out.exists() else set()
     for value, method in (("zero", "top"), ("zero", "greedy"), ("mean", "top"), ("mean", "greedy")):
         for grain, graph in (("layer", coarse), ("feature", fine)):
-            for n in (*[n for n in BUDGETS[grain] if n < len(graph) and (value == "zero" or n <= 30_000)], *([len(graph)] if grain == "layer" else [])):
+            for n in (*[n for n in BUDGETS[grain] if n < len(graph) and (grain == "layer" or n <= LARGEST[value, method])], *([len(graph)] if grain == "layer" else [])):
                 if (grain, value, method, n) in done: continue
                 start = time.time()
                 curve = ablation_curve(model, graph, text, [n], value=value, method=method, progress=False, **({"dictionaries": dictionaries} if grain == "feature" else {}))
-                curve.assign(grain=grain, value=value, method=method, seconds=time.time() - start).round(5).to_csv(args.out, mode="a", header=not args.out.exists(), index=False)
+                curve.assign(grain=grain, value=value, method=method, n_possible=possible[grain], seconds=time.time() - start).round(5).to_csv(args.out, mode="a", header=not args.out.exists(), index=False)
                 print(grain, value, method, n, curve[["ablation", "n_kept", "n_nodes", "faithfulness"]].to_dict("records"), f"{time.time() - start:.0f} s", flush=True)
 
 
