@@ -1,6 +1,6 @@
 """What edges between features cost, against the matrix products of their closed form at the rate measured in the same run, and how the whole grows.
 
-    python benchmarks/feature_graph.py            # prints tables and writes benchmarks/feature_graph.csv and feature_graph_growth.csv
+    python benchmarks/feature_graph.py            # prints tables and writes benchmarks/feature_graph.csv, feature_graph_memory.csv and feature_graph_growth.csv (half an hour)
 
 Dictionaries are TopK with directions drawn from whitened activations: what training would change is which features are active, not how many. Numbers are CPU seconds.
 Operations are those of the closed form as it is written down: for an MLP two products back to the residual stream and the dot products with all writers; for attention the product of every reader with every writer at every source (@eq-heads), of which the code does fewer (@eq-virtual).
@@ -65,7 +65,9 @@ def count_operations(model: Model, kind: str, n_readers: int, n_writers: int, n_
     return by_value + by_key + 4 * n_readers * width * S + 2 * n_readers * width * d + dots
 
 
-def time_modules(model: Model, dictionaries: dict[str, Dictionary], names: list[str], tokens: torch.Tensor, rate: float) -> pd.DataFrame:
+def time_modules(model: Model, names: list[str], n_tokens: int) -> pd.DataFrame:
+    tokens, n_layers = load_corpus("default", model, n_tokens), 1 + max(int(name[1:]) for name in names)
+    dictionaries, rate = draw_dictionaries(model, [f"{kind}{i}" for i in range(n_layers) for kind in "am"], 2304, 32), matmul_rate()
     parts, nodes = cut_model(model, dictionaries)
     table, every, activity, rule, rows = list_directions(parts, len(nodes), model.W_U), nodes["name"].tolist(), read_activity(model, tokens, parts), Rule(), []
     for part in [p for p in parts if p.module in names]:
@@ -80,7 +82,7 @@ def time_modules(model: Model, dictionaries: dict[str, Dictionary], names: list[
         n_readers, n_writers, n = activity.index[part.module].shape[1] + 1, writers.nodes.shape[1], tokens.numel()
         operations = count_operations(model, part.kind, n_readers, n_writers, tokens.shape[1])
         rows.append({"module": part.module, "writers at a position": n_writers, "tokens / CPU s": n / seconds, "million edges / CPU s": edges / seconds / 1e6, "MFLOP / token": operations / 1e6, "share of matmul rate": n * operations / seconds / rate})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).round(2).assign(**{"matmul GFLOP / CPU s": round(rate / 1e9, 1)})
 
 
 def grow(model: Model, tokens: torch.Tensor) -> pd.DataFrame:
@@ -102,6 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n-tokens", type=int, default=512)
     parser.add_argument("--modules", default="m14,a14")
+    parser.add_argument("--tables", default="modules,memory,growth", help="which tables are made")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -111,16 +114,13 @@ def main() -> None:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
     marks = {"date": datetime.date.today(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__}
-    tokens, n_layers = load_corpus("default", model, args.n_tokens), 1 + max(int(name[1:]) for name in names)
-    made = draw_dictionaries(model, [f"{kind}{i}" for i in range(n_layers) for kind in "am"], 2304, 32)
-    rate = matmul_rate()
-    table = time_modules(model, made, names, tokens, rate).round(2)
-    print(f"matrix products: {rate / 1e9:.1f} GFLOP a CPU second\n{table.to_string(index=False)}", flush=True)
-    table.assign(**{"matmul GFLOP / CPU s": round(rate / 1e9, 1)}, **marks).to_csv(here / "feature_graph.csv", index=False)
-    growth = grow(model, tokens[:2]).round(1)
-    memory = pd.DataFrame([{"tokens": n, "peak MB": round(peak(n))} for n in (512, 1024, 2048)])
-    print(growth.to_string(index=False), memory.to_string(index=False), sep="\n\n")
-    pd.concat([growth, memory]).assign(**marks).to_csv(here / "feature_graph_growth.csv", index=False)
+    def save(table: pd.DataFrame, name: str) -> None:
+        print(table.to_string(index=False), flush=True)
+        table.assign(**marks).to_csv(here / f"feature_graph{name and '_'}{name}.csv", index=False)
+    if "modules" in args.tables: save(time_modules(model, names, args.n_tokens), "")
+    tokens = load_corpus("default", model, args.n_tokens)
+    if "memory" in args.tables: save(pd.DataFrame([{"tokens": n, "peak MB": round(peak(n))} for n in (512, 1024, 2048)]), "memory")
+    if "growth" in args.tables: save(grow(model, tokens[:2]).round(1), "growth")
 
 
 if __name__ == "__main__":
