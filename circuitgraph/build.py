@@ -246,7 +246,7 @@ def build_graph(
     n_steps: int = 8,  # points on the path, for "ig"
     skip_first: int | None = None,  # positions whose readers are left out: by default 1, since the first is an attention sink, and 0 where positions are kept
     batch_size: int | None = None,  # sequences at a time; by default about 512 tokens
-    others: str | None = "layer",  # for features: modules without dictionary are one node each ("layer") or refused (None)
+    others: str | None = "layer",  # for features: modules without dictionary are one node each ("layer"), attention a node for each head ("head"), or refused (None)
     keep: int | None = 100,  # for features: edges kept for each reader, the largest; None for all
     share: float = 0.0,  # for features: of a reader's absolute incoming weight that an edge must have to be kept
     positions: str = "sum",  # for features: edges summed over positions ("sum"), or the graph of one sequence, whose nodes are features at positions ("keep")

@@ -60,6 +60,7 @@ def build(
     batch_size: Annotated[int | None, typer.Option(help="Sequences at a time; by default about 512 tokens.")] = None,
     seed: Annotated[int, typer.Option(help="Which sequences of the text are drawn.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    others: Annotated[str, typer.Option(help="For features: modules without dictionary as one node each (layer), or attention as one for each head (head).")] = "layer",
     keep: Annotated[int, typer.Option(help="For features: edges kept for each reader, the largest.")] = 100,
     share: Annotated[float, typer.Option(help="For features: of a reader's absolute incoming weight that an edge must have to be kept.")] = 0.0,
     memory: Annotated[float, typer.Option(help="For features: bytes for the sums of one module's readers.")] = 4e9,
@@ -84,7 +85,7 @@ def build(
         tokens = load_corpus(corpus, loaded, n_tokens, seq_len=seq_len, seed=seed)
         try:
             graph = build_graph(loaded, tokens, read, attribution=attribution, baseline=baseline, norm=norm, pattern=pattern, ports=ports, n_steps=n_steps,
-                                skip_first=skip_first, batch_size=batch_size, seed=seed, keep=keep, share=share, memory=memory, checkpoint=partial)
+                                skip_first=skip_first, batch_size=batch_size, seed=seed, others=others, keep=keep, share=share, memory=memory, checkpoint=partial)
         except KeyboardInterrupt:
             typer.echo(f"\nStopped. What was done is kept in {partial}: the same command goes on from there, --fresh starts anew.", err=True)
             raise typer.Exit(130) from None

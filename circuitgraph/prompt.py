@@ -59,7 +59,8 @@ def _list_part(part: Part, activity: Activity, tokens: list[int], first: int, co
     "Nodes of a part, position by position: active features in their order, then the error; and which of them stand where."
     size = activity.dense[part.module].norm(dim=1).tolist()
     if part.dictionary is None:
-        table = [(f"{part.module}@{p}", part.module, part.kind, part.layer, -1, p, token, size[p]) for p, token in enumerate(tokens)]
+        kind = part.kind if part.head < 0 else "head"
+        table = [(f"{part.module}@{p}", part.place, kind, part.layer, part.head, p, token, size[p]) for p, token in enumerate(tokens)]
         return pd.DataFrame(table, columns=COLUMNS), torch.arange(first, first + len(tokens))[:, None]
     index, value = activity.index[part.module].cpu(), activity.value[part.module].cpu()
     ids, table = torch.full((len(tokens), index.shape[1] + 1), const), []
@@ -431,8 +432,9 @@ def _describe_node(row: dict[str, Any], model: Model) -> dict[str, Any]:
     if kind in ("embed", "pos_embed", "const"): out |= {"node_id": f"E_{token}_{p}", "feature": p, "layer": "E", "feature_type": "embedding", "clerp": f'Emb: "{_say(model, token)}"' if token >= 0 else ""}
     elif kind == "logits": out |= {"node_id": f"{model.n_layers + 1}_{token}_{p}", "feature": token, "layer": str(model.n_layers + 1), "feature_type": "logit", "influence": None, "token_prob": row["probability"], "clerp": f'Output "{_say(model, token)}" (p={row["probability"]:.3f})'}
     else:
-        which, module = row["module"][0], row["module"]
-        mark = {"feature": f"{'' if which == 'm' else 'a'}{row['index']}", "error": f"error-{which}"}.get(kind, which)
+        module = row["name"].partition("@")[0].partition("/")[0]
+        which, head = module[0], module.partition(".")[2]
+        mark = {"feature": f"{'' if which == 'm' else 'a'}{head and head + '.'}{row['index']}", "error": f"error-{which}{head}"}.get(kind, which + head)
         name = {"feature": _TYPES[which][0], "error": _TYPES[which][1]}.get(kind, "unknown")
         said = row.get("label") if isinstance(row.get("label"), str) else f"{module}/{row['index']}" if kind == "feature" else f"{module}: {'error' if kind == 'error' else 'whole module'}"
         out |= {"node_id": f"{layer}_{mark}_{p}", "feature": _pair(layer, row["index"]) if kind == "feature" else -1, "layer": str(layer), "feature_type": name, "activation": row["activation"], "clerp": said}

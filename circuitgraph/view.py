@@ -80,7 +80,8 @@ def place_nodes(
     "Where nodes are drawn: depth upwards, attention on the left, MLPs on the right, input below and logits above."
     nodes = graph.nodes
     n_layers = 1 + max(int(np.max(nodes["layer"].to_numpy())), 0)
-    rank, of = nodes.groupby("module").cumcount().to_numpy(), nodes.groupby("module")["name"].transform("size").to_numpy()
+    column = nodes.groupby(nodes["module"].str.split(".").str[0])  # heads with features of their own stand side by side
+    rank, of = column.cumcount().to_numpy(), column["name"].transform("size").to_numpy()
     spread, mlp = np.where(of > 1, rank / np.maximum(of - 1, 1), 0.5), nodes["module"].str.startswith("m").to_numpy()
     x, y = np.where(mlp, 1.35 + 0.3 * spread, spread), nodes["layer"].to_numpy() + 0.5 * mlp
     places = pd.DataFrame({"x": x, "y": y.astype(float)}, index=pd.Index(nodes["name"]))

@@ -28,8 +28,8 @@ def all_dictionaries(model, **options):
     return {f"{kind}{i}": draw(model, f"{kind}{i}", **options) for i, layer in enumerate(model.layers) for kind in "am" if kind == "a" or layer.mlp is not None}
 
 
-def module_by_hand(model, kind, layer, xs, pattern=None):
-    """What a module writes, z, and the patterns of its heads, of its inputs by port."""
+def module_by_hand(model, kind, layer, xs, pattern=None, head=-1):
+    """What a module writes (or one head, its layer's bias left out), z, and the patterns of its heads, of its inputs by port."""
     block = model.layers[layer]
     if kind == "m": return mlp_by_hand(model, layer, xs["mlp"]) + (0 if block.mlp.b_out is None else block.mlp.b_out), None, None
     heads, patterns, zs = [], {}, []
@@ -38,24 +38,32 @@ def module_by_hand(model, kind, layer, xs, pattern=None):
         shared = h // (model.n_heads // model.n_kv_heads)
         v = norm_by_hand(block.ln1, xs["v"]) @ block.attn.W_V[shared].T + (0 if block.attn.b_V is None else block.attn.b_V[shared])
         heads, zs = [*heads, y], [*zs, patterns[h] @ v]
+    if head >= 0: return norm_by_hand(block.ln1_post, heads[head], sum(heads)), None, patterns
     return norm_by_hand(block.ln1_post, sum(heads)) + (0 if block.attn.b_O is None else block.attn.b_O), torch.cat(zs, -1), patterns
 
 
-def walk_features(model, dictionaries, tokens, read, patterns=None):
+def cut_by_hand(model, layer, dictionaries, others):
+    """The modules of a layer, (name, kind, head): its attention is cut into heads where these have dictionaries, or all others are to be heads."""
+    heads = [(f"a{layer}.h{h}", "a", h) for h in range(model.n_heads)]
+    if f"a{layer}" in dictionaries or not (others == "head" or any(name in dictionaries for name, *_ in heads)): heads = [(f"a{layer}", "a", -1)]
+    return heads if model.layers[layer].mlp is None else [*heads, (f"m{layer}", "m", -1)]
+
+
+def walk_features(model, dictionaries, tokens, read, patterns=None, others="layer"):
     """Logits, what every node wrote, and the patterns, where `read(reader, port, writes, bias)` says what a port reads; a port is q, k, v, mlp, logits, or in for what an encoder reads before its module."""
     writes, bias, seen = dict(embed_tokens(model, tokens)), torch.zeros(model.d_model, dtype=model.dtype), {}
     for i, layer in enumerate(model.layers):
         before, bias_before = dict(writes), bias
-        for kind in "am" if layer.mlp is not None else "a":
-            name, d = f"{kind}{i}", dictionaries.get(f"{kind}{i}")
-            there, b = (before, bias_before) if layer.parallel else (dict(writes), bias)
+        for name, kind, head in cut_by_hand(model, i, dictionaries, others):
+            d = dictionaries.get(name)
+            there, b = (before, bias_before) if layer.parallel or kind == "a" else (dict(writes), bias)
             norm, own = (layer.ln1, layer.attn.b_O) if kind == "a" else (layer.ln2, layer.mlp.b_out)
             for node in [name] if d is None else [*(f"{name}/{j}" for j in range(d.d_dict)), f"{name}/err"]:
                 xs = {port: read(node, port, there, b) for port in (*("qkv" if kind == "a" else ("mlp",)), "in")}
-                y, z, found = module_by_hand(model, kind, i, xs, None if patterns is None or kind == "m" else patterns[i])
+                y, z, found = module_by_hand(model, kind, i, xs, None if patterns is None or kind == "m" else patterns[i], head)
                 if kind == "a": seen[i] = found
                 if d is None:
-                    writes[node] = y - (0 if own is None else own)
+                    writes[node] = y - (0 if own is None or head >= 0 else own)
                     continue
                 x = xs["in"]
                 acts = d.encode({"output": y, "z": z, "stream": x + y, "input": x, "normed": norm_by_hand(norm, x), "scaled": norm_by_hand(Norm(norm.kind, None, None, norm.eps), x)}[d.reads])
@@ -63,7 +71,7 @@ def walk_features(model, dictionaries, tokens, read, patterns=None):
                 else:
                     j = int(node.split("/")[1])
                     writes[node] = acts[..., j : j + 1] * d.W_dec[j]
-            bias = bias + (d.b_dec if d is not None else 0 if own is None else own)
+            bias = bias + (0 if d is None else d.b_dec) + (0 if own is None or head > 0 or head < 0 and d is not None else own)
     return run_logits(model, read("logits", "logits", writes, bias)), writes, seen
 
 
@@ -71,22 +79,22 @@ def read_all(_reader, _port, writes, bias): return sum(writes.values()) + bias
 
 
 @torch.no_grad()
-def by_hand(model, dictionaries, kept, tokens, ablated=None, *, merged=False, frozen=False):
+def by_hand(model, dictionaries, kept, tokens, ablated=None, *, merged=False, frozen=False, others="layer"):
     """Logits with all edges cut but those of `kept`, a set of (source, target, port)."""
     def read(reader, port, writes, bias):
         port, x = "in" if merged and reader != "logits" else port, torch.zeros_like(writes["embed"])
         for writer, y in writes.items(): x = x + (y if (writer, reader, port) in kept else 0 if ablated is None else ablated[writer])
         return x + (1.0 if ablated is not None or ("const", reader, port) in kept else 0.0) * bias
-    patterns = walk_features(model, dictionaries, tokens, read_all)[2] if frozen else None
-    return walk_features(model, dictionaries, tokens, read, patterns)[0]
+    patterns = walk_features(model, dictionaries, tokens, read_all, others=others)[2] if frozen else None
+    return walk_features(model, dictionaries, tokens, read, patterns, others)[0]
 
 
 @torch.no_grad()
-def writes_by_hand(model, dictionaries, tokens): return walk_features(model, dictionaries, tokens, read_all)[1]
+def writes_by_hand(model, dictionaries, tokens, others="layer"): return walk_features(model, dictionaries, tokens, read_all, others=others)[1]
 
 
-def mean_by_hand(model, dictionaries, text, n_pos=None):
-    writes = writes_by_hand(model, dictionaries, text)
+def mean_by_hand(model, dictionaries, text, n_pos=None, others="layer"):
+    writes = writes_by_hand(model, dictionaries, text, others)
     return {name: y.mean((0, 1)) if n_pos is None else y.mean(0)[:n_pos] for name, y in writes.items()}
 
 

@@ -25,16 +25,16 @@ EXACT, WHOLE = 1e-10, 1e-5  # two derivations in float64; the model's own code, 
 tiny = functools.cache(tiny_model)
 
 
-def settings(model, dictionaries, tokens):
+def settings(model, dictionaries, tokens, others="layer"):
     """Every way to fill cut edges: options of the package, and the ablated values by the reference."""
     other, text, n_pos = random_tokens(model, *tokens.shape, seed=2), random_tokens(model, 3, tokens.shape[1] + 2, seed=3), tokens.shape[1]
     yield {"value": "zero"}, None
-    yield {"value": "corrupted", "corrupted": other}, writes_by_hand(model, dictionaries, other)
-    yield {"value": "resample", "seed": 4}, writes_by_hand(model, dictionaries, permute_rows(tokens, 4))
-    yield {"value": "mean"}, mean_by_hand(model, dictionaries, tokens)
-    yield {"value": "mean", "reference": text}, mean_by_hand(model, dictionaries, text)
-    yield {"value": "mean", "per_position": True}, mean_by_hand(model, dictionaries, tokens, n_pos)
-    yield {"value": "mean", "per_position": True, "reference": text}, mean_by_hand(model, dictionaries, text, n_pos)
+    yield {"value": "corrupted", "corrupted": other}, writes_by_hand(model, dictionaries, other, others)
+    yield {"value": "resample", "seed": 4}, writes_by_hand(model, dictionaries, permute_rows(tokens, 4), others)
+    yield {"value": "mean"}, mean_by_hand(model, dictionaries, tokens, others=others)
+    yield {"value": "mean", "reference": text}, mean_by_hand(model, dictionaries, text, others=others)
+    yield {"value": "mean", "per_position": True}, mean_by_hand(model, dictionaries, tokens, n_pos, others)
+    yield {"value": "mean", "per_position": True, "reference": text}, mean_by_hand(model, dictionaries, text, n_pos, others)
 
 
 @torch.no_grad()
@@ -54,13 +54,13 @@ def test_all_edges_kept_is_the_model_and_none_the_ablated_values(name):
 @torch.no_grad()
 def compare(model, dictionaries, tokens, options, shares, values=None, **build):
     every = every_edge(model, tokens, dictionaries, **build)
-    merged, frozen = build.get("ports") == "merged", build.get("pattern") == "frozen"
+    merged, frozen, others = build.get("ports") == "merged", build.get("pattern") == "frozen", build.get("others", "layer")
     found = []
-    for n, (ours, ablated) in enumerate(settings(model, dictionaries, tokens)):
+    for n, (ours, ablated) in enumerate(settings(model, dictionaries, tokens, others)):
         if values is not None and n not in values: continue
         for share in shares:
             graph = thin(every, share, seed=n)
-            wanted = by_hand(model, dictionaries, triples(graph), tokens, ablated, merged=merged, frozen=frozen)
+            wanted = by_hand(model, dictionaries, triples(graph), tokens, ablated, merged=merged, frozen=frozen, others=others)
             found.append(gap(run_ablated(model, graph, tokens, dictionaries=dictionaries, **options, **ours), wanted))
     assert max(found) < EXACT, found
     return every
@@ -97,6 +97,15 @@ def test_modules_without_dictionary(name, modules):
     model = tiny(name)
     dictionaries = {m: d for m, d in all_dictionaries(model, gate="relu").items() if m in modules}
     compare(model, dictionaries, random_tokens(model, 2, 5), {}, (0.05, 0.5), values=(0, 2, 3))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gpt-neox", "gemma2"])
+@pytest.mark.parametrize("modules", [("m0",), ("a0.h1", "m0", "a1")], ids=str)
+@pytest.mark.parametrize("build", [{}, {"ports": "merged"}, {"pattern": "frozen"}], ids=str)
+def test_heads(name, modules, build):
+    model = tiny(name)
+    graph = compare(model, {m: draw(model, m, gate="relu") for m in modules}, random_tokens(model, 2, 5), {}, (0.05, 0.5), values=(0, 1, 3), others="head", **build)
+    assert {"a0.h0", "a0.h1/err" if "a0.h1" in modules else "a0.h1"} < set(graph.nodes["name"])
 
 
 @torch.no_grad()

@@ -11,10 +11,11 @@ import torch
 import circuitgraph.feature_edges
 from circuitgraph.attribution import Rule
 from circuitgraph.build import build_graph
+from circuitgraph.data import load_corpus
 from circuitgraph.dictionary import FunctionDictionary, Gate, LinearDictionary, find_structure, neuron_basis, visit_modules
 from circuitgraph.feature_edges import cut_model, part_ports, read_activity, weigh_features
 from circuitgraph.feature_general import pull_readers
-from circuitgraph.model import TINY_MODELS, apply_norm, embed_tokens, norm_scale, run_attention, run_logits, run_mlp, tiny_model, write_heads
+from circuitgraph.model import TINY_MODELS, apply_norm, embed_tokens, load_model, norm_scale, run_attention, run_logits, run_mlp, tiny_model, write_heads
 from circuitgraph.task import Task
 from oracles import random_tokens
 
@@ -35,9 +36,9 @@ def all_dictionaries(model, **options):
 
 
 @torch.no_grad()
-def by_definition(model, tokens, dictionaries, rule):
+def by_definition(model, tokens, dictionaries, rule, others="layer"):
     """Every edge `{(source, target, port): (sum, absolute sum, sum of squares)}` with each gradient taken by automatic differentiation; and completeness `[value, sum of weights]` of each reader at each position."""
-    parts, nodes = cut_model(model, dictionaries)
+    parts, nodes = cut_model(model, dictionaries, others)
     names, found, complete = list(nodes["name"]), {}, []
     for sequence in tokens.split(1):
         written, bias, x = {name: y.expand(1, len(sequence[0]), -1)[0] for name, y in embed_tokens(model, sequence).items()}, torch.zeros(model.d_model, dtype=model.dtype), 0
@@ -45,8 +46,8 @@ def by_definition(model, tokens, dictionaries, rule):
         before = x, bias, dict(written)
         for part in parts:
             layer = model.layers[part.layer]
-            if part.kind == "attn": before = x, bias, dict(written)
-            read, const, writers = before if layer.parallel else (x, bias, dict(written))
+            if part.kind == "attn" and part.head <= 0: before = x, bias, dict(written)
+            read, const, writers = before if layer.parallel or part.kind == "attn" else (x, bias, dict(written))
             y, values = module_values(model, part, read)
             for j, active in values.items():
                 for p in range(rule.skip_first, len(read)):
@@ -59,15 +60,14 @@ def by_definition(model, tokens, dictionaries, rule):
                             found[source, j, port] = old + np.array([w, abs(w), w * w])
             d = part.dictionary
             own = layer.attn.b_O if part.kind == "attn" else layer.mlp.b_out
-            if d is None:
-                bias = bias if own is None else bias + own
-                written[part.module] = y - (0 if own is None else own)
+            if own is not None and (part.head == 0 or part.head < 0 and d is None): bias = bias + own
+            if d is None: written[part.module] = y - (0 if own is None or part.head >= 0 else own)
             else:
                 place = {"output": y, "stream": read + y}.get(d.reads)
                 acts = d.encode(place_value(model, part, read, [read] * 3, norm_of(model, part, read), y) if place is None else place)
                 written |= {f"{part.module}/{i}": acts[:, i : i + 1] * d.W_dec[i] for i in range(d.d_dict)} | {f"{part.module}/err": y - d.decode(acts)}
                 bias = bias + d.b_dec
-            x = x + y
+            x = x + y + (own if own is not None and part.head == 0 else 0)
         scale, following = norm_scale(model.ln_final, x)[None], sequence[0]
         def margin(xs, p, scale=scale, following=following):
             logits = run_logits(model, xs[0][None], scale=scale)[0, p]
@@ -90,6 +90,7 @@ def run_part(model, part, xs, scale, post_scale):
         out, post = run_mlp(model, part.layer, xs[0][None], scale=scale[None], post_scale=post_scale)
         return (out + (0 if layer.mlp.b_out is None else layer.mlp.b_out))[0], post
     out, post = write_heads(model, part.layer, run_attention(model, part.layer, *(x[None] for x in xs[:3]), scale=scale[None]), post_scale=post_scale)
+    if part.head >= 0: return out[0, :, part.head], post
     return (out.sum(2) + (0 if layer.attn.b_O is None else layer.attn.b_O))[0], post
 
 
@@ -108,7 +109,7 @@ def module_values(model, part, read):
     out = lambda xs: run_part(model, part, xs, scale, post)[0]  # noqa: E731
     if d is None:
         bias = model.layers[part.layer].attn.b_O if part.kind == "attn" else model.layers[part.layer].mlp.b_out
-        own = y - (0 if bias is None else bias)
+        own = y - (0 if bias is None or part.head >= 0 else bias)
         return y, {part.module: [lambda xs, p=p: (out(xs)[p] * own[p]).sum() / own[p].square().sum() for p in range(len(read))]}
     known = find_structure(d)
     pre = lambda xs: place_value(model, part, xs[-1], xs[:3], scale, out(xs)) @ known.W_enc + known.b_enc  # noqa: E731
@@ -140,9 +141,9 @@ def as_sums(edges, n, n_logits):
     return {key: np.array(row) for key, *row in zip(zip(edges["source"].astype(str), edges["target"].astype(str), edges["port"].astype(str), strict=True), edges["weight"] * over, edges["abs_weight"] * over, edges["rms_weight"] ** 2 * over, strict=True)}
 
 
-def compare(model, tokens, dictionaries, rule, rtol=1e-6):
-    nodes, edges = weigh_features(model, tokens, dictionaries, rule, keep=None, progress=False, batch_size=2)
-    wanted, complete, names = by_definition(model, tokens, dictionaries, rule)
+def compare(model, tokens, dictionaries, rule, rtol=1e-6, others="layer"):
+    nodes, edges = weigh_features(model, tokens, dictionaries, rule, keep=None, progress=False, batch_size=2, others=others)
+    wanted, complete, names = by_definition(model, tokens, dictionaries, rule, others)
     got = as_sums(edges, tokens.numel() - len(tokens) * rule.skip_first, tokens.numel() - len(tokens) * (rule.skip_first + 1))
     assert list(nodes["name"]) == names and np.allclose(nodes["kept"], 1)
     assert len(wanted) > 150
@@ -174,6 +175,14 @@ def test_rules_and_mixed_grains(rule, which):
     dictionaries = all_dictionaries(model)
     if which == "some modules": dictionaries = {name: dictionaries[name] for name in ("m0", "a1")}
     compare(model, random_tokens(model, 2, 5, seed=4), dictionaries, rule)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gpt-neox", "gemma2"])
+@pytest.mark.parametrize("modules", [("m0",), ("a0.h1", "m0", "a1")], ids=str)
+@pytest.mark.parametrize("rule", [Rule(n_steps=3), Rule(ports="merged", n_steps=3)], ids=["split", "merged"])
+def test_heads(name, modules, rule):
+    model = tiny_model(name, dtype=torch.float64)
+    compare(model, random_tokens(model, 2, 5), {module: draw(model, module) for module in modules}, rule, others="head")
 
 
 def build(model, tokens, dictionaries, **options):
@@ -212,6 +221,24 @@ def test_what_is_pruned_is_told():
         assert np.isclose(into(few).sum(), into(whole).nlargest(5).sum())
         assert np.isclose(few.nodes.set_index("name").loc[name, "kept"], into(few).sum() / into(whole).sum())
     assert build(model, tokens, dictionaries, keep=None, share=0.1).edges.shape[0] < len(whole)
+
+
+@pytest.mark.parametrize("layer", [3, 20])
+def test_completeness_on_a_real_model(layer):
+    model = load_model("smollm2-135m")
+    tokens = load_corpus("default", model, 64, seq_len=32)
+    dictionaries = {f"{kind}{layer}": draw(model, f"{kind}{layer}", d_dict=400) for kind in "am"}
+    _, edges = weigh_features(model, tokens, dictionaries, Rule(n_steps=16), keep=None, progress=False)
+    parts = [part for part in cut_model(model, dictionaries)[0] if part.dictionary is not None]
+    activity, into, late = read_activity(model, tokens, parts), edges.groupby("target", observed=True)["weight"].sum(), (torch.arange(32) > 0).repeat(2)
+    for part in parts:
+        read = activity.reads[part.module].view(2, 32, -1)
+        def pre(xs, part=part, read=read):
+            return torch.cat([run_part(model, part, [x] * 3, norm_of(model, part, clean), None)[0] for x, clean in zip(xs, read, strict=True)]) @ part.structure.W_enc
+        active = torch.zeros(64, 400).scatter(1, activity.index[part.module], activity.value[part.module]) != 0
+        change = ((pre(read) - pre(torch.zeros_like(read))) * active)[late].mean(0)
+        found = into.reindex([f"{part.module}/{j}" for j in range(400)]).fillna(0).to_numpy()
+        assert (active.sum(1) == 4).all() and np.abs(found - change.numpy()).max() < 1e-3 * float(change.abs().max())
 
 
 def test_dead_features_stay():
