@@ -364,7 +364,7 @@ def encode_part(run: FeatureRun, part: Part, x: dict[str, Float[Tensor, "batch p
     d = part.dictionary
     assert d is not None
     def encode(x: dict[str, Tensor]) -> Tensor:
-        place = run_part(run.cut, part, x, run.held.get(part.module))[1]
+        place = run_part(run.cut, part, x, run.held.get(part.place))[1]
         assert place is not None
         return d.encode(place)
     if own is None: return encode(x)
@@ -376,7 +376,7 @@ def evaluate_part(run: FeatureRun, part: Part, x: dict[str, Float[Tensor, "batch
     "Run a module on inputs by slot."
     d, own = part.dictionary, None if run.clean is None else run.clean.reads[part.module]
     if d is not None and not error: return encode_part(run, part, x, own), None
-    y, place = run_part(run.cut, part, x, run.held.get(part.module))
+    y, place = run_part(run.cut, part, x, run.held.get(part.place))
     assert y is not None
     if d is None or place is None: return y if part.head >= 0 else y - own_bias(run.cut.model, part), None
     acts = d.encode(place)
@@ -556,7 +556,7 @@ def fast_attention(run: FeatureRun, part: Part, maps: Maps, base: Tensor, groups
     n_pos = base.shape[1]
     for b in range(len(base)):
         here = slice(b * n_pos, (b + 1) * n_pos)
-        rows, pattern = take_rows(maps, base[b], listed, here), None if part.module not in run.held else run.held[part.module][b]
+        rows, pattern = take_rows(maps, base[b], listed, here), None if part.place not in run.held else run.held[part.place][b]
         heads = _Heads(run.cut, part, maps, listed, rows, pattern)
         for group in groups:
             if not touched_rows(listed, rows, group).any(): acts[b][:, group.readers] = code()[b][:, group.readers]
@@ -626,7 +626,7 @@ class _Tangents:
         assert run.clean is not None and part.dictionary is not None and part.structure is not None and part.structure.gate is not None and part.structure.W_enc is not None
         x = run.clean.reads[part.module][b]
         self.own = Rows(x, x @ maps.W.mT, rows.change[:, :0], {})
-        self.clean = _Heads(run.cut, part, maps, listed, self.own, None if part.module not in run.held else run.held[part.module][b])
+        self.clean = _Heads(run.cut, part, maps, listed, self.own, None if part.place not in run.held else run.held[part.place][b])
         self.scale = norm_scale(self.clean.norm, x).to(x.dtype)
         self.centred = x - x.mean(1, keepdim=True) if self.clean.norm.kind == "layer" else x
         z = self.clean.mix({"q": (), "k": (), "v": ()})

@@ -36,7 +36,7 @@ from .task import Task
 @dataclass(frozen=True, eq=False)
 class Part:
     "A module of a graph of features: its nodes stand together in the list of nodes, the error node last."
-    module: str  # "a3", "m3"
+    module: str  # "a3", "a3.h5", "m3"
     kind: str  # "attn" or "mlp"
     layer: int
     dictionary: Dictionary | None  # None where the module is one node

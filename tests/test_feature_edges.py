@@ -146,7 +146,7 @@ def compare(model, tokens, dictionaries, rule, rtol=1e-6, others="layer"):
     wanted, complete, names = by_definition(model, tokens, dictionaries, rule, others)
     got = as_sums(edges, tokens.numel() - len(tokens) * rule.skip_first, tokens.numel() - len(tokens) * (rule.skip_first + 1))
     assert list(nodes["name"]) == names and np.allclose(nodes["kept"], 1)
-    assert len(wanted) > 150
+    assert len(wanted) > 60
     largest = max(sums[1] for sums in wanted.values())
     for key in wanted.keys() | got.keys(): assert np.allclose(wanted.get(key, np.zeros(3)), got.get(key, np.zeros(3)), rtol=rtol, atol=1e-9 * largest), (key, wanted.get(key), got.get(key))
     return complete
@@ -273,7 +273,7 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("change", "options", "words"), [
     (lambda d: {"m7": replace(d["m0"], module="m7")}, {}, "there is no 'm7'"), (lambda d: {"m1": d["m0"]}, {}, "must stand under the names"), (lambda d: {"m0": d["m0"]}, {"others": None}, "a0 has no dictionary"),
     (lambda d: d, {"others": "neuron"}, "others must be"), (lambda d: d, {"memory": 100}, "memory must hold the sums of one reader"), (lambda d: d, {"keep": 0}, "keep must be at least 1"), (lambda d: d, {"share": 1.0}, "share must lie"),
-    (lambda d: d, {"baseline": "mean"}, "zero baseline"), (lambda d: {"b0": replace(d["m0"], module="b0")}, {}, "attention layers and MLPs"),
+    (lambda d: d, {"baseline": "mean"}, "zero baseline"), (lambda d: {"b0": replace(d["m0"], module="b0")}, {}, "attention layers, heads and MLPs"), (lambda d: d | {"a0.h1": replace(d["a0"], module="a0.h1")}, {}, "a layer or of its heads"),
 ])
 def test_refusals(change, options, words):
     model = tiny_model("llama", dtype=torch.float64)
@@ -300,10 +300,11 @@ def test_compiled_loops_and_plain_products_agree(monkeypatch, name, rule):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-neox"])
-def test_effects_on_a_metric(name):
+@pytest.mark.parametrize("modules", [("a0", "m0", "a1", "m1"), ("a0.h1", "m0", "a1")], ids=["every module", "a head"])
+def test_effects_on_a_metric(name, modules):
     """Against the edges of each prompt with positions kept, times the gradient of the metric at each reader's value by automatic differentiation of a spliced run."""
     model = tiny_model(name, dtype=torch.float64)
-    clean, dictionaries, n = random_tokens(model, 3, 6), all_dictionaries(model), 6
+    clean, dictionaries = random_tokens(model, 3, 6), {module: draw(model, module) for module in modules}
     task = Task(clean, clean.flip(0), answers=torch.tensor([[1], [2], [3]]), wrong=torch.tensor([[4], [5], [6]]))
     graph = build_graph(model, task, dictionaries, target="metric", n_steps=3, keep=None, skip_first=0, progress=False)
     found = dict(zip(zip(graph.edges["source"].astype(str), graph.edges["target"].astype(str), graph.edges["port"].astype(str), strict=True), graph.edges["weight"], strict=True))
@@ -314,33 +315,40 @@ def test_effects_on_a_metric(name):
             if port == "logits": continue
             (reader, p), key = target.split("@"), (source.split("@")[0], target.split("@")[0], port)
             wanted[key] = wanted.get(key, 0.0) + weight * float(effects[reader][b, int(p)])
-    assert len(wanted) > 100
+    assert len(wanted) > 60
     largest = max(map(abs, wanted.values()))
     for key, weight in wanted.items(): assert abs(weight - found.get(key, 0.0)) < 1e-9 * largest, key
-    assert {key for key in found if key[2] != "logits"} <= set(wanted) and graph.meta["target"] == f"logit_diff of {task.name}" and n == clean.shape[1]
+    assert {key for key in found if key[2] != "logits"} <= set(wanted) and graph.meta["target"] == f"logit_diff of {task.name}"
     for data, target, words in ((task, "node", "a task goes with"), (clean, "metric", "a task goes with")):
         with pytest.raises(ValueError, match=words): build_graph(model, data, dictionaries, target=target)
 
 
 def effects_by_splicing(model, task, dictionaries):
-    """Gradient of the mean metric at every value `[prompt pos]`, by node: activations are leaves, errors are scaled by leaves."""
-    leaves = {}
+    """Gradient of the mean metric at every value `[prompt pos]`, by node: activations and errors are moved by leaves, modules and heads without dictionary are scaled by leaves."""
+    leaves, parts = {}, cut_model(model, dictionaries)[0]
     def splice(kind, layer, places):
-        d = dictionaries.get(f"{kind}{layer}")
-        if d is None: return None
-        acts = d.encode(places[d.reads])
-        error = places["output"] - d.decode(acts)
-        more, size = torch.zeros_like(acts).requires_grad_(), error.new_zeros(error.shape[:2]).requires_grad_()
-        leaves[d.module] = more, size
-        unit = (error / error.norm(dim=-1, keepdim=True)).detach()
-        return d.decode(acts + more) + error + size[..., None] * unit
+        out = places["output"]
+        for part in [part for part in parts if part.place == f"{kind}{layer}"]:
+            y, d = places["output"] if part.head < 0 else places["heads"][:, :, part.head], part.dictionary
+            own = None if part.head >= 0 else model.layers[layer].attn.b_O if kind == "a" else model.layers[layer].mlp.b_out
+            size = y.new_zeros(y.shape[:2]).requires_grad_()
+            if d is None: leaves[part.module], unit = (size,), (y - (0 if own is None else own)).detach()
+            else:
+                acts = d.encode(y)
+                more, error = torch.zeros_like(acts).requires_grad_(), y - d.decode(acts)
+                leaves[part.module], unit = (size, more), (error / error.norm(dim=-1, keepdim=True)).detach()
+                out = out + d.decode(acts + more) - d.decode(acts)
+            out = out + size[..., None] * unit
+        return out
     x = visit_modules(model, task.clean, splice)
     logits = run_logits(model, x)
     last = logits[torch.arange(len(task)), task.last]
     score = (last.gather(1, task.answers) - last.gather(1, task.wrong)).mean()
-    grads = torch.autograd.grad(score, [leaf for pair in leaves.values() for leaf in pair])
     found = {}
-    for i, name in enumerate(leaves): found |= {f"{name}/{j}": grads[2 * i][..., j] for j in range(dictionaries[name].d_dict)} | {f"{name}/err": grads[2 * i + 1]}
+    for name, (size, *more) in leaves.items():
+        grads = torch.autograd.grad(score, [size, *more], retain_graph=True)
+        found[f"{name}/err" if more else name] = grads[0]
+        for grad in grads[1:]: found |= {f"{name}/{j}": grad[..., j] for j in range(grad.shape[-1])}
     return found
 
 

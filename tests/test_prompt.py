@@ -18,7 +18,7 @@ from circuitgraph.graph import Graph
 from circuitgraph.model import TINY_MODELS, embed_tokens, norm_scale, run_logits, tiny_model
 from circuitgraph.prompt import add_influence, prune_by_influence, save_attribution_graph, score_prompt
 from oracles import random_tokens
-from test_feature_edges import all_dictionaries, module_values
+from test_feature_edges import all_dictionaries, draw, module_values
 
 pytestmark = pytest.mark.filterwarnings("ignore", "error:::circuitgraph")
 
@@ -70,6 +70,17 @@ def test_gates_and_modules_without_dictionary(gate):
     model = tiny_model("llama", dtype=torch.float64)
     dictionaries = all_dictionaries(model, gate=gate)
     assert_sums_agree(model, {name: dictionaries[name] for name in ("m0", "a1")})
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt-neox", "gemma2"])
+def test_heads(name, tmp_path):
+    model, tokens = tiny_model(name, dtype=torch.float64), random_tokens(tiny_model(name), 1, 6)
+    dictionaries = {module: draw(model, module) for module in ("a0.h1", "m0", "a1")}
+    assert_sums_agree(model, dictionaries, others="head")
+    graph = build(model, tokens, dictionaries)
+    assert {"a0.h0@2", "a0.h1/err@2"} < set(graph.nodes["name"]) and graph.nodes["kind"].eq("head").any()
+    nodes = [node["node_id"] for node in json.loads(save_attribution_graph(graph, model, tmp_path / "graph.json", slug="heads").read_text(encoding="utf-8"))["nodes"]]
+    assert len(nodes) == len(set(nodes)) and {"0_ah0_2", "0_error-ah1_2"} <= set(nodes)
 
 
 def writers_of(model, tokens, dictionaries):
