@@ -35,13 +35,10 @@ from circuitgraph.model import (
     embed_tokens,
     freeze_block,
     list_readers,
-    run_attention,
-    run_block,
     run_logits,
-    run_mlp,
+    run_reader,
     sum_biases,
     trace_modules,
-    write_heads,
 )
 from .task import METRICS, Task, score_answers
 
@@ -278,17 +275,6 @@ class _Run:
         else: return x
         return x + constant if self.grad else x.add_(constant)
 
-    def compute(self, reader: Reader, x: Tensor) -> Tensor:
-        "What a reader module writes, `[batch pos name d_model]`."
-        model, i = self.model, reader.layer
-        if reader.kind == "mlp": return run_mlp(model, i, x[:, :, 0])[0][:, :, None]
-        pattern = self.held.get(reader.module)
-        if reader.kind == "block": return run_block(model, i, x[:, :, 0], frozen=None if pattern is None else {"pattern": pattern})[:, :, None]
-        x = x.unflatten(2, (len(reader.names), 3))
-        x_q, x_k, x_v = (x if len(reader.names) > 1 else x[:, :, 0]).unbind(-2)
-        y = write_heads(model, i, run_attention(model, i, x_q, x_k, x_v, pattern=pattern))[0]
-        return y if len(reader.names) > 1 else y.sum(2, keepdim=True)
-
     def __call__(self, mask: Tensor) -> Tensor:
         "What `logits` reads in the graph of a mask `[place]`: `[batch pos d_model]`."
         masks = {r.module: m.view(-1, r.n_before) for r, m in zip(self.readers, mask.split(self.sizes), strict=True)}
@@ -298,7 +284,7 @@ class _Run:
         for reader in self.readers[:-1]:
             if reader.module not in wanted: continue
             mlp = f"m{reader.layer}" if reader.kind == "attn" and f"m{reader.layer}" in wanted else None
-            self.write(self.compute(reader, self.read(reader, masks, mlp)), reader.row)
+            self.write(run_reader(self.model, reader, self.read(reader, masks, mlp), self.held.get(reader.module)), reader.row)
             if not self.grad: self.done.add(reader.module)
         self.mask = mask
         return self.read(self.readers[-1], masks, None)[:, :, 0]
@@ -478,7 +464,7 @@ def _open_data(model: Model, data: Tensor | Corpus | Task, metric: str | None, s
 
 # %% ../nbs/09_ablate.ipynb #7512a5db
 @dataclass(frozen=True, eq=False)
-class _Setting:
+class Setting:
     "Everything that judging several graphs of one model on the same data shares."
     model: Model
     grain: str
@@ -491,8 +477,8 @@ class _Setting:
     exact: bool
 
 
-def _set_up(model: Model, graph: Graph, data: Tensor | Corpus | Task, value: str, *, metric: str | None, reference: Tensor | None, per_position: bool, skip_first: int,
-            batch_size: int | None, seed: int, progress: bool, dictionaries: Mapping[str, Dictionary] | None, exact: bool) -> _Setting:
+def open_setting(model: Model, graph: Graph, data: Tensor | Corpus | Task, value: str, *, metric: str | None, reference: Tensor | None, per_position: bool, skip_first: int,
+            batch_size: int | None, seed: int, progress: bool, dictionaries: Mapping[str, Dictionary] | None, exact: bool) -> Setting:
     "Check the request, and fix what cut edges carry."
     grain, rule, cut = _open(model, graph, dictionaries, exact)
     opened = _open_data(model, data, metric, skip_first)
@@ -500,11 +486,11 @@ def _set_up(model: Model, graph: Graph, data: Tensor | Corpus | Task, value: str
     if value == "corrupted" and task is None: raise ValueError("value='corrupted' needs a Task, which has corrupted prompts; on text use 'mean', 'zero' or 'resample'")
     ablation = set_ablation(model, grain, opened.tokens, value, corrupted=task.corrupted if task and value == "corrupted" else None, reference=reference, per_position=per_position,
                             lengths=task.lengths if task else None, batch_size=batch_size, seed=seed, progress=progress, cut=cut)
-    return _Setting(model, grain, rule.pattern, opened, ablation, _rows_at_a_time(opened.tokens, batch_size), progress, cut, exact)
+    return Setting(model, grain, rule.pattern, opened, ablation, _rows_at_a_time(opened.tokens, batch_size), progress, cut, exact)
 
 
 @torch.no_grad()
-def _measure(setting: _Setting, masks: Sequence[Any], desc: str) -> dict[str, Float[Tensor, "graph input"]]:
+def measure_masks(setting: Setting, masks: Sequence[Any], desc: str) -> dict[str, Float[Tensor, "graph input"]]:
     "Scores of the model (row 0) and of each mask (bool: a number for each edge would take eight times the memory; at feature grain a choice), on every input."
     model, data = setting.model, setting.data
     found, streams = [], []
@@ -584,7 +570,7 @@ class Evaluation:
 def _count_nodes(graph: Graph) -> int: return len({*graph.edges["source"].cat.codes, *graph.edges["target"].cat.codes})
 
 
-def _mask_of(setting: _Setting, graph: Graph, ablation: str) -> Any:
+def _mask_of(setting: Setting, graph: Graph, ablation: str) -> Any:
     "What is kept: a mask over all edges, or a choice among those of features."
     if setting.cut is not None: return (choose_edges if ablation == "edge" else choose_nodes)(setting.cut, graph)
     return (mask_edges if ablation == "edge" else mask_nodes)(setting.model, graph).bool()
@@ -613,9 +599,9 @@ def evaluate(
 ) -> Evaluation:
     "Judge the very graph that is given. Raises ValueError for bad data or options and for a graph of another model."
     _check_masks(graph, None, ablation)
-    setting = _set_up(model, graph, data, value, metric=metric, reference=reference, per_position=per_position, skip_first=skip_first, batch_size=batch_size, seed=seed, progress=progress, dictionaries=dictionaries, exact=exact)
+    setting = open_setting(model, graph, data, value, metric=metric, reference=reference, per_position=per_position, skip_first=skip_first, batch_size=batch_size, seed=seed, progress=progress, dictionaries=dictionaries, exact=exact)
     kept = _mask_of(setting, graph, ablation)
-    scores = _measure(setting, [kept, ~kept, _nothing(kept)], f"{ablation} ablation")
+    scores = measure_masks(setting, [kept, ~kept, _nothing(kept)], f"{ablation} ablation")
     whole, graph_m, rest, none = scores["metric"]
     statistics = {"faithfulness": (faithfulness, (graph_m, whole, none)), "completeness": (faithfulness, (rest, whole, none)),
                   **{name: (lambda v: v.mean(-1), (scores[name][1],)) for name in ("kl", "ce", "accuracy") if name in scores}}
@@ -637,7 +623,7 @@ def list_budgets(
     return sorted({max(1, int(share * len(graph))) for share in shares}) if len(graph) else []
 
 
-def _curve_rows(setting: _Setting, chosen: Mapping[int, Graph], ruler: str) -> tuple[list[dict[str, Any]], list[Any]]:
+def _curve_rows(setting: Setting, chosen: Mapping[int, Graph], ruler: str) -> tuple[list[dict[str, Any]], list[Any]]:
     "For each budget, what is known before anything runs, and the mask."
     rows, masks = [], []
     for n, graph in chosen.items():
@@ -724,7 +710,7 @@ def compare_curves(
     rulers, first = _check_rulers(ablation), next(iter(graphs.values()))
     chosen = {name: {n: select_edges(graph, n, method, by=by) for n in sorted(set(list_budgets(graph) if n_edges is None else n_edges))} for name, graph in graphs.items()}
     if not any(chosen.values()): raise ValueError("n_edges must hold at least one budget")
-    setting = _set_up(model, first, data, value, metric=metric, reference=reference, per_position=per_position, skip_first=skip_first, batch_size=batch_size, seed=seed, progress=progress, dictionaries=dictionaries, exact=exact)
+    setting = open_setting(model, first, data, value, metric=metric, reference=reference, per_position=per_position, skip_first=skip_first, batch_size=batch_size, seed=seed, progress=progress, dictionaries=dictionaries, exact=exact)
     rows, masks, parts = [], [], {}
     for name, graph in graphs.items():
         if any(graph.meta.get(key) != first.meta.get(key) for key in ("nodes", "dictionaries", "others") + (() if setting.cut is None else ("model", "ports"))) or graph.meta.get("pattern", "live") != setting.pattern: raise ValueError(f"graphs must have one grain (for features, one set of dictionaries and one rule for ports) and one pattern rule to be compared, but {name!r} has another than {next(iter(graphs))!r}")
@@ -732,7 +718,7 @@ def compare_curves(
             found = _curve_rows(setting, chosen[name], ruler)
             parts[name, ruler] = slice(len(rows), len(rows) + len(chosen[name]))
             rows, masks = rows + [{"graph": name, **row} for row in found[0]], masks + found[1]
-    scores = _measure(setting, [*masks, _nothing(masks[0])], "ablated runs")
+    scores = measure_masks(setting, [*masks, _nothing(masks[0])], "ablated runs")
     curves, areas = _frame(rows, scores, n_boot, seed), []
     whole, none, values = scores["metric"][0], scores["metric"][-1], scores["metric"][1:-1]
     for (name, ruler), part in parts.items():
@@ -767,11 +753,11 @@ def minimality(
 ) -> pd.DataFrame:  # edge, weight, loss and its interval (low, high); largest loss first
     "The loss in faithfulness when one edge of the graph is cut, edge by edge. Raises ValueError as `evaluate` does."
     if n_edges is not None and n_edges < 1: raise ValueError(f"n_edges must be at least 1, or None for all, got {n_edges}")
-    setting = _set_up(model, graph, data, value, metric=metric, reference=reference, per_position=per_position, skip_first=skip_first, batch_size=batch_size, seed=seed, progress=progress, dictionaries=dictionaries, exact=exact)
+    setting = open_setting(model, graph, data, value, metric=metric, reference=reference, per_position=per_position, skip_first=skip_first, batch_size=batch_size, seed=seed, progress=progress, dictionaries=dictionaries, exact=exact)
     drawn = torch.randperm(len(graph), generator=torch.Generator().manual_seed(seed))[:n_edges]
     kept = _mask_of(setting, graph, "edge")
     order, without = (drawn.tolist(), kept.without) if isinstance(kept, Choice) else _cut_one(model, graph, drawn, kept)
-    scores = _measure(setting, [kept, *map(without, order), _nothing(kept)], "edges cut")["metric"]
+    scores = measure_masks(setting, [kept, *map(without, order), _nothing(kept)], "edges cut")["metric"]
     whole, own, cut, none = scores[0], scores[1], scores[2:-1], scores[-1]
     loss = lambda c, o, w, n: (o.mean(-1) - c.mean(-1)) / (w.mean(-1) - n.mean(-1))  # noqa: E731
     low, high = bootstrap(loss, cut, own, whole, none, n_boot=n_boot, seed=seed)

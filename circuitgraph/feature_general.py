@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Reading', 'write_inner', 'reader_values', 'open_reading', 'Pull', 'pull_readers', 'sources_to_stream', 'pull_heads',
-           'contributions', 'neuron_gradients', 'neuron_contributions', 'metric_gradients', 'value_effects']
+           'contributions', 'neuron_gradients', 'neuron_contributions', 'metric_gradients', 'port_gradients',
+           'value_effects']
 
 # %% ../nbs/07_feature_general.ipynb #ee7e8a24
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from .attribution import Rule, mlp_slopes, preactivations
 from .dictionary import Dictionary, check_place, find_structure, visit_modules
-from .model import Model, Norm, apply_norm, attention_mask, attention_pattern, embed_tokens, get_mlp, norm_scale, norm_vjp, project_heads, rotary_tables, rotate, run_logits, run_mlp
+from .model import Model, Norm, apply_norm, attention_mask, attention_pattern, embed_tokens, get_mlp, list_readers, norm_scale, norm_vjp, project_heads, rotary_tables, rotate, run_logits, run_mlp, run_reader, sum_biases
 from .task import METRICS, Task, score_answers
 
 # %% ../nbs/07_feature_general.ipynb #7bf3a799
@@ -365,16 +366,33 @@ def _check_target(task: Task, metric: str | None) -> None:
         raise ValueError(f"metric must be one of {', '.join(map(repr, allowed))} for this task, or a function of the logits, got {chosen!r}" + (": it is a step, whose gradient is zero" if chosen == "accuracy" else ""))
 
 
-def _final_gradients(model: Model, task: Task, metric: str | None, streams: Tensor) -> Tensor:
-    "Gradient of the mean metric at what `logits` reads `[prompt pos d_model]`."
+def score_task(
+    model: Model,
+    task: Task,
+    streams: Float[Tensor, "prompt pos d_model"],  # what `logits` reads, for all prompts of the task
+    metric: str | None = None,  # by default the task's own
+) -> Float[Tensor, " prompt"]:
+    "A task's metric, differentiable in the final streams. Raises ValueError for a metric that does not return a number for each prompt."
+    if isinstance(chosen := metric or task.metric, str):
+        if task.answers is None: raise ValueError(f"metric={chosen!r} needs answers: give the task some, or a function of the logits as metric")
+        last = streams[torch.arange(len(streams), device=streams.device), task.last.to(streams.device)]
+        score = score_answers(run_logits(model, last), task.answers.to(streams.device), None if task.wrong is None else task.wrong.to(streams.device), chosen)
+    else: score = chosen(run_logits(model, streams))
+    if score.shape != (len(streams),): raise ValueError(f"metric must return one number for each of the {len(streams)} prompts, got shape {tuple(score.shape)}")
+    return score
+
+
+def final_gradients(
+    model: Model,
+    task: Task,
+    streams: Float[Tensor, "prompt pos d_model"],  # what `logits` reads
+    metric: str | None = None,  # "logit_diff", "prob_diff" or "ce"; by default the task's own
+) -> Float[Tensor, "prompt pos d_model"]:
+    "Gradient of a task's mean metric at what `logits` reads. Raises ValueError for a metric without gradient."
+    _check_target(task, metric)
     with torch.enable_grad():
         streams = streams.detach().requires_grad_()
-        if isinstance(chosen := metric or task.metric, str):
-            assert task.answers is not None
-            last = streams[torch.arange(len(streams), device=streams.device), task.last.to(streams.device)]
-            score = score_answers(run_logits(model, last), task.answers.to(streams.device), None if task.wrong is None else task.wrong.to(streams.device), chosen)
-        else: score = chosen(run_logits(model, streams))
-        if score.shape != (len(streams),): raise ValueError(f"metric must return one number for each of the {len(streams)} prompts, got shape {tuple(score.shape)}")
+        score = score_task(model, task, streams, metric)
         if not score.requires_grad: raise ValueError("metric must be differentiable in the logits, but its value carries no gradient: is something detached, or a step?")
         return torch.autograd.grad(score.mean(), streams)[0]
 
@@ -387,12 +405,11 @@ def metric_gradients(
     batch_size: int = 8,  # prompts at a time
 ) -> Iterator[tuple[slice, dict[str, Float[Tensor, "batch pos d_model"]]]]:  # prompts, and gradients by module: "embed", "a0" (also that of each of its heads), "m0", ..., "logits"
     "Gradient of a task's mean metric (over all its prompts) on its clean prompts with respect to what modules write, and (`logits`) to the final residual stream. Raises ValueError for a metric without gradient."
-    _check_target(task, metric)
     if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     batches = [slice(start, start + batch_size) for start in range(0, len(task), batch_size)]
     start = lambda rows: torch.stack(list(embed_tokens(model, task.clean[rows]).values())).sum(0).detach()  # noqa: E731
     with torch.no_grad(): streams = torch.cat([visit_modules(model, task.clean[rows], lambda *_: None, start=(0, start(rows))) for rows in batches])
-    left = _final_gradients(model, task, metric, streams)
+    left = final_gradients(model, task, streams, metric)
     for rows in batches:
         shifts = {"embed": start(rows).requires_grad_()}
         def shift(kind: str, layer: int, places: dict[str, Tensor], shifts: dict[str, Tensor] = shifts) -> Tensor | None:
@@ -401,6 +418,28 @@ def metric_gradients(
             return places["output"] + shifts[f"{kind}{layer}"]
         with torch.enable_grad(): final = visit_modules(model, task.clean[rows], shift, start=(0, shifts["embed"]))
         yield rows, dict(zip(shifts, torch.autograd.grad(final, list(shifts.values()), left[rows]), strict=True)) | {"logits": left[rows]}
+
+# %% ../nbs/07_feature_general.ipynb #184a233a
+def port_gradients(
+    model: Model,
+    start: Float[Tensor, "batch pos d_model"],  # sum of the embeddings
+    left: Float[Tensor, "batch pos d_model"],  # gradient of the metric at what `logits` reads
+    grain: str = "head",  # "block", "layer" or "head"
+    *,
+    drop: int = -1,  # a layer whose writes pass no gradient back; -1 for none
+) -> dict[str, Float[Tensor, "batch pos name_port d_model"]]:  # by the reader's module, as in `list_readers`: names outer, ports inner
+    "Gradients of a metric at what every port of every reader reads, through all that follows, norms and patterns live."
+    readers, biases, leaves = list_readers(model, grain)[0], sum_biases(model, grain), {}
+    total = before = start.detach()
+    with torch.enable_grad():
+        for reader in readers[:-1]:
+            if reader.kind != "mlp": before = total
+            read = (before if reader.kind == "mlp" and model.layers[reader.layer].parallel else total) + biases[reader.module]
+            leaf = leaves[reader.module] = start.new_zeros(*start.shape[:2], len(reader.names) * len(reader.ports), start.shape[2]).requires_grad_()
+            y = run_reader(model, reader, read[:, :, None] + leaf).sum(2)
+            total = total + (y.detach() if reader.layer == drop else y)
+    grads = torch.autograd.grad(total, list(leaves.values()), left, allow_unused=True)
+    return {name: torch.zeros_like(leaf) if grad is None else grad for (name, leaf), grad in zip(leaves.items(), grads, strict=True)} | {"logits": left[:, :, None]}
 
 # %% ../nbs/07_feature_general.ipynb #20f39e80
 @torch.no_grad()

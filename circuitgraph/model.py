@@ -6,8 +6,8 @@
 __all__ = ['GRAINS', 'TINY_MODELS', 'Norm', 'norm_scale', 'apply_norm', 'norm_vjp', 'Attention', 'MLP', 'Layer', 'Model',
            'project_heads', 'rotate', 'rotary_tables', 'attention_mask', 'attention_pattern', 'run_attention',
            'write_heads', 'get_mlp', 'run_mlp', 'run_block', 'freeze_block', 'run_logits', 'Reader', 'list_readers',
-           'list_nodes', 'embed_tokens', 'Trace', 'sum_biases', 'trace_modules', 'UnsupportedModel', 'hash_weights',
-           'take_apart', 'check_decomposition', 'load_model', 'tiny_model']
+           'list_nodes', 'embed_tokens', 'Trace', 'sum_biases', 'run_reader', 'trace_modules', 'UnsupportedModel',
+           'hash_weights', 'take_apart', 'check_decomposition', 'load_model', 'tiny_model']
 
 # %% ../nbs/02_model.ipynb #4f245139
 import copy
@@ -468,6 +468,22 @@ def sum_biases(
         for kind, b in (("attn", layer.attn.b_O), ("mlp", layer.mlp and layer.mlp.b_out)):
             if b is not None and reader.kind in (kind, "block"): bias = bias + b
     return biases
+
+
+def run_reader(
+    model: Model,
+    reader: Reader,
+    x: Float[Tensor, "batch pos name_port d_model"],  # an input of its own for each port: names outer, ports inner
+    pattern: Float[Tensor, "batch head pos pos"] | None = None,  # frozen pattern
+) -> Float[Tensor, "batch pos name d_model"]:
+    "What a reader module writes, biases left out, each port reading its own."
+    i = reader.layer
+    if reader.kind == "mlp": return run_mlp(model, i, x[:, :, 0])[0][:, :, None]
+    if reader.kind == "block": return run_block(model, i, x[:, :, 0], frozen=None if pattern is None else {"pattern": pattern})[:, :, None]
+    x = x.unflatten(2, (len(reader.names), 3))
+    x_q, x_k, x_v = (x if len(reader.names) > 1 else x[:, :, 0]).unbind(-2)
+    y = write_heads(model, i, run_attention(model, i, x_q, x_k, x_v, pattern=pattern))[0]
+    return y if len(reader.names) > 1 else y.sum(2, keepdim=True)
 
 
 def trace_modules(

@@ -1,0 +1,189 @@
+"""The other ways to draw a graph: each against the definition of what it computes, on models small enough to do it by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from circuitgraph.ablate import run_ablated
+from circuitgraph.baseline import learn_masks, patch_edges, patch_nodes, patched_patterns, prune_greedily, random_graph, read_off, score_graph, trace_flow
+from circuitgraph.build import build_graph, complete_graph, list_edges
+from circuitgraph.dictionary import visit_modules
+from circuitgraph.feature_general import final_gradients, port_gradients, score_task
+from circuitgraph.model import TINY_MODELS, apply_norm, attention_mask, embed_tokens, list_readers, project_heads, rotary_tables, rotate, run_logits, tiny_model, trace_modules
+from circuitgraph.task import Task
+from known import KNOWN
+from oracles import random_tokens
+
+
+def make_task(model, n=3, n_pos=6):
+    return Task(random_tokens(model, n, n_pos), random_tokens(model, n, n_pos, seed=7), answers=torch.arange(n)[:, None] + 3, wrong=torch.arange(n)[:, None] + 13)
+
+
+def embed(model, tokens): return torch.stack(list(embed_tokens(model, tokens).values())).sum(0)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("grain", ["block", "layer", "head"])
+@pytest.mark.parametrize("value", ["corrupted", "mean", "zero"])
+def test_eap_is_the_derivative_of_each_edges_mask(name, grain, value):
+    model = tiny_model(name, dtype=torch.float64)
+    task, every = make_task(model), complete_graph(model, grain)
+    graph = build_graph(model, task, grain, attribution="eap", target="metric", baseline=value, batch_size=2, progress=False)
+    masks = torch.ones(len(every), dtype=torch.float64, requires_grad=True)
+    logits = run_ablated(model, every, task.clean, task.corrupted if value == "corrupted" else None, value, masks=masks)
+    score = (logits[:, -1].gather(1, task.answers) - logits[:, -1].gather(1, task.wrong)).mean()
+    wanted = torch.autograd.grad(score, masks)[0]
+    assert graph.edge_names == every.edge_names and graph.meta["attribution"] == "eap"
+    assert np.allclose(graph.edges["weight"], wanted, rtol=1e-9, atol=1e-12) and wanted.abs().max() > 1e-3
+    assert np.isclose(graph.nodes["mean_activation"].iloc[-1], float(score.detach())) and (graph.edges["abs_weight"] >= graph.edges["weight"].abs() - 1e-12).all()
+
+
+def test_on_a_linear_model_eap_is_exact_patching():
+    known = KNOWN["chain"]()
+    model = replace(known.model, layers=tuple(replace(layer, mlp=replace(layer.mlp, act=lambda x: x)) for layer in known.model.layers))
+    exact, graph = patch_edges(model, known.task, progress=False), build_graph(model, known.task, "head", target="metric", attribution="eap", progress=False)
+    with torch.no_grad(): whole = float(score_task(model, known.task, trace_modules(model, known.task.clean).reads["logits"]).mean()) - float(score_task(model, known.task, trace_modules(model, known.task.corrupted).reads["logits"]).mean())
+    assert abs(whole) > 1 and np.allclose(graph.edges["weight"] / whole, exact.edges["weight"], atol=1e-10)
+    assert set(exact.keep(exact.edges["weight"].abs().to_numpy() > 0.5).edge_names) == set(known.edges)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "gemma2"])
+def test_eap_ig_of_the_embeddings_is_patching_them(name):
+    model = tiny_model(name, dtype=torch.float64)
+    task = make_task(model)
+    whole = sum(s * float(score_task(model, task, trace_modules(model, tokens).reads["logits"]).mean()) for s, tokens in ((1, task.clean), (-1, task.corrupted)))
+    errors = []
+    for n in (16, 256):
+        edges = build_graph(model, task, "head", target="metric", attribution="eap-ig", n_steps=n, progress=False).edges
+        errors.append(abs(edges["weight"][edges["source"].isin(["embed", "pos_embed"])].sum() / whole - 1))
+    assert errors[1] < 1e-3 and errors[1] < errors[0] / 10
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-neox", "gemma2", "qwen2"])
+@pytest.mark.parametrize("drop", [-1, 0, 1])
+def test_a_dropped_layer_passes_nothing_back(name, drop):
+    """Against finite differences of a run in which that layer writes what it wrote on the clean prompts."""
+    model = tiny_model(name, dtype=torch.float64)
+    task = make_task(model)
+    start, shift = embed(model, task.clean), torch.randn(3, 6, model.d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    held = {}
+    def run(x, keep):
+        def visit(kind, layer, places):
+            if kind == "b" or layer != drop: return None
+            if keep: held[kind] = places["output"]
+            return held[kind]
+        return visit_modules(model, task.clean, visit, start=(0, x))
+    with torch.no_grad(): final = run(start, True)
+    grads = port_gradients(model, start, final_gradients(model, task, final), "head", drop=drop)
+    found = float(sum((grad * shift[:, :, None]).sum() for grad in grads.values()))
+    with torch.no_grad(): high, low = (float(score_task(model, task, run(start + e * shift, False)).mean()) for e in (1e-5, -1e-5))
+    assert abs(found - (high - low) / 2e-5) < 1e-7 * max(1, abs(found)) and abs(found) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "qwen2"])
+def test_patched_queries_and_keys_by_hand(name):
+    """Each head's pattern anew for the other run's queries at all positions, and for its key at each position by itself."""
+    model, layer = tiny_model(name, dtype=torch.float64), 1
+    x, x0 = (trace_modules(model, random_tokens(model, 2, 6, seed=s)).reads[f"a{layer}"] for s in (3, 4))
+    attn, tables = model.layers[layer].attn, rotary_tables(model, 6, layer)
+    u = torch.randn(2, 6, model.n_heads, model.d_head, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    def heads(x, W, b): return project_heads(apply_norm(model.layers[layer].ln1, x), W, b, model.n_heads)
+    q, k, q0, k0 = (rotate(heads(at, W, b), *tables, attn.rotary) for at in (x, x0) for W, b in ((attn.W_Q, attn.b_Q), (attn.W_K, attn.b_K)))
+    v = heads(x, attn.W_V, attn.b_V)
+    mask = attention_mask(attn, 6, x.device)
+    def z(q, k): return (q @ k.mT * attn.scale).masked_fill(mask, -torch.inf).softmax(-1) @ v
+    by_query = ((z(q, k) - z(q0, k)) * u.transpose(1, 2)).sum((2, 3))
+    by_key = 0
+    for t in range(6):
+        moved = k.clone()
+        moved[:, :, t] = k0[:, :, t]
+        by_key = by_key + ((z(q, k) - z(q, moved)) * u.transpose(1, 2)).sum((2, 3))
+    found = patched_patterns(model, layer, x, x0, u)
+    assert torch.allclose(found[0], by_query, atol=1e-12) and torch.allclose(found[1], by_key, atol=1e-12)
+
+
+def test_exact_softmaxes_repair_a_saturated_head():
+    """Induction: the second head's pattern is one-hot, so that its query has no gradient, and yet another query finds another token."""
+    known = KNOWN["induction"]()
+    def score(graph, edge): return float(graph.keep([edge]).edges["weight"].iloc[0])
+    edge = "embed->a1.h0<q>"
+    whole = score(patch_edges(known.model, known.task, progress=False), edge)
+    first, repaired = (score(patch_nodes(known.model, known.task, exact_softmax=exact, grad_drop=False, progress=False), edge) for exact in (False, True))
+    difference = sum(s * float(score_task(known.model, known.task, trace_modules(known.model, tokens).reads["logits"]).mean()) for s, tokens in ((1, known.task.clean), (-1, known.task.corrupted)))
+    assert whole > 0.9 and first < 1e-6 * difference and abs(repaired / difference - whole) < 0.05
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_greedy_pruning_finds_the_known_circuit(name):
+    known = KNOWN[name]()
+    graph = prune_greedily(known.model, known.task, threshold=0.05, value="mean", progress=False)
+    assert set(graph.edge_names) == set(known.edges) and (graph.edges["weight"] >= 0.05).all()
+    assert len(prune_greedily(known.model, known.task, threshold=1e9, value="mean", progress=False)) == 0
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("grain", ["block", "layer", "head"])
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_shares_of_flow_sum_to_one(name, grain, checkpoints):
+    model = tiny_model(name, dtype=torch.float64)
+    for proximity in ("l1", "inner"):
+        edges = trace_flow(model, random_tokens(model, 3, 6), grain, proximity=proximity, checkpoints=checkpoints, batch_size=2, progress=False).edges
+        assert np.allclose(edges.groupby(["target", "port"], observed=True)["weight"].sum(), 1) and (edges["weight"] >= 0).all()
+
+
+def test_flow_by_hand():
+    model = tiny_model("llama", dtype=torch.float64)
+    tokens = random_tokens(model, 1, 4)
+    trace, names = trace_modules(model, tokens, "layer"), list_readers(model, "layer")[1]
+    def near(part, whole): return max(float(whole.abs().sum() - (whole - part).abs().sum()), 1e-6)
+    whole, apart = {}, {}
+    for p in range(1, 4):
+        y = dict(zip(names, trace.writes[0, p], strict=True))
+        stream, shares = y["embed"], {"embed": 1.0}
+        for name in names[1:]:
+            after = stream + y[name]
+            both = near(stream, after) + near(y[name], after)
+            shares = {w: s * near(stream, after) / both for w, s in shares.items()} | {name: near(y[name], after) / both}
+            stream = after
+        for w, s in shares.items(): whole[w] = whole.get(w, 0) + s / 3
+        total = sum(near(y[w], stream) for w in names)
+        for w in names: apart[w] = apart.get(w, 0) + near(y[w], stream) / total / 3
+    for wanted, checkpoints in ((whole, True), (apart, False)):
+        edges = trace_flow(model, tokens, "layer", checkpoints=checkpoints, progress=False).edges
+        into = edges[edges["target"] == "logits"].set_index("source")["weight"]
+        assert all(np.isclose(into[w], s) for w, s in wanted.items())
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_masks_are_learned_and_drawn_by_their_seed(name):
+    known = KNOWN[name]()
+    graph = learn_masks(known.model, known.task, value="mean", progress=False)
+    assert set(graph.edges.assign(name=graph.edge_names).nlargest(len(known.edges), "weight")["name"]) == set(known.edges)
+    few = [learn_masks(known.model, known.task, value="mean", n_steps=5, batch_size=7, seed=s, progress=False).edges["weight"] for s in (0, 0, 1)]
+    assert few[0].equals(few[1]) and not few[0].equals(few[2])
+
+
+def test_reading_off():
+    known = KNOWN["chain"]()
+    table = read_off(known.model, known.task, batch_size=5)
+    assert table["layer"].tolist() == [-1, 0, 1, 2] and np.isclose(table["share"].iloc[-1], 1) and (table["share"].iloc[:-1].abs() < 1e-6).all()
+    logits = run_logits(known.model, trace_modules(known.model, known.task.clean).reads["logits"])[:, -1]
+    assert np.isclose(table["score"].iloc[-1], float((logits.gather(1, known.task.answers) - logits.gather(1, known.task.wrong)).mean()))
+
+
+def test_refusals():
+    model, post = tiny_model("llama", dtype=torch.float64), tiny_model("gemma2", dtype=torch.float64)
+    task, text = make_task(model), random_tokens(model, 2, 6)
+    for run, words in [
+        (lambda: build_graph(model, task, "head", target="metric", pattern="frozen"), "pattern is no option"), (lambda: build_graph(model, task, "head", target="metric", ports="merged"), "ports is no option"),
+        (lambda: build_graph(model, text, "head", attribution="eap"), "attribution must be"), (lambda: build_graph(model, task, "head", target="metric", attribution="lrp"), "attribution must be"),
+        (lambda: build_graph(model, task, "neuron", target="metric"), "grain must be"), (lambda: build_graph(model, replace(task, metric="accuracy"), "head", target="metric"), "a step"),
+        (lambda: patch_nodes(post, make_task(post)), "norms after attention"), (lambda: patch_nodes(model, task, "block"), "must be 'layer' or 'head'"), (lambda: patch_nodes(model, task, value="zero"), "value must be"),
+        (lambda: trace_flow(model, text, proximity="l2"), "proximity must be"), (lambda: trace_flow(model, text, eps=0), "eps must be"), (lambda: trace_flow(model, text, skip_first=6), "skip_first must lie"),
+        (lambda: prune_greedily(model, text, progress=False), "needs a Task"), (lambda: learn_masks(model, task, metric="loss"), "metric must be"), (lambda: score_graph(model, "head", np.full(len(list_edges(model)), np.nan), "none"), "must be finite"),
+        (lambda: random_graph(model, "neuron"), "grain must be"),
+    ]:
+        with pytest.raises(ValueError, match=words): run()
