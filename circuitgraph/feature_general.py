@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Reading', 'write_inner', 'reader_values', 'open_reading', 'Pull', 'pull_readers', 'sources_to_stream', 'pull_heads',
-           'contributions', 'neuron_gradients', 'neuron_contributions', 'metric_gradients', 'port_gradients',
-           'value_effects']
+           'contributions', 'neuron_gradients', 'neuron_contributions', 'write_gradients', 'metric_gradients',
+           'port_gradients', 'value_effects']
 
 # %% ../nbs/07_feature_general.ipynb #ee7e8a24
 from collections.abc import Callable, Iterator
@@ -397,6 +397,24 @@ def final_gradients(
         return torch.autograd.grad(score.mean(), streams)[0]
 
 # %% ../nbs/07_feature_general.ipynb #13f8ccb5
+def write_gradients(
+    model: Model,
+    tokens: Int[Tensor, "batch pos"],
+    left: Float[Tensor, "batch pos d_model"],  # gradient of the metric at what `logits` reads
+    *,
+    drop: int = -1,  # a layer whose writes pass no gradient back; -1 for none
+) -> dict[str, Float[Tensor, "batch pos d_model"]]:  # by module: "embed", "a0" (also that of each of its heads), "m0", ..., "logits"
+    "Gradients of a metric at what every module writes, through all that follows."
+    shifts = {"embed": torch.stack(list(embed_tokens(model, tokens).values())).sum(0).detach().requires_grad_()}
+    def shift(kind: str, layer: int, places: dict[str, Tensor]) -> Tensor | None:
+        if kind == "b": return None
+        y = places["output"]
+        shifts[f"{kind}{layer}"] = torch.zeros_like(y, requires_grad=True)
+        return (y.detach() if layer == drop else y) + shifts[f"{kind}{layer}"]
+    with torch.enable_grad(): final = visit_modules(model, tokens, shift, start=(0, shifts["embed"]))
+    return dict(zip(shifts, torch.autograd.grad(final, list(shifts.values()), left), strict=True)) | {"logits": left}
+
+
 def metric_gradients(
     model: Model,
     task: Task,
@@ -410,14 +428,7 @@ def metric_gradients(
     start = lambda rows: torch.stack(list(embed_tokens(model, task.clean[rows]).values())).sum(0).detach()  # noqa: E731
     with torch.no_grad(): streams = torch.cat([visit_modules(model, task.clean[rows], lambda *_: None, start=(0, start(rows))) for rows in batches])
     left = final_gradients(model, task, streams, metric)
-    for rows in batches:
-        shifts = {"embed": start(rows).requires_grad_()}
-        def shift(kind: str, layer: int, places: dict[str, Tensor], shifts: dict[str, Tensor] = shifts) -> Tensor | None:
-            if kind == "b": return None
-            shifts[f"{kind}{layer}"] = torch.zeros_like(places["output"], requires_grad=True)
-            return places["output"] + shifts[f"{kind}{layer}"]
-        with torch.enable_grad(): final = visit_modules(model, task.clean[rows], shift, start=(0, shifts["embed"]))
-        yield rows, dict(zip(shifts, torch.autograd.grad(final, list(shifts.values()), left[rows]), strict=True)) | {"logits": left[rows]}
+    for rows in batches: yield rows, write_gradients(model, task.clean[rows], left[rows])
 
 # %% ../nbs/07_feature_general.ipynb #184a233a
 def port_gradients(
@@ -425,8 +436,6 @@ def port_gradients(
     start: Float[Tensor, "batch pos d_model"],  # sum of the embeddings
     left: Float[Tensor, "batch pos d_model"],  # gradient of the metric at what `logits` reads
     grain: str = "head",  # "block", "layer" or "head"
-    *,
-    drop: int = -1,  # a layer whose writes pass no gradient back; -1 for none
 ) -> dict[str, Float[Tensor, "batch pos name_port d_model"]]:  # by the reader's module, as in `list_readers`: names outer, ports inner
     "Gradients of a metric at what every port of every reader reads, through all that follows, norms and patterns live."
     readers, biases, leaves = list_readers(model, grain)[0], sum_biases(model, grain), {}
@@ -436,10 +445,8 @@ def port_gradients(
             if reader.kind != "mlp": before = total
             read = (before if reader.kind == "mlp" and model.layers[reader.layer].parallel else total) + biases[reader.module]
             leaf = leaves[reader.module] = start.new_zeros(*start.shape[:2], len(reader.names) * len(reader.ports), start.shape[2]).requires_grad_()
-            y = run_reader(model, reader, read[:, :, None] + leaf).sum(2)
-            total = total + (y.detach() if reader.layer == drop else y)
-    grads = torch.autograd.grad(total, list(leaves.values()), left, allow_unused=True)
-    return {name: torch.zeros_like(leaf) if grad is None else grad for (name, leaf), grad in zip(leaves.items(), grads, strict=True)} | {"logits": left[:, :, None]}
+            total = total + run_reader(model, reader, read[:, :, None] + leaf).sum(2)
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), left), strict=True)) | {"logits": left[:, :, None]}
 
 # %% ../nbs/07_feature_general.ipynb #20f39e80
 @torch.no_grad()

@@ -3,14 +3,15 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from circuitgraph.ablate import run_ablated
-from circuitgraph.baseline import learn_masks, patch_edges, patch_nodes, patched_patterns, prune_greedily, random_graph, read_off, score_graph, trace_flow
+from circuitgraph.baseline import compare_methods, learn_masks, list_methods, patch_edges, patch_nodes, patch_ports, prune_greedily, random_graph, read_off, score_graph, trace_flow
 from circuitgraph.build import build_graph, complete_graph, list_edges
 from circuitgraph.dictionary import visit_modules
-from circuitgraph.feature_general import final_gradients, port_gradients, score_task
+from circuitgraph.feature_general import final_gradients, score_task, write_gradients
 from circuitgraph.model import TINY_MODELS, apply_norm, attention_mask, embed_tokens, list_readers, project_heads, rotary_tables, rotate, run_logits, tiny_model, trace_modules
 from circuitgraph.task import Task
 from known import KNOWN
@@ -49,6 +50,7 @@ def test_on_a_linear_model_eap_is_exact_patching():
     assert set(exact.keep(exact.edges["weight"].abs().to_numpy() > 0.5).edge_names) == set(known.edges)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "gemma2"])
 def test_eap_ig_of_the_embeddings_is_patching_them(name):
     model = tiny_model(name, dtype=torch.float64)
@@ -76,8 +78,7 @@ def test_a_dropped_layer_passes_nothing_back(name, drop):
             return held[kind]
         return visit_modules(model, task.clean, visit, start=(0, x))
     with torch.no_grad(): final = run(start, True)
-    grads = port_gradients(model, start, final_gradients(model, task, final), "head", drop=drop)
-    found = float(sum((grad * shift[:, :, None]).sum() for grad in grads.values()))
+    found = float((write_gradients(model, task.clean, final_gradients(model, task, final), drop=drop)["embed"] * shift).sum())
     with torch.no_grad(): high, low = (float(score_task(model, task, run(start + e * shift, False)).mean()) for e in (1e-5, -1e-5))
     assert abs(found - (high - low) / 2e-5) < 1e-7 * max(1, abs(found)) and abs(found) > 1e-3
 
@@ -89,22 +90,27 @@ def test_patched_queries_and_keys_by_hand(name):
     model, layer = tiny_model(name, dtype=torch.float64), 1
     x, x0 = (trace_modules(model, random_tokens(model, 2, 6, seed=s)).reads[f"a{layer}"] for s in (3, 4))
     attn, tables = model.layers[layer].attn, rotary_tables(model, 6, layer)
-    u = torch.randn(2, 6, model.n_heads, model.d_head, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    grad = torch.randn(2, 6, model.d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u = torch.einsum("bpd, dhe -> bhpe", grad, attn.W_O)
     def heads(x, W, b): return project_heads(apply_norm(model.layers[layer].ln1, x), W, b, model.n_heads)
     q, k, q0, k0 = (rotate(heads(at, W, b), *tables, attn.rotary) for at in (x, x0) for W, b in ((attn.W_Q, attn.b_Q), (attn.W_K, attn.b_K)))
     v = heads(x, attn.W_V, attn.b_V)
     mask = attention_mask(attn, 6, x.device)
     def z(q, k): return (q @ k.mT * attn.scale).masked_fill(mask, -torch.inf).softmax(-1) @ v
-    by_query = ((z(q, k) - z(q0, k)) * u.transpose(1, 2)).sum((2, 3))
+    by_query = ((z(q, k) - z(q0, k)) * u).sum((2, 3))
     by_key = 0
     for t in range(6):
         moved = k.clone()
         moved[:, :, t] = k0[:, :, t]
-        by_key = by_key + ((z(q, k) - z(q, moved)) * u.transpose(1, 2)).sum((2, 3))
-    found = patched_patterns(model, layer, x, x0, u)
-    assert torch.allclose(found[0], by_query, atol=1e-12) and torch.allclose(found[1], by_key, atol=1e-12)
+        by_key = by_key + ((z(q, k) - z(q, moved)) * u).sum((2, 3))
+    by_value = (z(q, k) * u).sum((2, 3)) - ((q @ k.mT * attn.scale).masked_fill(mask, -torch.inf).softmax(-1) @ heads(x0, attn.W_V, attn.b_V) * u).sum((2, 3))
+    assert torch.allclose(patch_ports(model, layer, x, x0, grad), torch.stack([by_query, by_key, by_value], 2), atol=1e-12)
+    first, step = patch_ports(model, layer, x, x0, grad, False), 1e-5  # the derivative of the same
+    near = (z(q, k) - z(q + step * (q0 - q), k)) / step, (z(q, k) - z(q, k + step * (k0 - k))) / step
+    assert all(torch.allclose(first[:, :, i], (d * u).sum((2, 3)), rtol=1e-3, atol=1e-3) for i, d in enumerate(near)) and torch.allclose(first[:, :, 2], by_value)
 
 
+@torch.no_grad()
 def test_exact_softmaxes_repair_a_saturated_head():
     """Induction: the second head's pattern is one-hot, so that its query has no gradient, and yet another query finds another token."""
     known = KNOWN["induction"]()
@@ -134,6 +140,7 @@ def test_shares_of_flow_sum_to_one(name, grain, checkpoints):
         assert np.allclose(edges.groupby(["target", "port"], observed=True)["weight"].sum(), 1) and (edges["weight"] >= 0).all()
 
 
+@torch.no_grad()
 def test_flow_by_hand():
     model = tiny_model("llama", dtype=torch.float64)
     tokens = random_tokens(model, 1, 4)
@@ -175,15 +182,32 @@ def test_reading_off():
 
 
 def test_refusals():
-    model, post = tiny_model("llama", dtype=torch.float64), tiny_model("gemma2", dtype=torch.float64)
+    model = tiny_model("llama", dtype=torch.float64)
     task, text = make_task(model), random_tokens(model, 2, 6)
     for run, words in [
         (lambda: build_graph(model, task, "head", target="metric", pattern="frozen"), "pattern is no option"), (lambda: build_graph(model, task, "head", target="metric", ports="merged"), "ports is no option"),
         (lambda: build_graph(model, text, "head", attribution="eap"), "attribution must be"), (lambda: build_graph(model, task, "head", target="metric", attribution="lrp"), "attribution must be"),
         (lambda: build_graph(model, task, "neuron", target="metric"), "grain must be"), (lambda: build_graph(model, replace(task, metric="accuracy"), "head", target="metric"), "a step"),
-        (lambda: patch_nodes(post, make_task(post)), "norms after attention"), (lambda: patch_nodes(model, task, "block"), "must be 'layer' or 'head'"), (lambda: patch_nodes(model, task, value="zero"), "value must be"),
+        (lambda: patch_nodes(model, task, "block"), "must be 'layer' or 'head'"), (lambda: patch_nodes(model, task, value="zero"), "value must be"),
         (lambda: trace_flow(model, text, proximity="l2"), "proximity must be"), (lambda: trace_flow(model, text, eps=0), "eps must be"), (lambda: trace_flow(model, text, skip_first=6), "skip_first must lie"),
         (lambda: prune_greedily(model, text, progress=False), "needs a Task"), (lambda: learn_masks(model, task, metric="loss"), "metric must be"), (lambda: score_graph(model, "head", np.full(len(list_edges(model)), np.nan), "none"), "must be finite"),
         (lambda: random_graph(model, "neuron"), "grain must be"),
     ]:
         with pytest.raises(ValueError, match=words): run()
+
+
+def test_a_comparison_goes_on_where_it_stopped(tmp_path):
+    known, calls = KNOWN["copy"](), []
+    every = list_methods("mean")
+    def counted(name):
+        def make(*args, **options):
+            calls.append(name)
+            return every[name](*args, **options)
+        return make
+    def compare(names): return compare_methods(known.model, known.task, known.task, {name: counted(name) for name in names}, [4, 1_000], out=tmp_path / "methods.csv", progress=False)
+    compare(["EAP"])
+    table = compare(["EAP", "ACDC", "random"])
+    assert calls == ["EAP", "ACDC", "random"] and table.equals(pd.read_csv(tmp_path / "methods.csv").astype(table.dtypes)) and not table.duplicated(["method", "ablation", "n_edges"]).any()
+    faith = table[table["ablation"] == "edge"].set_index(["method", "n_edges"])["faithfulness"]
+    assert np.isclose(faith["EAP", 4], 1, atol=1e-3) and np.isclose(faith["ACDC", 4], 1, atol=1e-3) and np.isclose(faith["EAP", 81], 1) and abs(faith["random", 4]) < 0.1
+    with pytest.raises(ValueError, match="at least one"): compare([])
