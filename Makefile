@@ -21,7 +21,7 @@ test: env browser lint  ## every notebook's tests, then tests/
 
 test-tl4: .venv-tl4/.stamp  ## the model, build and ablation tests under TransformerLens 4.3.0
 	$(OFFLINE) .venv-tl4/bin/python scripts/test_notebooks.py 02_model 08_build
-	$(OFFLINE) .venv-tl4/bin/python -m pytest tests/test_model.py tests/test_build.py tests/test_ablate.py
+	$(OFFLINE) OMP_NUM_THREADS=1 .venv-tl4/bin/python -m pytest tests/test_model.py tests/test_build.py tests/test_ablate.py -n 2 --dist loadfile
 
 lint: env
 	$(BIN)/ruff check circuitgraph tests benchmarks scripts setup.py

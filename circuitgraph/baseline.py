@@ -22,12 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .ablate import Setting, ablation_curve, minimality, open_setting, run_masks
-from .attribution import attention_vjp
+from .attribution import attention_vjp, project_qkv
 from .build import build_graph, complete_graph, list_edges, trace_mean
 from .data import Corpus, check_tokens
 from .feature_general import final_gradients, score_task, write_gradients
 from .graph import Graph
-from .model import Model, Trace, apply_norm, attention_mask, attention_pattern, list_readers, norm_scale, norm_vjp, project_heads, rotary_tables, rotate, trace_modules
+from .model import Model, Trace, apply_norm, attention_mask, attention_pattern, list_readers, norm_scale, norm_vjp, trace_modules
 from .task import Task
 
 # %% ../nbs/10_baseline.ipynb #4bd413cf
@@ -71,13 +71,6 @@ def patch_edges(
     return score_graph(model, nodes, table.set_index("edge")["loss"].reindex(every.edge_names).to_numpy(), "exact patching")
 
 # %% ../nbs/10_baseline.ipynb #b2b0980e
-def _heads(model: Model, layer: int, x: Tensor) -> list[Tensor]:
-    "Queries and keys, turned, and values `[batch head pos d_head]` of what a layer reads, norms live."
-    attn, h, tables = model.layers[layer].attn, apply_norm(model.layers[layer].ln1, x), rotary_tables(model, x.shape[1], layer)
-    q, k, v = (project_heads(h, W, b, model.n_heads) for W, b in ((attn.W_Q, attn.b_Q), (attn.W_K, attn.b_K), (attn.W_V, attn.b_V)))
-    return [rotate(q, *tables, attn.rotary), rotate(k, *tables, attn.rotary), v]
-
-
 def patch_ports(
     model: Model,
     layer: int,
@@ -88,7 +81,8 @@ def patch_ports(
 ) -> Float[Tensor, "batch head three"]:
     "By how much the metric falls, to first order behind the heads' mixed values, when a head's queries, its keys (one position after the other) or its values are the other run's."
     attn, post = model.layers[layer].attn, model.layers[layer].ln1_post
-    (q, k, v), (q0, k0, v0), mask = _heads(model, layer, x), _heads(model, layer, x0), attention_mask(attn, x.shape[1], x.device)
+    (q, k, v), (q0, k0, v0) = (project_qkv(model, layer, apply_norm(model.layers[layer].ln1, at), x.shape[1]) for at in (x, x0))
+    mask = attention_mask(attn, x.shape[1], x.device)
     A, _ = attention_pattern(attn, q, k, mask)
     if post.kind != "none":
         written = torch.einsum("bhpe, dhe -> bpd", A @ v, attn.W_O)
@@ -107,9 +101,9 @@ def patch_ports(
 
 # %% ../nbs/10_baseline.ipynb #31fa7bb6
 def _weigh_nodes(model: Model, grain: str, clean: Trace, base: Trace, grads: Mapping[str, Tensor], exact_softmax: bool) -> tuple[Tensor, Tensor]:
-    "Effects, on some prompts, of what every module writes `[prompt writer]`, and of what every port reads `[prompt name_port]`; embeddings are no nodes."
-    readers, writers = list_readers(model, grain)
-    out, ports = clean.writes.new_full((len(clean.writes), len(writers)), torch.inf), []
+    "Effects, on some prompts, of what every module writes `[prompt writer]`, and of what every port reads `[prompt name_port]`; embeddings are no nodes, and bring what they bring."
+    readers, ports = list_readers(model, grain)[0], []
+    out = torch.where((clean.writes != base.writes).any(3).any(1), torch.inf, 0)
     for reader in readers:
         own, x, grad = slice(reader.row, reader.row + len(reader.names)), clean.reads[reader.module], grads[reader.module]
         x0 = base.reads[reader.module].expand_as(x)

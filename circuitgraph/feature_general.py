@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .attribution import Rule, mlp_slopes, preactivations
+from .attribution import Rule, mlp_slopes, preactivations, project_qkv
 from .dictionary import Dictionary, check_place, find_structure, visit_modules
-from .model import Model, Norm, apply_norm, attention_mask, attention_pattern, embed_tokens, get_mlp, list_readers, norm_scale, norm_vjp, project_heads, rotary_tables, rotate, run_logits, run_mlp, run_reader, sum_biases
+from .model import Model, Norm, apply_norm, attention_mask, attention_pattern, embed_tokens, get_mlp, list_readers, norm_scale, norm_vjp, rotary_tables, rotate, run_logits, run_mlp, run_reader, sum_biases
 from .task import METRICS, Task, score_answers
 
 # %% ../nbs/07_feature_general.ipynb #7bf3a799
@@ -224,13 +224,6 @@ def _merge_ports(pull: Pull, at: Tensor) -> Pull:
     return Pull({}, {"in": total}, pull.change)
 
 # %% ../nbs/07_feature_general.ipynb #b96ac4cb
-def _project(model: Model, layer: int, h: Tensor) -> list[Tensor]:
-    "Queries and keys, turned, and values of a normed input `[pos d_model]`: `[head pos d_head]`."
-    attn, tables = model.layers[layer].attn, rotary_tables(model, len(h), layer)
-    q, k, v = (project_heads(h[None], W, b, model.n_heads) for W, b in ((attn.W_Q, attn.b_Q), (attn.W_K, attn.b_K), (attn.W_V, attn.b_V)))
-    return [rotate(q, *tables, attn.rotary)[0], rotate(k, *tables, attn.rotary)[0], v[0]]
-
-
 def _row_vjp(model: Model, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Tensor, scores: Tensor, u: Tensor) -> list[Tensor]:
     "From gradients at z `[pos reader head d_head]` to those at q, the same, and at k and v `[pos reader kv_head source d_head]`, still turned; q, pattern and scores are rows of these positions."
     attn, A = model.layers[layer].attn, pattern.transpose(0, 1)[:, None]  # [pos 1 head source]
@@ -272,7 +265,7 @@ def pull_heads(
     layer, here, frozen = check_place(model, module, "output")[1], x[positions], rule.pattern == "frozen"
     ln1, attn, (cos, sin) = model.layers[layer].ln1, model.layers[layer].attn, rotary_tables(model, len(x), layer)
     scale, mask = norm_scale(ln1, x), attention_mask(attn, len(x), x.device)
-    start, end = (_project(model, layer, apply_norm(ln1, at, scale)) for at in (0 * x, x))
+    start, end = ([t[0] for t in project_qkv(model, layer, apply_norm(ln1, at, scale)[None], len(x))] for at in (0 * x, x))
     look = lambda q, k: [t[0] for t in attention_pattern(attn, q[None], k[None], mask)]  # noqa: E731
     mix = lambda pattern, v: (pattern @ v).transpose(0, 1)[positions]  # noqa: E731  z [pos head d_head]
     clean = look(*end[:2])

@@ -173,6 +173,7 @@ def test_masks_are_learned_and_drawn_by_their_seed(name):
     assert few[0].equals(few[1]) and not few[0].equals(few[2])
 
 
+@torch.no_grad()
 def test_reading_off():
     known = KNOWN["chain"]()
     table = read_off(known.model, known.task, batch_size=5)

@@ -183,6 +183,18 @@ def test_evaluate_is_the_curve_and_refuses_in_one_line(tmp_path, embedded):
         assert wrong.exit_code == 2 and words in wrong.stderr.splitlines()[-1] and "Traceback" not in wrong.stderr, wrong.output
 
 
+def test_methods_are_compared_and_unknown_ones_refused(tmp_path, monkeypatch, embedded):
+    monkeypatch.setattr("circuitgraph.model.load_model", lambda *_, **__: embedded)
+    run = lambda *options: CliRunner().invoke(app, ["compare-methods", "--tasks", "ioi", "--nodes", "block", "--n-prompts", "4", "--out", str(tmp_path / "methods.csv"), *options])  # noqa: E731
+    done = run("--methods", "EAP; random", "--n-edges", "50", "--n-edges", "400")
+    assert done.exit_code == 0, done.output
+    table = pd.read_csv(tmp_path / "methods.csv")
+    assert set(table["method"]) == {"EAP", "random"} and set(table["ablation"]) == {"edge", "node"} and len(table) == 8
+    for options, words in ((("--methods", "EAP;best"), "methods must be among"), (("--value", "zero"), "value must be"), (("--out", str(tmp_path / "no" / "m.csv")), "a folder that exists")):
+        wrong = run(*options)
+        assert wrong.exit_code == 2 and words in wrong.stderr.splitlines()[-1] and "Traceback" not in wrong.stderr, wrong.output
+
+
 def test_a_graph_of_features_from_a_folder_of_dictionaries(tmp_path, monkeypatch, embedded):
     monkeypatch.setattr("circuitgraph.model.load_model", lambda *_, **__: embedded)
     generator = torch.Generator().manual_seed(0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from circuitgraph.attribution import Rule, _project_back, _project_qkv, attention_vjp
+from circuitgraph.attribution import Rule, _project_back, attention_vjp, project_qkv
 from circuitgraph.dictionary import FunctionDictionary, Gate, LinearDictionary, PursuitDictionary, neuron_basis, visit_modules
 from circuitgraph.feature_edges import carry_lefts, cut_model, list_active, part_ports, pull_mlp, read_activity
 from circuitgraph.feature_general import contributions, metric_gradients, neuron_contributions, neuron_gradients, open_reading, pull_heads, pull_readers, reader_values, sources_to_stream, value_effects
@@ -138,7 +138,7 @@ def test_closed_forms_of_affine_encoders(name, gate):
 def assert_attention_is_closed_form(model, part, x, readers, pull, rule, on):
     layer, n = model.layers[part.layer], x.shape[1]
     scale = norm_scale(layer.ln1, x)
-    start, end = (_project_qkv(model, part.layer, apply_norm(layer.ln1, at, scale), n) for at in (0 * x, x))
+    start, end = (project_qkv(model, part.layer, apply_norm(layer.ln1, at, scale), n) for at in (0 * x, x))
     for p in range(n):
         u = torch.zeros(readers.inner.shape[1], model.n_heads, n, model.d_head, dtype=x.dtype)
         u[:, :, p] = readers.inner[p]
