@@ -18,6 +18,7 @@ _STAGES = {
     "prompt": ("add_influence", "prune_by_influence", "save_attribution_graph", "score_prompt"),
     "ablate": ("Evaluation", "ablation_curve", "compare_curves", "evaluate", "minimality", "run_ablated"),
     "baseline": ("compare_methods", "learn_masks", "list_methods", "patch_edges", "patch_nodes", "prune_greedily", "random_graph", "read_off", "trace_flow"),
+    "community": ("find_communities", "judge_communities", "quality", "rewire", "share_weights"),
     "features": ("plot_activations", "plot_quality", "read_features", "show_top", "top_activations", "view_features"),
     "view": ("plot_curve", "plot_layers", "plot_matrix", "plot_strength", "plot_weights", "use_static_renderer", "view", "view_ablation", "write_report"),
 }
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .ablate import Evaluation, ablation_curve, compare_curves, evaluate, minimality, run_ablated
     from .baseline import compare_methods, learn_masks, list_methods, patch_edges, patch_nodes, prune_greedily, random_graph, read_off, trace_flow
     from .build import build_graph, complete_graph
+    from .community import find_communities, judge_communities, quality, rewire, share_weights
     from .data import Corpus, load_corpus, read_corpus
     from .dictionary import Dictionary, FunctionDictionary, Gate, LinearDictionary, from_saelens, load_dictionaries, load_dictionary, neuron_basis, principal_components, run_spliced, save_dictionary, whole_module
     from .features import plot_activations, plot_quality, read_features, show_top, top_activations, view_features
