@@ -16,6 +16,7 @@ import torch
 from circuitgraph.ablate import ablation_curve
 from circuitgraph.attribution import Rule
 from circuitgraph.build import build_graph
+from circuitgraph.community import share_weights
 from circuitgraph.data import load_corpus
 from circuitgraph.dictionary import Dictionary, load_dictionaries
 from circuitgraph.feature_edges import cut_model, part_ports
@@ -30,12 +31,8 @@ LARGEST = {("zero", "top"): 300_000, ("zero", "greedy"): 100_000, ("mean", "top"
 
 def rank_by_share(graph: Graph) -> Graph:
     "The same edges, each weighed by its share of what its reader reads, times how often the reader is active."
-    edges, nodes = graph.edges, graph.nodes
-    target = edges["target"].cat.codes.to_numpy()
-    into = np.bincount(target, edges["abs_weight"], minlength=len(nodes))
-    kept = nodes["kept"].to_numpy() if "kept" in nodes else np.ones(len(nodes))
-    share = edges["abs_weight"].to_numpy() / into[target] * kept[target] * nodes["frequency"].to_numpy()[target]
-    return Graph(nodes, edges.assign(weight=np.sign(edges["weight"].to_numpy()) * share, abs_weight=share), graph.meta)
+    share = share_weights(graph)
+    return Graph(graph.nodes, graph.edges.assign(weight=np.sign(graph.edges["weight"].to_numpy()) * share, abs_weight=share), graph.meta)
 
 
 def count_possible(model: Model, dictionaries: dict[str, Dictionary]) -> int:

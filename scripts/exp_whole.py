@@ -53,6 +53,7 @@ def count_needed(graph: Graph, rows: pd.DataFrame) -> pd.DataFrame:
         readers = nodes.iloc[below.index]
         for kind in ("attention", "MLP"):
             mine = readers["module"].astype(str).str.startswith("a" if kind == "attention" else "m").to_numpy() & (readers["kind"].astype(str) == "feature").to_numpy()
+            if not mine.any(): continue
             order = np.argsort(needed[mine])
             weight = np.cumsum(readers["frequency"].to_numpy()[mine][order])
             quartiles = {f"q{q}": needed[mine][order][np.searchsorted(weight, q / 100 * weight[-1])] for q in (25, 50, 75)}
@@ -63,7 +64,7 @@ def count_needed(graph: Graph, rows: pd.DataFrame) -> pd.DataFrame:
 def concentrate(graph: Graph, n_possible: int) -> pd.DataFrame:
     "What the largest edges of the whole hold: their share of all that is read, and how many nodes they join."
     size = graph.edges["abs_weight"].to_numpy()
-    order, total = np.argsort(-size), graph.nodes["frequency"][graph.nodes["kept"].notna() & (graph.nodes["kind"].astype(str) != "embed")].sum()
+    order, total = np.argsort(-size), graph.nodes["frequency"][~graph.nodes["kind"].isin(["embed", "pos_embed", "const"])].sum()  # of readers
     source, target = graph.edges["source"].cat.codes.to_numpy()[order], graph.edges["target"].cat.codes.to_numpy()[order]
     counts = [n for n in (100, 1_000, 10_000, 100_000, 1_000_000, 3_000_000) if n < len(order)] + [len(order)]
     return pd.DataFrame([{"n_edges": n, "of_possible": n / n_possible, "n_nodes": len(np.union1d(source[:n], target[:n])), "share": size[order[:n]].sum() / total} for n in counts])
@@ -96,7 +97,7 @@ def main() -> None:
         print(name, table.head(8).to_string(), "", sep="\n", flush=True)
     keep_strongest(graph, raw, N_SHOWN).save(args.out / "whole_graph")
     text, path = load_corpus("default", model, 256, seq_len=64, seed=1), args.out / "whole_ablation.csv"
-    for n in (1_000, 10_000, 100_000):
+    for n in (1_000, 10_000, 50_000):
         start = time.time()
         curve = ablation_curve(model, graph, text, [n], value="zero", dictionaries=dictionaries, progress=False)
         curve.assign(seconds=time.time() - start).round(5).to_csv(path, mode="a", header=not path.exists(), index=False)
