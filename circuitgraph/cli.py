@@ -49,7 +49,7 @@ def build(
     corpus: Annotated[str, typer.Option(help="default (embedded text), a text file, a folder, or a dataset's name.")] = "default",
     nodes: Annotated[str, typer.Option(help="Grain: block, layer or head; or a folder of dictionaries, for a graph of their features.")] = "head",
     attribution: Annotated[str, typer.Option(help="ig or gradient.")] = "ig",
-    baseline: Annotated[str, typer.Option(help="zero or mean.")] = "zero",
+    baseline: Annotated[str | None, typer.Option(help="zero or mean; by default zero.")] = None,
     norm: Annotated[str, typer.Option(help="frozen or live.")] = "frozen",
     pattern: Annotated[str, typer.Option(help="live or frozen.")] = "live",
     ports: Annotated[str, typer.Option(help="split or merged.")] = "split",
