@@ -93,7 +93,7 @@ def main() -> None:
     tables = {"modules": tabulate_modules(graph, rows).reset_index(), "needed": count_needed(graph, rows), "concentration": concentrate(graph, possible),
               "flow": rows.groupby(["writer", "reader"], as_index=False)["share"].sum()}
     for name, table in tables.items():
-        table.round(5).to_csv(args.out / f"whole_{name}.csv", index=False)
+        table.to_csv(args.out / f"whole_{name}.csv", index=False, float_format="%.5g")
         print(name, table.head(8).to_string(), "", sep="\n", flush=True)
     keep_strongest(graph, raw, N_SHOWN).save(args.out / "whole_graph")
     text, path = load_corpus("default", model, 256, seq_len=64, seed=1), args.out / "whole_ablation.csv"
