@@ -180,8 +180,7 @@ def prune_greedily(
     every = complete_graph(model, nodes)
     setting = open_setting(model, every, data, value, metric=metric, reference=None, per_position=False, skip_first=skip_first, batch_size=batch_size, seed=seed, progress=False, dictionaries=None, exact=True)
     batches = [slice(i, i + setting.batch_size) for i in range(0, len(setting.data.tokens), setting.batch_size)]
-    asks, own = [_ask(setting, rows) for rows in batches], [trace_modules(model, setting.data.tokens[rows], "block").reads["logits"] for rows in batches]
-    logps = [setting.data.model_logp(stream, rows, model) for stream, rows in zip(own, batches, strict=True)]
+    asks, logps = [_ask(setting, rows) for rows in batches], [setting.data.model_logp(trace_modules(model, setting.data.tokens[rows], "block").reads["logits"], rows, model) for rows in batches]
     def cost(mask: Tensor) -> float: return -float(torch.cat([setting.data.score(ask(mask), logp, rows, model)["metric"] for ask, logp, rows in zip(asks, logps, batches, strict=True)]).mean())
     kept, rise, source, target = torch.ones(len(every), dtype=model.dtype, device=model.device), np.zeros(len(every)), every.edges["source"].cat.codes.to_numpy(), every.edges["target"].cat.codes.to_numpy()
     heard, now = np.zeros(len(every.nodes), dtype=int), cost(kept.clone())
@@ -216,18 +215,16 @@ def learn_masks(
     every = complete_graph(model, nodes)
     setting = open_setting(model, every, data, value, metric=metric, reference=None, per_position=False, skip_first=skip_first, batch_size=batch_size, seed=seed, progress=False, dictionaries=None, exact=True)
     theta, draw = torch.full((len(every),), 3.0, requires_grad=True), torch.Generator().manual_seed(seed)
-    adam, n, low, high, heat = torch.optim.Adam([theta], lr), len(setting.data.tokens), -0.1, 1.1, 2 / 3
-    order = torch.cat([torch.randperm(n, generator=draw) for _ in range(1 + n_steps * setting.batch_size // n)])
-    starts = range(0, n, setting.batch_size)
-    with torch.no_grad(): own = torch.cat([trace_modules(model, setting.data.tokens[i : i + setting.batch_size], "block").reads["logits"] for i in starts])
-    for step in tqdm(range(n_steps), desc="masks", unit="step", disable=not progress):
-        first = int(order[step]) // setting.batch_size * setting.batch_size
-        rows = slice(first, first + setting.batch_size)
+    adam, low, high, heat = torch.optim.Adam([theta], lr), -0.1, 1.1, 2 / 3
+    batches = [slice(i, i + setting.batch_size) for i in range(0, len(setting.data.tokens), setting.batch_size)]
+    with torch.no_grad(): logps = [setting.data.model_logp(trace_modules(model, setting.data.tokens[rows], "block").reads["logits"], rows, model) for rows in batches]
+    for _ in tqdm(range(n_steps), desc="masks", unit="step", disable=not progress):
+        i = int(torch.randint(len(batches), (), generator=draw))
         noise = torch.rand(len(every), generator=draw).clamp(1e-6, 1 - 1e-6)
         with torch.enable_grad():
             mask = (((noise.logit() + theta) / heat).sigmoid() * (high - low) + low).clamp(0, 1).to(model.W_U)
-            stream = next(run_masks(model, nodes, [mask], setting.data.tokens[rows], setting.ablation, rows))
-            score = setting.data.score(stream, setting.data.model_logp(own[rows], rows, model), rows, model)["metric"].mean()
+            stream = next(run_masks(model, nodes, [mask], setting.data.tokens[batches[i]], setting.ablation, batches[i]))
+            score = setting.data.score(stream, logps[i], batches[i], model)["metric"].mean()
             loss = -score + price * (theta - heat * float(np.log(-low / high))).sigmoid().mean()
         adam.zero_grad()
         loss.backward()
