@@ -1,9 +1,9 @@
 """What edges between features cost, against the matrix products of their closed form at the rate measured in the same run, and how the whole grows.
 
-    python benchmarks/feature_graph.py            # prints tables and writes benchmarks/feature_graph.csv, feature_graph_memory.csv and feature_graph_growth.csv (half an hour)
+    python benchmarks/feature_graph.py            # prints tables and writes benchmarks/feature_graph.csv, feature_graph_memory.csv, feature_graph_growth.csv and feature_graph_whole.csv (two hours, most of it the whole model)
 
 Dictionaries are TopK with directions drawn from whitened activations: what training would change is which features are active, not how many. Numbers are CPU seconds.
-Operations are those of the closed form as it is written down: for an MLP two products back to the residual stream and the dot products with all writers; for attention the product of every reader with every writer at every source (@eq-heads), of which the code does fewer (@eq-virtual).
+Operations are those of the closed form as it is written down: back from each reader to the residual stream, then dot products with all writers there; for an MLP at the reader's position, for attention at every source, where the gradients at keys and values are carried to the stream together. The same for attention in the heads' own coordinates (@eq-heads), where less is to be done, is counted beside it; the code does still less (@eq-virtual).
 "Edges" are pairs of a reader and a writer that are active together, counted at each position of the reader; those into attention at each port."""
 
 import argparse
@@ -53,16 +53,21 @@ def draw_dictionaries(model: Model, modules: list[str], d_dict: int, k: int) -> 
 
 
 def count_operations(model: Model, kind: str, n_readers: int, n_writers: int, n_pos: int) -> float:
-    "Of the closed form, for a position."
-    d, S, heads, kv = model.d_model, (n_pos + 1) / 2, model.n_heads, model.n_kv_heads
-    dots = 2 * n_readers * n_writers * d
+    "Of the closed form through the residual stream, for a position."
+    d, S, dots = model.d_model, (n_pos + 1) / 2, 2 * n_readers * n_writers * model.d_model
     if kind == "mlp":
         mlp = model.layers[0].mlp
         assert mlp is not None
         return 2 * n_readers * len(mlp.W_in) * d * (1 if mlp.W_gate is None else 2) + dots
-    width = heads * model.d_head
-    by_value, by_key = 2 * n_readers * n_writers * kv * model.d_head * S, 2 * n_writers * width * S + 2 * n_readers * n_writers * heads * S
-    return by_value + by_key + 4 * n_readers * width * S + 2 * n_readers * width * d + dots
+    width, shared = model.n_heads * model.d_head, model.n_kv_heads * model.d_head
+    return S * (2 * 2 * n_readers * shared * d + dots + 4 * n_readers * width) + 2 * n_readers * width * d + dots  # the last two: queries
+
+
+def count_in_heads(model: Model, n_readers: int, n_writers: int, n_pos: int) -> float:
+    "Of attention's closed form in the heads' own coordinates, for a position."
+    d, S, width = model.d_model, (n_pos + 1) / 2, model.n_heads * model.d_head
+    by_value, by_key = 2 * n_readers * n_writers * model.n_kv_heads * model.d_head * S, 2 * n_writers * width * S + 2 * n_readers * n_writers * model.n_heads * S
+    return by_value + by_key + 4 * n_readers * width * S + 2 * n_readers * (width + n_writers) * d
 
 
 def time_modules(model: Model, names: list[str], n_tokens: int) -> pd.DataFrame:
@@ -81,7 +86,8 @@ def time_modules(model: Model, names: list[str], n_tokens: int) -> pd.DataFrame:
         edges = float(sums.table[..., 3].sum() - before) / 3
         n_readers, n_writers, n = activity.index[part.module].shape[1] + 1, writers.nodes.shape[1], tokens.numel()
         operations = count_operations(model, part.kind, n_readers, n_writers, tokens.shape[1])
-        rows.append({"module": part.module, "writers at a position": n_writers, "tokens / CPU s": n / seconds, "million edges / CPU s": edges / seconds / 1e6, "MFLOP / token": operations / 1e6, "share of matmul rate": n * operations / seconds / rate})
+        in_heads = operations if part.kind == "mlp" else count_in_heads(model, n_readers, n_writers, tokens.shape[1])
+        rows.append({"module": part.module, "writers at a position": n_writers, "tokens / CPU s": n / seconds, "million edges / CPU s": edges / seconds / 1e6, "MFLOP / token": operations / 1e6, "share of matmul rate": n * operations / seconds / rate, "share, in heads": n * in_heads / seconds / rate})
     return pd.DataFrame(rows).round(2).assign(**{"matmul GFLOP / CPU s": round(rate / 1e9, 1)})
 
 
@@ -95,6 +101,15 @@ def grow(model: Model, tokens: torch.Tensor) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def take_all(model: Model, tokens: torch.Tensor) -> pd.DataFrame:
+    "The graph of the whole model, a dictionary for each module; what is paid once for each module, apart from what is paid for each token."
+    made = draw_dictionaries(model, [f"{kind}{i}" for i in range(model.n_layers) for kind in "am"], 2304, 32)
+    seconds = {n * tokens.shape[1]: cpu_seconds(lambda n=n: build_graph(model, tokens[:n], made, progress=False)) for n in (1, len(tokens))}
+    (few, less), (many, more) = seconds.items()
+    each = (more - less) / (many - few)
+    return pd.DataFrame([{"modules": len(made), "tokens": many, "CPU s": more, "CPU ms / token, all": 1000 * more / many, "CPU ms / token, further": 1000 * each, "CPU s / module, once": (less - few * each) / len(made)}])
+
+
 def peak(n_tokens: int) -> float:
     "Peak memory in MB of a process that builds the graph of four modules."
     return float(subprocess.run([sys.executable, __file__, "--peak", str(n_tokens)], capture_output=True, text=True, check=True).stdout.split()[-1])
@@ -104,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n-tokens", type=int, default=512)
     parser.add_argument("--modules", default="m14,a14")
-    parser.add_argument("--tables", default="modules,memory,growth", help="which tables are made")
+    parser.add_argument("--tables", default="modules,memory,growth,whole", help="which tables are made")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -121,6 +136,7 @@ def main() -> None:
     tokens = load_corpus("default", model, args.n_tokens)
     if "memory" in args.tables: save(pd.DataFrame([{"tokens": n, "peak MB": round(peak(n))} for n in (512, 1024, 2048)]), "memory")
     if "growth" in args.tables: save(grow(model, tokens[:2]).round(1), "growth")
+    if "whole" in args.tables: save(take_all(model, tokens[:4]).round(1), "whole")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ __all__ = ['Part', 'cut_model', 'hash_dictionary', 'Activity', 'own_bias', 'own_
            'Sums', 'part_ports', 'add_part', 'group_readers', 'weigh_features']
 
 # %% ../nbs/08_feature_edges.ipynb #5e242828
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -567,14 +568,39 @@ def _add_places(thread, n_threads, table, node, start, position, slot, reader, w
                     row[r, 2] += x * x
                     row[r, 3] += 1
 
+# %% ../nbs/08_feature_edges.ipynb #9ef16f3d
+@numba.njit(fastmath=True, cache=True, nogil=True)
+def _keep_largest(thread, n_threads, table, size, place, total):  # noqa: ANN001, ANN202  (arrays)
+    "Go once through the sums `table [port writer reader 4]`: each reader's total of absolute sums, and its largest ones `size [reader keep]`, a heap whose least stands first, with their places among `[port*writer]`."
+    n_ports, n_before, n_readers, _ = table.shape
+    keep = size.shape[1]
+    first, last = thread * n_readers // n_threads, (thread + 1) * n_readers // n_threads
+    for port in range(n_ports):
+        for writer in range(n_before):
+            row = table[port, writer]
+            for r in range(first, last):
+                x = row[r, 1]
+                total[r] += x
+                if x <= size[r, 0]: continue
+                i = 0
+                while 2 * i + 1 < keep:
+                    child = 2 * i + 1
+                    if child + 1 < keep and size[r, child + 1] < size[r, child]: child += 1
+                    if size[r, child] >= x: break
+                    size[r, i], place[r, i] = size[r, child], place[r, child]
+                    i = child
+                size[r, i], place[r, i] = x, port * n_before + writer
+
+
 # %% ../nbs/08_feature_edges.ipynb #2fec6b11
 class Sums:
     "Running sums of the weights of all edges into some readers of a part: weight, absolute value, square, and number of positions."
     BYTES = 32  # for each port, reader and writer
 
-    def __init__(self, ports: tuple[str, ...], first: int, last: int, n_before: int, device: torch.device) -> None:
-        self.ports, self.first = ports, first
-        self.table = torch.zeros(len(ports), n_before, last - first, 4, dtype=torch.float64, device=device)
+    def __init__(self, ports: tuple[str, ...], first: int, last: int, n_before: int, device: torch.device, room: Tensor | None = None) -> None:
+        "`room`: numbers to put the sums in, those of an earlier group, so that a large table is asked of the system once."
+        self.ports, self.first, shape = ports, first, (len(ports), n_before, last - first, 4)
+        self.table = torch.zeros(shape, dtype=torch.float64, device=device) if room is None else room[: math.prod(shape)].view(shape).zero_()
 
     def of(self, port: str) -> Float[Tensor, "writer reader four"]:
         "The sums of one port."
@@ -594,19 +620,30 @@ class Sums:
 
     def prune(self, keep: int | None, share: float) -> pd.DataFrame:
         "Edges that are kept: source, reader, port, the sums, and `kept`, the share of the reader's absolute weight that its kept edges hold."
-        found, n_before = [], self.table.shape[1]
-        for first in range(0, self.table.shape[2], 64):
-            table = self.table[:, :, first : first + 64]
-            size = table[..., 1].permute(2, 0, 1).flatten(1)  # [reader port*writer]
-            total = size.sum(1)
+        n_ports, n_before, n_readers, _ = self.table.shape
+        if keep is not None and keep < n_ports * n_before and _compiled(self.table.device):
+            size, place, total = torch.zeros(n_readers, keep, dtype=torch.float64), torch.zeros(n_readers, keep, dtype=torch.long), torch.zeros(n_readers, dtype=torch.float64)
+            _on_threads(_keep_largest, *(t.numpy() for t in (self.table, size, place, total)))
+            place, order = place.sort(1)
+            found = [(0, size.gather(1, order), place, total)]
+        else: found = self._list_sizes(keep)
+        tables = []
+        for first, size, place, total in found:
             chosen = (size > 0) & (size >= share * total[:, None])
-            if keep is not None and keep < size.shape[1]: chosen &= torch.zeros_like(chosen).scatter(1, size.topk(keep, sorted=False).indices, True)
-            reader, column = chosen.nonzero(as_tuple=True)
-            kept = ((size * chosen).sum(1) / total)[reader]
-            numbers = {"source": column % n_before, "reader": reader + first + self.first, "port": column // n_before, "kept": kept}
-            numbers |= dict(zip(("weight", "abs_weight", "rms_weight", "count"), table[column // n_before, column % n_before, reader].mT, strict=True))
-            found.append(pd.DataFrame({name: x.cpu().numpy() for name, x in numbers.items()}))
-        return pd.concat(found, ignore_index=True)
+            reader, slot = chosen.nonzero(as_tuple=True)
+            column = place[reader, slot]
+            numbers = {"source": column % n_before, "reader": reader + first + self.first, "port": column // n_before, "kept": ((size * chosen).sum(1) / total)[reader]}
+            numbers |= dict(zip(("weight", "abs_weight", "rms_weight", "count"), self.table[column // n_before, column % n_before, reader + first].mT, strict=True))
+            tables.append(pd.DataFrame({name: x.cpu().numpy() for name, x in numbers.items()}))
+        return pd.concat(tables, ignore_index=True)
+
+    def _list_sizes(self, keep: int | None) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        "For blocks of readers: the first, absolute sums and their places among `[port*writer]` `[reader slot]`, all or the `keep` largest, and their totals."
+        for first in range(0, self.table.shape[2], 64):
+            size = self.table[:, :, first : first + 64, 1].permute(2, 0, 1).flatten(1)
+            every, total = torch.arange(size.shape[1], device=size.device).expand_as(size), size.sum(1)
+            if keep is not None and keep < size.shape[1]: every = size.topk(keep, sorted=False).indices.sort(1).values
+            yield first, size.gather(1, every), every, total
 
 
 def _moments(w: Float[Tensor, "*any"], count: Tensor) -> Float[Tensor, "*any four"]: return torch.stack([w, w.abs(), w.square(), count.to(w)], -1)
@@ -956,14 +993,15 @@ def weigh_features(
     table, names, batches = list_directions(parts, len(nodes), model.W_U), nodes["name"].tolist(), corpus.split(batch_size)
     last = Part("logits", "logits", -1, None, None, len(nodes) - 1, len(nodes) - 1)
     groups = [(part, ports, span) for part in [*parts, last] for ports in [("logits",) if part is last else part_ports(part, rule)] for span in group_readers(part, len(ports), memory)]
-    found, kept = [], np.ones(len(nodes))
+    found, kept, room = [], np.ones(len(nodes)), None
     done = {} if checkpoint is None else {i: checkpoint / f"edges-{i}.parquet" for i in range(len(groups))}
     with tempfile.TemporaryDirectory() as folder, tqdm(total=len(batches) * len(groups), desc="feature graph", unit="batch", disable=not progress) as bar:
         files = _keep_activities(model, batches, parts, task, Path(folder), progress)
         for i, (part, ports, span) in enumerate(groups):
             if i in done and done[i].exists(): bar.update(len(batches))
             else:
-                sums = Sums(ports, *span, part.n_before, model.device)
+                if room is None: room = torch.empty(max(len(ports) * part.n_before * (last - first) * 4 for part, ports, (first, last) in groups), dtype=torch.float64, device=model.device)
+                sums = Sums(ports, *span, part.n_before, model.device, room)
                 _add_batches(sums, model, part, span, batches, files, parts, names, table, rule, bar)
                 edges = sums.prune(keep, share)
                 if i in done:
