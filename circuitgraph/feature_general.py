@@ -228,8 +228,9 @@ def _row_vjp(model: Model, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern:
     "From gradients at z `[pos reader head d_head]` to those at q, the same, and at k and v `[pos reader kv_head source d_head]`, still turned; q, pattern and scores are rows of these positions."
     attn, A = model.layers[layer].attn, pattern.transpose(0, 1)[:, None]  # [pos 1 head source]
     shared = lambda t, axis: t.unflatten(axis, (len(attn.W_K), -1))  # noqa: E731  query heads by the key-value head that they share
+    if not attn.held: u = u * attn.share  # held patterns are constants: the mix is no product of two
     d_A = torch.einsum("prhe, hse -> prhs", u, v)
-    d_S = A * (d_A - (A * d_A).sum(-1, keepdim=True)) * attn.scale
+    d_S = A * (d_A - (A * d_A).sum(-1, keepdim=True)) * (attn.scale * attn.share)
     if attn.softcap is not None: d_S = d_S * (1 - (scores / attn.softcap).square()).transpose(0, 1)[:, None]
     return [torch.einsum("prhs, hse -> prhe", d_S, k), torch.einsum("prghs, ghpe -> prgse", shared(d_S, 2), shared(q, 0)), torch.einsum("pghs, prghe -> prgse", shared(A[:, 0], 1), shared(u, 2))]
 
