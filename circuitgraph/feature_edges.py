@@ -698,14 +698,14 @@ def _sources_of(model: Model, part: Part, x: Tensor) -> tuple[Tensor, Tensor]:
     return (sees.int().argmax(0) + start).flatten(), (n_pos - sees.flip(0).int().argmax(0) + start).flatten()
 
 
-def _pack(paths: list[Paths], first: Tensor, last: Tensor, n_kv: int) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+def _pack(paths: list[Paths], first: Tensor, last: Tensor, n_kv: int) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
     "Patterns `[n query head]`, powers `[n kv_head member reader query]` and queries `[kv_head d_head member query]` by sequence, with each position's queries from its first on."
-    n_pos, pattern, power, queries = paths[0].pattern.shape[1], None, None, []
+    n_pos, pattern, power, queries = paths[0].pattern.shape[1], None, None, {}
     for b, path in enumerate(paths):
         used = [(c, q) for c, q in zip(path.powers, path.q, strict=bool(path.powers)) if c is not None and q.any()]
         held = path.pattern.permute(2, 1, 0)
         scores = torch.cat([c.unflatten(0, (n_kv, -1)) for c, _ in used], 1).permute(4, 0, 1, 3, 2) if used else None  # a power of the step is one more member of the group
-        if used: queries.append(torch.cat([q.unflatten(0, (n_kv, -1)) for _, q in used], 1).permute(0, 3, 1, 2))
+        if used: queries[b] = torch.cat([q.unflatten(0, (n_kv, -1)) for _, q in used], 1).permute(0, 3, 1, 2)  # none where a sequence's readers have no effect
         if pattern is None: pattern = held.new_zeros(len(first), *held.shape[1:])
         if power is None and scores is not None: power = held.new_zeros(len(first), *scores.shape[1:])
         for s in range(n_pos):
@@ -758,7 +758,7 @@ def _add_features(sums: Sums, model: Model, part: Part, readers: Readers, writer
         _on_threads(_add_writers, by_value, by_key, merged, *(t.numpy() for t in arrays))
 
 
-def _add_keys(held: Tensor, model: Model, part: Part, rows: Tensor, column: Tensor, source: Tensor, first: Tensor, last: Tensor, power: Tensor, queries: list[Tensor], n_seq: int) -> None:
+def _add_keys(held: Tensor, model: Model, part: Part, rows: Tensor, column: Tensor, source: Tensor, first: Tensor, last: Tensor, power: Tensor, queries: Mapping[int, Tensor], n_seq: int) -> None:
     "Keys `[place kv_head d_head]` of writers, turned, meet the queries that see them; what comes of it is added to `held [column reader n]`."
     n_pos, order = len(first) // n_seq, source.argsort(stable=True)
     cos, sin = rotary_tables(model, n_pos, part.layer)
@@ -767,9 +767,9 @@ def _add_keys(held: Tensor, model: Model, part: Part, rows: Tensor, column: Tens
     count = source.bincount(minlength=len(first))
     size = count * (last - first) * power.shape[1] * power.shape[2]
     start, place = (torch.cat([t.new_zeros(1), t.cumsum(0)]) for t in (count, size))
-    met, begin, room = keys.new_empty(int(place[-1])), start.tolist(), place.tolist()
+    met, begin, room = (keys.new_empty if len(queries) == n_seq else keys.new_zeros)(int(place[-1])), start.tolist(), place.tolist()
     for s in range(len(first)):
-        if begin[s] == begin[s + 1]: continue
+        if begin[s] == begin[s + 1] or s // n_pos not in queries: continue
         here = slice(int(first[s]) - s // n_pos * n_pos, int(last[s]) - s // n_pos * n_pos)
         torch.bmm(keys[:, begin[s] : begin[s + 1]], queries[s // n_pos][..., here].flatten(2), out=met[room[s] : room[s + 1]].view(len(keys), begin[s + 1] - begin[s], -1))
     _on_threads(_meet_keys, n_seq, held.numpy(), *(t.numpy() for t in (column[order], start, place, met, first, last, power)))

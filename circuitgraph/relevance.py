@@ -191,12 +191,12 @@ def occlude(
     memory: float = 3e8,  # bytes for what is computed at a time
 ) -> Float[Tensor, "port writer batch pos reader"]:
     "By how much values fall when a contribution is taken out, @eq-occlusion. Source: @zeiler2014visualizing."
-    clean, found = values(ports), []
+    found = []
     for some in contributions.split(max(1, int(memory // (64 * ports[0].numel() * ports[0].element_size())))):
         full = [p.repeat(len(some), *[1] * (p.ndim - 1)) for p in ports]
         without = [values([p - some.flatten(0, 1) if i in out else p for i, p in enumerate(full)]).unflatten(0, some.shape[:2]) for out in moved]
-        found.append(clean - torch.stack(without))
-    return torch.cat(found, 1) if found else clean.new_zeros(len(moved), 0, *clean.shape)
+        found.append(values(full).unflatten(0, some.shape[:2]) - torch.stack(without))  # the clean value in the same batch: where nothing is taken out, nothing changes
+    return torch.cat(found, 1)
 
 # %% ../nbs/07_relevance.ipynb #57c6b243
 def explain_reader(
