@@ -5,13 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captum.attr import FeatureAblation, GuidedBackprop, GuidedGradCam, InputXGradient, IntegratedGradients, LayerGradCam
-from torch import Tensor, nn
+from torch import nn
 
 import oracles
 from circuitgraph.attribution import ATTRIBUTIONS, Rule, reader_gradients, share_vector
-from circuitgraph.build import build_graph, weigh_edges
+from circuitgraph.build import build_graph
 from circuitgraph.feature_general import pull_readers
-from circuitgraph.model import TINY_MODELS, apply_norm, attention_mask, attention_pattern, list_readers, norm_scale, run_logits, run_reader, tiny_model, trace_modules
+from circuitgraph.model import TINY_MODELS, apply_norm, attention_mask, list_readers, norm_scale, run_logits, run_reader, tiny_model, trace_modules
 from circuitgraph.relevance import cam, change_backward, explain_reader, guided_average, occlude_sequence, sequence_gradients, value_function, weigh_reader
 from circuitgraph.task import Task
 from feature_oracles import D_DICT, all_dictionaries, draw
@@ -367,9 +367,9 @@ def test_edges_of_a_metric_are_derivatives_along_each_edge_with_the_rules_writte
         return y if norm_.bias is None else y + norm_.bias
     class Clip(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x): return x.clone()
+        def forward(_ctx, x): return x.clone()
         @staticmethod
-        def backward(ctx, g): return g.clamp(min=0)
+        def backward(_ctx, g): return g.clamp(min=0)
     def mlp(model, layer, x):
         m, h = model.layers[layer].mlp, oracles.norm_by_hand(model.layers[layer].ln2, x)
         up = h @ m.W_in.T + (0 if m.b_in is None else m.b_in)
@@ -394,6 +394,13 @@ def test_edges_of_a_metric_are_derivatives_along_each_edge_with_the_rules_writte
     ours = build_graph(model, task, "head", target="metric", attribution=method, progress=False)
     weights = dict(zip(ours.edge_names, ours.edges["weight"], strict=True))
     assert max(abs(weights[edge] - float(w)) for edge, w in theirs.items()) < 1e-9 and len(theirs) == len(weights) - sum(edge.startswith("const") for edge in weights)
+
+
+@pytest.mark.parametrize(("name", "recorded"), [("llama", -0.1566617997729697), ("qwen2", 0.11779889496216345)])
+def test_lrp_of_a_metric_is_that_of_the_authors_package(name, recorded):
+    """Relevance of the embeddings, as lxt 2.1 gave it once on the same weights in double precision (its rules for RMSNorm, gated MLPs and attention on Hugging Face's model; it adds 1e-10 to each denominator)."""
+    edges = build_graph(tiny_model(name), make_task(tiny_model(name)), "head", target="metric", attribution="lrp", progress=False).edges
+    assert abs(edges.query("source == 'embed'")["weight"].sum() - recorded) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
