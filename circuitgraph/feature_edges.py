@@ -880,6 +880,7 @@ def _add_sequences(sums: Sums, model: Model, part: Part, readers: Readers, write
     for b, sequence in enumerate(x):
         rows = slice(b * n_pos, (b + 1) * n_pos)
         here, index, active = writers.rows(rows, sequence), readers.index[rows], readers.active[rows]
+        if not active.any(): continue
         if rule.attribution == "occlusion":
             columns = _Columns.of(model, part, here)
             written = sequence.new_zeros(len(columns.nodes), *sequence.shape)

@@ -145,7 +145,7 @@ def _guided_step(share: Tensor, slope: Tensor, length: Tensor, alpha: float, rea
         chosen = free & going & (ranked <= ranked.kthvalue(1 + int(fraction * (share.shape[1] - 1)), 1, keepdim=True).values)
         gamma = gap / (length * (high - share) * chosen).sum(1, keepdim=True)
         share = torch.where(chosen, torch.where(gamma >= 1, high, torch.lerp(share, torch.full_like(share, high), gamma)), share)
-        going = going & (gamma > 1)
+        going = going & (gamma > 1) & chosen.any(1, keepdim=True)
 
 # %% ../nbs/07_relevance.ipynb #7f4588e6
 def guided_gradients(
@@ -262,22 +262,31 @@ def sequence_gradients(
     index: Int[Tensor, "pos reader"],  # readers at each position, the error node or the module itself as the last
     active: Float[Tensor, "pos reader"],  # zero where there is none
     rule: Rule,  # "gradcam", "guided-gradcam" or "guided-ig"
+    *,
+    memory: float = 1e9,  # bytes for what is computed at a time
 ) -> tuple[Int[Tensor, " reader"], dict[str, Float[Tensor, "pos reader d_model"]]]:  # the readers; by port, at every position
     "What takes the place of the gradient of the sum over a sequence of each reader's values, at all that it reads."
     which, features = index[active != 0].unique(), None if dictionary is None else index[:, :-1]
     own = ((index == which[:, None, None]) & (active != 0)).to(x)  # [reader pos slot]
-    if rule.attribution == "guided-ig": grads = _guided_sequence(model, module, dictionary, x, features, own, rule)
+    room = memory / (x.numel() * x.element_size())  # how many times what is read fits
+    if rule.attribution == "guided-ig":
+        found = [_guided_sequence(model, module, dictionary, x, features, some, rule) for some in own.split(max(1, int(room // 64)))]
+        grads = {port: grad for port in found[0] if (grad := torch.cat([some[port] for some in found], 1)).any()}
     else:
-        plain, guided = (_sum_pull(m, module, dictionary, x, features, own, rule) for m in (model, change_backward(model, rule)))
+        step = max(1, int(room // (4 * index.shape[1])))
+        plain, guided = (_sum_pull(m, module, dictionary, x, features, own, rule, step) for m in (model, change_backward(model, rule)))
         grads = {port: apply_map(rule, plain[port][None], guided[port][None], x[None])[0] for port in plain}
     return which, grads
 
 
-def _sum_pull(model: Model, module: str, dictionary: Dictionary | None, x: Tensor, features: Tensor | None, own: Tensor, rule: Rule) -> dict[str, Tensor]:
-    "Gradients of sums over a sequence by port `[pos reader d_model]`."
-    pull = pull_readers(model, module, dictionary, x, features, rule)
-    total = {port: torch.einsum("fpr, prsd -> sfd", own, grad) for port, grad in pull.sources.items()}
-    return total | {port: torch.einsum("fpr, prd -> pfd", own, grad) for port, grad in pull.here.items()}
+def _sum_pull(model: Model, module: str, dictionary: Dictionary | None, x: Tensor, features: Tensor | None, own: Tensor, rule: Rule, step: int) -> dict[str, Tensor]:
+    "Gradients of sums over a sequence by port `[pos reader d_model]`, from `step` readers' positions at a time."
+    total: dict[str, Tensor] = {}
+    for span in (slice(p, p + step) for p in range(0, len(x), step)):
+        pull = pull_readers(model, module, dictionary, x, features, rule, positions=span)
+        for port, grad in pull.sources.items(): total[port] = total.get(port, 0) + torch.einsum("fpr, prsd -> sfd", own[:, span], grad)
+        for port, grad in pull.here.items(): total.setdefault(port, x.new_zeros(len(x), len(own), x.shape[1]))[span] += torch.einsum("fpr, prd -> pfd", own[:, span], grad)
+    return total
 
 
 @torch.no_grad()
@@ -291,7 +300,7 @@ def _guided_sequence(model: Model, module: str, dictionary: Dictionary | None, x
             return torch.stack([to_rows(g) for g in torch.autograd.grad((values(ports) * own).sum(), ports, materialize_grads=True)])
     end = to_rows(x.expand(shape).contiguous())
     grads = guided_average(gradients, torch.zeros_like(end), end, rule.n_steps).view(len(names), *shape).transpose(1, 2)
-    return {"in": grads.sum(0)} if rule.ports == "merged" else {port: grad for port, grad in zip(names, grads, strict=True) if grad.any()}
+    return {"in": grads.sum(0)} if rule.ports == "merged" else dict(zip(names, grads, strict=True))
 
 # %% ../nbs/07_relevance.ipynb #fc129897
 def occlude_sequence(

@@ -482,6 +482,15 @@ def test_every_method_runs_at_every_grain(name, method):
         assert graph.meta["attribution"] == method and np.isfinite(graph.edges["weight"]).all() and (graph.edges["weight"] != 0).any()
 
 
+@pytest.mark.parametrize("method", ["gradcam", "guided-ig", "occlusion", "lrp"])
+def test_readers_in_groups_give_the_same_edges(method):
+    model = tiny_model("llama")
+    tokens, dictionaries = random_tokens(model, 2, 6), all_dictionaries(model)
+    a, b = (build_graph(model, tokens, dictionaries, attribution=method, n_steps=4, keep=None, memory=memory, progress=False) for memory in (4e9, 3_000))
+    one, two = (dict(zip(g.edge_names, g.edges["weight"], strict=True)) for g in (a, b))
+    assert one.keys() == two.keys() and max(abs(one[edge] - two[edge]) for edge in one) < 1e-12
+
+
 @pytest.mark.parametrize(("module", "reads"), PLACES)
 @pytest.mark.parametrize("method", ["guided-backprop", "lrp"])
 def test_readers_of_features_are_pulled_back_through_the_changed_model(module, method, reads):
@@ -520,6 +529,9 @@ def test_maps_of_features_are_those_of_their_sums_over_a_sequence(module, reads)
             alpha = g.sum(0) / max(int(read.sum()), 1)
             theirs = torch.stack([alpha if read[s] and alpha @ x[s] > 0 else 0 * alpha for s in range(len(x))])
             assert torch.allclose(grad[:, which.tolist().index(f)], theirs, atol=1e-10)
+    for method in ("guided-gradcam", "guided-ig"):
+        a, b = (sequence_gradients(model, module, dictionary, x, index, active, Rule(method), memory=memory)[1] for memory in (1e9, 1))
+        assert a.keys() == b.keys() and all(torch.allclose(a[port], b[port], atol=1e-12) for port in a)  # a piece at a time
 
 
 @pytest.mark.parametrize(("module", "reads"), PLACES)
