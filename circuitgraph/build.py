@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .attribution import Rule, logit_values, reader_gradients, reader_ports
+from .attribution import Rule, logit_values, reader_ports
 from .data import check_tokens, hash_tokens
 from .dictionary import Dictionary, visit_modules
 from .feature_edges import hash_dictionary, weigh_features
@@ -34,6 +34,7 @@ from .feature_general import final_gradients, port_gradients, score_task
 from .graph import Graph
 from .model import Model, Reader, Trace, embed_tokens, list_nodes, list_readers, sum_biases, trace_modules
 from .prompt import weigh_prompt
+from .relevance import apply_map, change_backward, weigh_reader
 from .task import Task
 
 # %% ../nbs/08_build.ipynb #bcb11326
@@ -68,8 +69,7 @@ def weigh_edges(
     for reader in readers:
         x0 = None if base is None else base.reads[reader.module]
         if const is not None and base is None: contributions[:, :, const] = trace.biases[reader.module]  # biases written so far
-        grad = reader_gradients(model, reader, trace, x0, tokens, rule)
-        yield reader, (grad.flatten(0, 1) @ contributions[:, :, : reader.n_before].flatten(0, 1).mT).unflatten(0, tokens.shape)
+        yield reader, weigh_reader(model, reader, trace, x0, tokens, rule, contributions[:, :, : reader.n_before])
 
 # %% ../nbs/08_build.ipynb #5ef34122
 @dataclass(frozen=True, eq=False)
@@ -219,6 +219,16 @@ def _build_prompt(model: Model, tokens: Tensor, dictionaries: Mapping[str, Dicti
 _EAP = {"eap": "gradient", "eap-ig": "ig"}
 
 
+def _check_method(attribution: str, target: str, nodes: str | Mapping[str, Dictionary], positions: str) -> None:
+    "Refuse a method where it has no meaning."
+    modules, metric = isinstance(nodes, str), target == "metric"
+    if attribution == "relp" and not (modules and metric): raise ValueError("attribution='relp' is of a task's metric and of modules: give a task, target='metric' and a grain, or use attribution='lrp'")
+    if metric and attribution == "guided-ig": raise ValueError("attribution='guided-ig' has a path of each reader's own, and none of a whole model: use target='node', or attribution='eap-ig'")
+    if metric and attribution == "occlusion": raise ValueError("attribution='occlusion' of a metric is exact patching of edges: use patch_edges, or target='node'")
+    if metric and not modules and "gradcam" in attribution: raise ValueError(f"attribution={attribution!r} maps the one value that is explained: with target='metric' it is of modules, give a grain as nodes")
+    if positions == "keep" and attribution not in ("ig", "gradient"): raise ValueError(f"positions='keep' goes with attribution='ig' or 'gradient', got {attribution!r}")
+
+
 def _name_target(task: Task) -> str: return f"{task.metric if isinstance(task.metric, str) else task.metric.__name__} of {task.name}"
 
 
@@ -243,14 +253,14 @@ def build_graph(
     corpus: Int[Tensor, "seq pos"] | Task,  # token ids, from `load_corpus` or one's own; or, for target="metric", a task
     nodes: str | Mapping[str, Dictionary] = "head",  # grain, "block", "layer" or "head"; or dictionaries by module, for a graph of features
     *,
-    attribution: str = "ig",  # "ig" (integrated gradients) or "gradient" (gradient x input); between modules and for a metric also called "eap-ig" and "eap"
+    attribution: str = "ig",  # "ig" (integrated gradients), "gradient" (gradient x input), "guided-ig", "guided-backprop", "gradcam", "guided-gradcam", "lrp", "relp" or "occlusion"; between modules and for a metric also "eap-ig" and "eap", the first two
     target: str = "node",  # what edges explain: each reader's own value ("node"), or the task's metric ("metric")
-    baseline: str | None = None,  # where the path starts: "zero", "mean" (of the corpus) or "corrupted"; by default "zero", and between modules for a metric "corrupted"
+    baseline: str | None = None,  # where the path starts: "zero", "mean" (of the corpus) or "corrupted"; by default "zero", and between modules for a metric "corrupted" (but for "lrp" and maps)
     corrupted: Int[Tensor, "seq pos"] | None = None,  # corrupted tokens, position by position, for baseline="corrupted"
     norm: str = "frozen",  # norm scales held at the clean run's ("frozen") or "live"
     pattern: str = "live",  # attention patterns "live", or "frozen": the OV path alone
     ports: str = "split",  # attention's q, k, v apart ("split") or together ("merged")
-    n_steps: int = 8,  # points on the path, for "ig"
+    n_steps: int = 8,  # points on the path, for "ig" and "guided-ig"
     skip_first: int | None = None,  # positions whose readers are left out: by default 1, since the first is an attention sink, and 0 where positions are kept
     batch_size: int | None = None,  # sequences at a time; by default about 512 tokens
     others: str | None = "layer",  # for features: modules without dictionary are one node each ("layer"), attention a node for each head ("head"), or refused (None)
@@ -272,7 +282,9 @@ def build_graph(
     task, corpus = _take_task(corpus, target, positions)
     skip_first = (1 if positions == "sum" else 0) if skip_first is None else skip_first
     between = target == "metric" and isinstance(nodes, str)  # modules, for a metric
-    rule = Rule(_EAP.get(attribution, attribution) if between else attribution, n_steps, baseline or ("corrupted" if between else "zero"), norm, pattern, ports, skip_first)
+    start = "corrupted" if between and attribution not in ("lrp", "gradcam", "guided-gradcam") else "zero"
+    rule = Rule(_EAP.get(attribution, attribution) if between else attribution, n_steps, baseline or start, norm, pattern, ports, skip_first)
+    _check_method(attribution, target, nodes, positions)
     if not isinstance(model, Model): raise ValueError(f"model must be a Model, as load_model returns it, got {type(model).__name__}")
     if isinstance(nodes, str): list_readers(model, nodes)
     if task is not None and isinstance(nodes, str): return _build_metric(model, task, nodes, rule, attribution, corrupted, checkpoint, batch_size or max(1, 512 // corpus.shape[1]), seed, progress)
@@ -329,10 +341,11 @@ def contract(
 @torch.no_grad()
 def _build_metric(model: Model, task: Task, grain: str, rule: Rule, attribution: str, corrupted: Tensor | None, checkpoint: str | Path | None, batch_size: int, seed: int, progress: bool) -> Graph:
     "The module graph whose edges are weighed by their first-order effect on a task's metric, @eq-eap."
-    for name, given, allowed in (("norm", rule.norm, "frozen"), ("pattern", rule.pattern, "live"), ("ports", rule.ports, "split"), ("corrupted", corrupted, None), ("checkpoint", checkpoint, None)):
+    relevance = rule.attribution in ("lrp", "relp")
+    for name, given, allowed in (("norm", rule.norm, "frozen"), ("pattern", "live" if relevance else rule.pattern, "live"), ("ports", rule.ports, "split"), ("corrupted", corrupted, None), ("checkpoint", checkpoint, None)):
         if given != allowed: raise ValueError(f"{name} is no option of a metric's gradient, which is that of the model itself, port by port, against the task's own corrupted prompts: leave it out")
     for name in ("clean", "corrupted"): check_tokens(getattr(task, name), model, name)
-    edges, readers, n = list_edges(model, grain), list_readers(model, grain)[0], len(task)
+    edges, readers, n, changed = list_edges(model, grain), list_readers(model, grain)[0], len(task), change_backward(model, rule)
     mean = trace_mean(model, task.clean, grain, skip_first=0, lengths=task.lengths, batch_size=batch_size, progress=progress) if rule.baseline == "mean" else None
     batches, meta = [slice(i, i + batch_size) for i in range(0, n, batch_size)], _describe(model, task.clean, grain, rule, seed, task.corrupted if rule.baseline == "corrupted" else None)
     embed = lambda tokens: torch.stack(list(embed_tokens(model, tokens).values())).sum(0)  # noqa: E731
@@ -341,12 +354,15 @@ def _build_metric(model: Model, task: Task, grain: str, rule: Rule, attribution:
         clean, base = embed(task.clean[rows]), base_of(rows) if alpha != 1 else None
         return clean if alpha == 1 else torch.lerp(torch.zeros_like(clean) if base is None else base.reads[readers[0].module].expand_as(clean), clean, alpha)
     run = lambda rows, alpha: visit_modules(model, task.clean[rows], lambda *_: None, start=(0, start(rows, alpha)))  # noqa: E731
-    lefts = [final_gradients(model, task, torch.cat([run(rows, alpha) for rows in batches])) for alpha, _ in rule.steps]
+    lefts = [final_gradients(changed, task, torch.cat([run(rows, alpha) for rows in batches])) for alpha, _ in rule.steps]
     sums, size, final = torch.zeros(3, len(edges), dtype=torch.float64), torch.zeros(len(list_nodes(model, grain)) - 1, dtype=torch.float64), []
     for rows in tqdm(batches, unit="batch", desc=f"{grain} graph", disable=not progress):
         trace, base, grads = trace_modules(model, task.clean[rows], grain), base_of(rows), {}
         for (alpha, weight), left in zip(rule.steps, lefts, strict=True):
-            for name, grad in port_gradients(model, start(rows, alpha), left[rows], grain).items(): grads[name] = weight * grad if name not in grads else grads[name].add_(grad, alpha=weight)
+            for name, grad in port_gradients(changed, start(rows, alpha), left[rows], grain).items(): grads[name] = weight * grad if name not in grads else grads[name].add_(grad, alpha=weight)
+        if "gradcam" in rule.attribution:
+            plain = grads if changed is model else port_gradients(model, start(rows, 1.0), lefts[0][rows], grain)
+            grads = {name: apply_map(rule, plain[name], grad, trace.reads[name]) for name, grad in grads.items()}
         weights = torch.cat([weigh.flatten(1) for weigh in contract(model, grain, grads, trace, base)], 1).double().cpu()
         for i, w in enumerate((weights, weights.abs(), weights.square())): sums[i] += w.sum(0)
         size += trace.writes.norm(dim=-1).mean(1).sum(0).double().cpu()
@@ -354,4 +370,4 @@ def _build_metric(model: Model, task: Task, grain: str, rule: Rule, attribution:
     edges = edges.assign(weight=sums[0].numpy(), abs_weight=sums[1].numpy(), rms_weight=(n * sums[2]).sqrt().numpy(), count=np.full(len(edges), n, dtype=np.int64))
     value = float(score_task(model, task, torch.cat(final)).mean())
     nodes = list_nodes(model, grain).assign(frequency=1.0, mean_activation=np.append((size / n).numpy(), value))
-    return Graph(nodes, edges, meta | {"target": _name_target(task), "attribution": attribution, "norm": "live", "skip_first": 0})
+    return Graph(nodes, edges, meta | {"target": _name_target(task), "attribution": attribution, "norm": "frozen" if relevance else "live", "skip_first": 0})

@@ -48,7 +48,7 @@ def build(
     model: Annotated[str, typer.Option(help="smollm2-135m (embedded), a name TransformerLens knows, or a Hugging Face folder.")] = "smollm2-135m",
     corpus: Annotated[str, typer.Option(help="default (embedded text), a text file, a folder, or a dataset's name.")] = "default",
     nodes: Annotated[str, typer.Option(help="Grain: block, layer or head; or a folder of dictionaries, for a graph of their features.")] = "head",
-    attribution: Annotated[str, typer.Option(help="ig or gradient.")] = "ig",
+    attribution: Annotated[str, typer.Option(help="ig, gradient, guided-ig, guided-backprop, gradcam, guided-gradcam, lrp or occlusion.")] = "ig",
     baseline: Annotated[str | None, typer.Option(help="zero or mean; by default zero.")] = None,
     norm: Annotated[str, typer.Option(help="frozen or live.")] = "frozen",
     pattern: Annotated[str, typer.Option(help="live or frozen.")] = "live",

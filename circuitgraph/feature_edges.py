@@ -27,10 +27,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from .attribution import Rule, logit_gradients, logit_values, mlp_slopes, preactivations
+from .attribution import Rule, logit_values, mlp_slopes, preactivations
 from .dictionary import Dictionary, Structure, check_place, find_structure, visit_modules
 from .feature_general import contributions, metric_gradients, pull_heads, pull_readers, value_effects
-from .model import Model, Norm, apply_norm, attention_mask, attention_pattern, embed_tokens, get_mlp, hash_weights, norm_scale, norm_vjp, project_heads, rotary_tables, rotate, run_attention, run_mlp, write_heads
+from .model import Model, Norm, Trace, apply_norm, attention_mask, attention_pattern, embed_tokens, get_mlp, hash_weights, list_readers, norm_scale, norm_vjp, project_heads, rotary_tables, rotate, run_attention, run_mlp, write_heads
+from .relevance import change_backward, explain_reader, occlude_sequence, sequence_gradients, weigh_reader
 from .task import Task
 
 # %% ../nbs/08_feature_edges.ipynb #592c74be
@@ -305,6 +306,11 @@ class Writers:
     def values(self) -> Float[Tensor, "n writer"]:
         "What directions are multiplied by: activations, and one."
         return torch.cat([self.value, self.value.new_ones(self.dense.shape[:2]), (self.curved != 0).any(2).to(self.value)], 1)
+
+    @property
+    def vectors(self) -> Float[Tensor, "n writer d_model"]:
+        "What is written, in the order of `nodes`."
+        return torch.cat([self.value[..., None] * self.table[self.index], self.dense, self.curved], 1)
 
     def rows(self, rows: slice, stream: Float[Tensor, "pos d_model"]) -> "Writers":
         "Those of some positions."
@@ -729,14 +735,14 @@ def _sources_of(model: Model, part: Part, x: Tensor) -> tuple[Tensor, Tensor]:
     return (sees.int().argmax(0) + start).flatten(), (n_pos - sees.flip(0).int().argmax(0) + start).flatten()
 
 
-def _pack(paths: list[Paths], first: Tensor, last: Tensor, n_kv: int) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+def _pack(paths: list[Paths], first: Tensor, last: Tensor, n_kv: int) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
     "Patterns `[n query head]`, powers `[n kv_head member reader query]` and queries `[kv_head d_head member query]` by sequence, with each position's queries from its first on."
-    n_pos, pattern, power, queries = paths[0].pattern.shape[1], None, None, []
+    n_pos, pattern, power, queries = paths[0].pattern.shape[1], None, None, {}
     for b, path in enumerate(paths):
         used = [(c, q) for c, q in zip(path.powers, path.q, strict=bool(path.powers)) if c is not None and q.any()]
         held = path.pattern.permute(2, 1, 0)
         scores = torch.cat([c.unflatten(0, (n_kv, -1)) for c, _ in used], 1).permute(4, 0, 1, 3, 2) if used else None  # a power of the step is one more member of the group
-        if used: queries.append(torch.cat([q.unflatten(0, (n_kv, -1)) for _, q in used], 1).permute(0, 3, 1, 2))
+        if used: queries[b] = torch.cat([q.unflatten(0, (n_kv, -1)) for _, q in used], 1).permute(0, 3, 1, 2)  # none where a sequence's readers have no effect
         if pattern is None: pattern = held.new_zeros(len(first), *held.shape[1:])
         if power is None and scores is not None: power = held.new_zeros(len(first), *scores.shape[1:])
         for s in range(n_pos):
@@ -789,7 +795,7 @@ def _add_features(sums: Sums, model: Model, part: Part, readers: Readers, writer
         _on_threads(_add_writers, by_value, by_key, merged, *(t.numpy() for t in arrays))
 
 
-def _add_keys(held: Tensor, model: Model, part: Part, rows: Tensor, column: Tensor, source: Tensor, first: Tensor, last: Tensor, power: Tensor, queries: list[Tensor], n_seq: int) -> None:
+def _add_keys(held: Tensor, model: Model, part: Part, rows: Tensor, column: Tensor, source: Tensor, first: Tensor, last: Tensor, power: Tensor, queries: Mapping[int, Tensor], n_seq: int) -> None:
     "Keys `[place kv_head d_head]` of writers, turned, meet the queries that see them; what comes of it is added to `held [column reader n]`."
     n_pos, order = len(first) // n_seq, source.argsort(stable=True)
     cos, sin = rotary_tables(model, n_pos, part.layer)
@@ -798,9 +804,9 @@ def _add_keys(held: Tensor, model: Model, part: Part, rows: Tensor, column: Tens
     count = source.bincount(minlength=len(first))
     size = count * (last - first) * power.shape[1] * power.shape[2]
     start, place = (torch.cat([t.new_zeros(1), t.cumsum(0)]) for t in (count, size))
-    met, begin, room = keys.new_empty(int(place[-1])), start.tolist(), place.tolist()
+    met, begin, room = (keys.new_empty if len(queries) == n_seq else keys.new_zeros)(int(place[-1])), start.tolist(), place.tolist()
     for s in range(len(first)):
-        if begin[s] == begin[s + 1]: continue
+        if begin[s] == begin[s + 1] or s // n_pos not in queries: continue
         here = slice(int(first[s]) - s // n_pos * n_pos, int(last[s]) - s // n_pos * n_pos)
         torch.bmm(keys[:, begin[s] : begin[s + 1]], queries[s // n_pos][..., here].flatten(2), out=met[room[s] : room[s + 1]].view(len(keys), begin[s + 1] - begin[s], -1))
     _on_threads(_meet_keys, n_seq, held.numpy(), *(t.numpy() for t in (column[order], start, place, met, first, last, power)))
@@ -838,7 +844,8 @@ class _Columns:
     def of(cls, model: Model, part: Part, writers: Writers) -> "_Columns":
         "Those of writers on one sequence."
         nodes, at = writers.nodes.unique(return_inverse=True)
-        sees = (~attention_mask(model.layers[part.layer].attn, len(at), at.device)).to(writers.value)
+        own = torch.eye(len(at), dtype=torch.bool, device=at.device)
+        sees = (own if part.kind == "mlp" else ~attention_mask(model.layers[part.layer].attn, len(at), at.device)).to(writers.value)
         return cls(nodes, at, sees @ sees.new_zeros(len(at), len(nodes)).scatter_add(1, at, (writers.values != 0).to(sees)) > 0)
 
     def add(self, sums: Sums, found: Mapping[str, Tensor], readers: Readers, rows: slice, span: slice, near: Tensor | None) -> None:
@@ -855,17 +862,15 @@ class _Columns:
 
 # %% ../nbs/08_feature_edges.ipynb #fe0d4378
 def _list_general(part: Part, activity: Activity, skip_first: int, first: int, last: int) -> Readers:
-    "Who of a group of nodes reads at each position of a part without a closed form; vectors are not known yet."
-    shape, value = activity.reads[part.module].shape[:2], activity.value[part.module]
-    late = (torch.arange(shape[1], device=value.device) >= skip_first).repeat(shape[0])[:, None].to(value)
-    index, active = activity.index[part.module], (value != 0).to(value) * late
-    scale = None
-    if part.place in activity.effect:
-        assert part.dictionary is not None
-        acts = value.new_zeros(len(value), part.dictionary.d_dict).scatter(1, index, value)
-        written = activity.dense[part.module] + part.dictionary.decode(acts)
-        scale = value_effects(part.dictionary, activity.effect[part.place], written, acts, index)
-    index, active = torch.cat([index, torch.full_like(index[:, :1], part.n_nodes - 1)], 1), torch.cat([active, late], 1)
+    "Who of a group of nodes reads at each position, where readers are pulled back by the general path; vectors are not known yet."
+    shape, written, acts, features, scale = activity.reads[part.module].shape[:2], activity.dense[part.module], None, None, None
+    active = late = (torch.arange(shape[1], device=written.device) >= skip_first).repeat(shape[0])[:, None].to(written)
+    index = torch.full_like(late, part.n_nodes - 1, dtype=torch.long)
+    if part.dictionary is not None:
+        features, value = activity.index[part.module], activity.value[part.module]
+        acts = value.new_zeros(len(value), part.dictionary.d_dict).scatter(1, features, value)
+        written, index, active = written + part.dictionary.decode(acts), torch.cat([features, index], 1), torch.cat([(value != 0).to(value) * late, late], 1)
+    if part.place in activity.effect: scale = value_effects(part.dictionary, activity.effect[part.place], written, acts, features)
     return Readers(index, active * (index >= first) * (index < last), None, None, scale)
 
 
@@ -873,15 +878,15 @@ def _add_general(sums: Sums, model: Model, part: Part, readers: Readers, writers
     "Add the weights of all edges into the readers of a part without a closed form on one batch."
     n_pos, merged, whole = x.shape[1], rule.ports == "merged", slice(0, x.shape[1])
     effect = torch.ones_like(readers.active) if readers.scale is None else readers.scale
-    features, everyone, near, found = readers.index[:, :-1], order_places(writers.nodes, writers.values != 0), {}, {}
+    everyone, near, found = order_places(writers.nodes, writers.values != 0), {}, {}
     for b, sequence in enumerate(x):
         rows = slice(b * n_pos, (b + 1) * n_pos)
-        here = writers.rows(rows, sequence)
+        here, features = writers.rows(rows, sequence), None if part.dictionary is None else readers.index[rows, :-1]
         columns, scale = _Columns.of(model, part, here), norm_scale(model.layers[part.layer].ln1 if part.kind == "attn" else model.layers[part.layer].ln2, sequence)
         each = readers.index.shape[1] * 8 * (2 * n_pos * model.n_kv_heads * model.d_head + len(columns.nodes)) if part.kind == "attn" else 1
         for span in _spans(n_pos, each, memory) if part.kind == "attn" else [whole]:
-            if part.kind == "attn": pull = pull_heads(model, part.module, part.dictionary, sequence, features[rows], rule, positions=span)
-            else: pull = pull_readers(model, part.module, part.dictionary, sequence, features[rows], replace(rule, ports="split"))
+            if part.kind == "attn": pull = pull_heads(model, part.module, part.dictionary, sequence, features, rule, positions=span)
+            else: pull = pull_readers(model, part.module, part.dictionary, sequence, features, replace(rule, ports="split"))
             weigh = effect[rows][span][:, :, None]
             inside = slice(rows.start + span.start, rows.start + span.stop)
             for port, grad in pull.here.items():
@@ -905,11 +910,30 @@ def _weigh_heads(model: Model, part: Part, grad: Float[Tensor, "pos reader kv_he
         rows = torch.cat([tables[port][writers.index[s]], project_writers(model, part, torch.cat([writers.dense[s], writers.curved[s]]), port)])
         out.index_add_(0, columns.at[s], torch.einsum("prge, wge -> wpr", grad[:, :, :, s], rows * (writers.values[s] * scale[s])[:, None, None]).flatten(1))
 
+
+def _add_sequences(sums: Sums, model: Model, part: Part, readers: Readers, writers: Writers, x: Tensor, rule: Rule) -> None:
+    "Add the weights of all edges into the readers of a part under a rule that is of whole sequences: maps and guided paths, at the positions of writers; occlusion, at those of readers."
+    n_pos = x.shape[1]
+    for b, sequence in enumerate(x):
+        rows = slice(b * n_pos, (b + 1) * n_pos)
+        here, index, active = writers.rows(rows, sequence), readers.index[rows], readers.active[rows]
+        if not active.any(): continue
+        if rule.attribution == "occlusion":
+            columns = _Columns.of(model, part, here)
+            written = sequence.new_zeros(len(columns.nodes), *sequence.shape)
+            written.index_put_((columns.at, torch.arange(n_pos, device=x.device)[:, None]), here.vectors, accumulate=True)
+            found = occlude_sequence(model, part.module, part.dictionary, sequence, index, written, rule)
+            columns.add(sums, {port: w.flatten(1) for port, w in found.items() if port in sums.ports}, readers, rows, slice(0, n_pos), None)
+            continue
+        which, grads = sequence_gradients(model, part.module, part.dictionary, sequence, index, active, rule)
+        everywhere = Readers(which.expand(n_pos, -1), sequence.new_ones(n_pos, len(which)), None, None)
+        for port, grad in grads.items(): sums.add(port, everywhere, order_places(here.nodes, here.values != 0), weigh_writers(grad, here))
+
 # %% ../nbs/08_feature_edges.ipynb #51b02c13
-def _keep_activities(model: Model, batches: Sequence[Tensor], parts: list[Part], task: Task | None, folder: Path, progress: bool) -> list[Path]:
+def _keep_activities(model: Model, batches: Sequence[Tensor], parts: list[Part], task: Task | None, rule: Rule, folder: Path, progress: bool) -> list[Path]:
     "What each batch does, with the effects on a task's metric if there is one, in files."
     files = [folder / f"{i}.pt" for i in range(len(batches))]
-    effects = [] if task is None else metric_gradients(model, task, batch_size=len(batches[0]))
+    effects = [] if task is None else metric_gradients(change_backward(model, rule), task, batch_size=len(batches[0]))
     for tokens, file, effect in zip_longest(tqdm(batches, desc="activations", disable=not progress), files, effects):
         found = read_activity(model, tokens.to(model.device), parts)
         torch.save(vars(found if effect is None else replace(found, effect={name: grad.flatten(0, 1) for name, grad in effect[1].items()})), file)
@@ -919,24 +943,35 @@ def _keep_activities(model: Model, batches: Sequence[Tensor], parts: list[Part],
 def _load_activity(file: Path) -> Activity: return Activity(**torch.load(file, mmap=True, weights_only=True))
 
 
+_OF_SEQUENCES = ("gradcam", "guided-gradcam", "guided-ig", "occlusion")
+
+
 def _add_batches(sums: Sums, model: Model, part: Part, span: tuple[int, int], batches: Sequence[Tensor], files: list[Path], parts: list[Part], names: list[str], table: Tensor, rule: Rule, bar: tqdm) -> None:
     "Add the edges into a group of readers of one part, batch by batch."
-    lefts = carry_lefts(model, part) if part.dictionary is not None and part.closed else None
+    closed, changed = part.closed and rule.attribution in ("ig", "gradient"), change_backward(model, rule)
+    lefts = carry_lefts(model, part) if part.dictionary is not None and closed else None
     by_port = {port: project_writers(model, part, table[: part.n_before], port) for port in ("k", "v")} if part.kind == "attn" else {}
     for tokens, file in zip(batches, files, strict=True):
         activity = _load_activity(file)
         writers, x = list_writers(parts, names, activity, part, table), activity.reads[part.module]
         if part.kind == "logits": _add_logits(sums, model, tokens.to(model.device), x, writers, rule, activity.effect.get("logits"))
-        elif part.closed: add_part(sums, model, part, _select(list_active(model, part, lefts, activity, rule.skip_first), *span), writers, x, by_port, rule)
-        else: _add_general(sums, model, part, _list_general(part, activity, rule.skip_first, *span), writers, x, by_port, rule)
+        elif closed: add_part(sums, model, part, _select(list_active(model, part, lefts, activity, rule.skip_first), *span), writers, x, by_port, rule)
+        elif rule.attribution in _OF_SEQUENCES: _add_sequences(sums, model, part, _list_general(part, activity, rule.skip_first, *span), writers, x, rule)
+        else: _add_general(sums, changed, part, _list_general(part, activity, rule.skip_first, *span), writers, x, by_port, rule)
         bar.update()
 
 
 def _add_logits(sums: Sums, model: Model, tokens: Tensor, x: Tensor, writers: Writers, rule: Rule, effect: Tensor | None) -> None:
-    grad = logit_gradients(model, x, None, tokens, rule) if effect is None else effect.view_as(x).clone()
-    grad[:, : rule.skip_first] = 0
-    on = (grad != 0).any(-1).flatten()[:, None].to(grad)
-    sums.add("logits", Readers(torch.zeros_like(on, dtype=torch.long), on, None, None), order_places(writers.nodes, writers.values != 0), weigh_writers(grad.flatten(0, 1)[:, None], writers))
+    reader, trace = list_readers(model)[0][-1], Trace(x, {"logits": x}, {}, {})
+    if rule.attribution == "occlusion" and model.logit_softcap is None: rule = replace(rule, attribution="gradient")  # linear: the same
+    if effect is None and rule.attribution == "occlusion":
+        weights = weigh_reader(model, reader, trace, None, tokens, rule, writers.vectors.unflatten(0, tokens.shape)).flatten(0, 1)
+    else:
+        grad = explain_reader(model, reader, trace, None, tokens, rule)[:, :, 0] if effect is None else effect.view_as(x).clone()
+        grad[:, : rule.skip_first] = 0
+        weights = weigh_writers(grad.flatten(0, 1)[:, None], writers)
+    on = (weights != 0).any(2).to(x)
+    sums.add("logits", Readers(torch.zeros_like(on, dtype=torch.long), on, None, None), order_places(writers.nodes, writers.values != 0), weights)
 
 # %% ../nbs/08_feature_edges.ipynb #ad58d016
 def group_readers(part: Part, n_ports: int, memory: float) -> list[tuple[int, int]]:
@@ -996,7 +1031,7 @@ def weigh_features(
     found, kept, room = [], np.ones(len(nodes)), None
     done = {} if checkpoint is None else {i: checkpoint / f"edges-{i}.parquet" for i in range(len(groups))}
     with tempfile.TemporaryDirectory() as folder, tqdm(total=len(batches) * len(groups), desc="feature graph", unit="batch", disable=not progress) as bar:
-        files = _keep_activities(model, batches, parts, task, Path(folder), progress)
+        files = _keep_activities(model, batches, parts, task, rule, Path(folder), progress)
         for i, (part, ports, span) in enumerate(groups):
             if i in done and done[i].exists(): bar.update(len(batches))
             else:

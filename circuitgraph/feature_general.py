@@ -56,11 +56,11 @@ def write_inner(
 def _norm_before(model: Model, kind: str, layer: int) -> Norm: return model.layers[layer].ln1 if kind == "a" else model.layers[layer].ln2
 
 
-def _read_place(reading: Reading, reads: str, inner: Tensor, x: Tensor) -> Tensor:
-    "What an encoder reads `[pos d_in]`."
+def _read_place(reading: Reading, reads: str, inner: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    "What an encoder reads `[pos d_in]`, where the module writes `out`."
     if reads == "z": return inner.flatten(1)
-    if reads == "output": return write_inner(reading, inner)
-    if reads == "stream": return x + write_inner(reading, inner)
+    if reads == "output": return out
+    if reads == "stream": return x + out
     norm = _norm_before(reading.model, reading.kind, reading.layer)
     return x if reads == "input" else apply_norm(norm if reads == "normed" else replace(norm, weight=None, bias=None), x, reading.scale)
 
@@ -76,11 +76,10 @@ def reader_values(
 
 def _list_values(reading: Reading, inner: Tensor, x: Tensor) -> list[Tensor]:
     "Values of the features, and of the error node or the module, apart: the way back from features does not lead through the decoder."
-    d, left = reading.dictionary, reading.left
-    acts = None if d is None or reading.encode is None else reading.encode(_read_place(reading, d.reads, inner, x))
+    d, left, out = reading.dictionary, reading.left, write_inner(reading, inner)
+    acts = None if d is None or reading.encode is None else reading.encode(_read_place(reading, d.reads, inner, x, out))
     values = [] if acts is None else [acts.gather(1, reading.index)]
     if left is None: return values
-    out = write_inner(reading, inner)
     return [*values, ((out if acts is None or d is None else out - d.decode(acts)) * left).sum(1, keepdim=True)]
 
 # %% ../nbs/07_feature_general.ipynb #3a281673
@@ -105,7 +104,7 @@ def open_reading(
         bias = None if head >= 0 else model.layers[layer].attn.b_O if kind == "a" else get_mlp(model, layer).b_out
         own = y if bias is None else y - bias
         return replace(reading, left=_direction(own, own, 2))
-    place = _read_place(reading, dictionary.reads, inner, x)
+    place = _read_place(reading, dictionary.reads, inner, x, y)
     left = _direction(y - dictionary.decode(dictionary.encode(place)), y, 1) if error else None
     return replace(reading, left=left, encode=_hold_gates(dictionary, place) if gates == "held" else dictionary.encode)
 
@@ -228,8 +227,9 @@ def _row_vjp(model: Model, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern:
     "From gradients at z `[pos reader head d_head]` to those at q, the same, and at k and v `[pos reader kv_head source d_head]`, still turned; q, pattern and scores are rows of these positions."
     attn, A = model.layers[layer].attn, pattern.transpose(0, 1)[:, None]  # [pos 1 head source]
     shared = lambda t, axis: t.unflatten(axis, (len(attn.W_K), -1))  # noqa: E731  query heads by the key-value head that they share
+    if not attn.held: u = u * attn.share  # held patterns are constants: the mix is no product of two
     d_A = torch.einsum("prhe, hse -> prhs", u, v)
-    d_S = A * (d_A - (A * d_A).sum(-1, keepdim=True)) * attn.scale
+    d_S = A * (d_A - (A * d_A).sum(-1, keepdim=True)) * (attn.scale * attn.share)
     if attn.softcap is not None: d_S = d_S * (1 - (scores / attn.softcap).square()).transpose(0, 1)[:, None]
     return [torch.einsum("prhs, hse -> prhe", d_S, k), torch.einsum("prghs, ghpe -> prgse", shared(d_S, 2), shared(q, 0)), torch.einsum("pghs, prghe -> prgse", shared(A[:, 0], 1), shared(u, 2))]
 

@@ -187,7 +187,7 @@ def test_refusals():
     task, text = make_task(model), random_tokens(model, 2, 6)
     for run, words in [
         (lambda: build_graph(model, task, "head", target="metric", pattern="frozen"), "pattern is no option"), (lambda: build_graph(model, task, "head", target="metric", ports="merged"), "ports is no option"),
-        (lambda: build_graph(model, text, "head", attribution="eap"), "attribution must be"), (lambda: build_graph(model, task, "head", target="metric", attribution="lrp"), "attribution must be"),
+        (lambda: build_graph(model, text, "head", attribution="eap"), "attribution must be"), (lambda: build_graph(model, task, "head", target="metric", attribution="saliency"), "attribution must be"),
         (lambda: build_graph(model, task, "neuron", target="metric"), "grain must be"), (lambda: build_graph(model, replace(task, metric="accuracy"), "head", target="metric"), "a step"),
         (lambda: patch_nodes(model, task, "block"), "must be 'layer' or 'head'"), (lambda: patch_nodes(model, task, value="zero"), "value must be"),
         (lambda: trace_flow(model, text, proximity="l2"), "proximity must be"), (lambda: trace_flow(model, text, eps=0), "eps must be"), (lambda: trace_flow(model, text, skip_first=6), "skip_first must lie"),

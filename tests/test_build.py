@@ -151,7 +151,7 @@ def bad(**options):
 
 @pytest.mark.parametrize("options, words", [
     ({"nodes": "neuron"}, "grain must be one of block, layer, head"),
-    ({"attribution": "lrp"}, "attribution must be one of 'ig', 'gradient'"),
+    ({"attribution": "saliency"}, "attribution must be one of 'ig', 'gradient'"),
     ({"baseline": "noise"}, "baseline must be one of"),
     ({"norm": "live"}, "norm='live' has no meaning with baseline='zero'"),
     ({"n_steps": 0}, "n_steps must be at least 1"),
