@@ -131,7 +131,7 @@ def pull_nodes(
     at = [x for nodes in leaves for x in nodes]
     on = torch.cat([(left[0] != 0).flatten(0, 1).any(0), (left[1] != 0).any()[None]]).nonzero()[:, 0]
     with torch.enable_grad(): total = torch.cat([(left[0] * values[0]).sum((0, 1)), (left[1] * values[1]).sum()[None]])
-    for some in on.split(max(1, int(memory // (3 * total.element_size() * sum(x.numel() for x in at))))):
+    for some in on.split(max(1, int(memory // (3 * total.element_size() * sum(x.numel() for x in at))))) if len(on) else ():
         grads = torch.autograd.grad(total, at, F.one_hot(some, len(total)).to(total), is_grads_batched=True, allow_unused=True, retain_graph=True)
         yield some, [x.new_zeros(len(some), *x.shape) if grad is None else grad for x, grad in zip(at, grads, strict=True)]
 
@@ -396,8 +396,9 @@ def _attribute_layer(model: Model, tokens: Tensor, here: Dictionary, there: Dict
                 if d.module == f"{kind}{layer}": found[d.module] = d.encode(places[d.reads])
             if code is None or f"{kind}{layer}" != here.module: return None
             return here.decode(code) - (places["stream"] - places["output"] if here.reads == "stream" else 0)
-        with torch.enable_grad(): visit_modules(model, tokens, visit, 1 + check_place(model, there.module, there.reads)[1])
-        return found[there.module][:, skip_first:].flatten(1)
+        with torch.enable_grad():
+            visit_modules(model, tokens, visit, 1 + check_place(model, there.module, there.reads)[1])
+            return found[there.module][:, skip_first:].flatten(1)
     run(None)
     clean, total = found[here.module].detach(), 0
     for alpha, weight in rule.steps:
