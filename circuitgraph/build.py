@@ -343,8 +343,8 @@ def _build_metric(model: Model, task: Task, grain: str, rule: Rule, attribution:
     points = [(alpha, weight, None) for alpha, weight in rule.steps]  # of the path of the embeddings, or of a module's output
     if attribution == "eap-ig-activations": points = [(alpha, weight / len(readers), module) for module in (None, *readers[:-1]) for alpha, weight in rule.steps]
     def shift(module: Reader, trace: Trace, base: Trace | None, alpha: float) -> dict[str, Tensor]:
-        clean, other = (0 if x is None else x.writes[:, :, module.row : module.row + len(module.names)].sum(2) for x in (trace, base))
-        return {module.module: (1 - alpha) * (other - clean)}
+        brought = trace.writes if base is None else trace.writes - base.writes
+        return {module.module: (alpha - 1) * brought[:, :, module.row : module.row + len(module.names)].sum(2)}
     def run(rows: slice, alpha: float, module: Reader | None) -> Tensor:
         held = {} if module is None else shift(module, trace_modules(model, task.clean[rows], grain), base_of(rows), alpha)
         visit = lambda kind, layer, places: places["output"] + held[name] if (name := f"{kind}{layer}") in held else None  # noqa: E731

@@ -47,19 +47,17 @@ def cut_streams(
         if head >= 0: raise ValueError(f"dictionaries must be those of whole modules, got one of the head {name!r}: use those of a{layer}")
         if (kind == "b") != (d.reads == "stream"): raise ValueError(f"the residual stream is a node of its own, under the name of its block: a dictionary of 'b{layer}' reads 'stream' and no other does, got {d!r}" + ("" if kind != "m" else f"; if it is that of the stream after the block, name its module 'b{layer}'"))
     parts, nodes = cut_model(model, {name: d for name, d in dictionaries.items() if name[0] != "b"})
-    inside, tables, found = nodes.groupby("module", sort=False), [], []
-    def add(part: Part, table: pd.DataFrame) -> None:
-        first = sum(map(len, tables))
-        found.append(replace(part, first=first, n_before=part.n_before + first - part.first))
-        tables.append(table)
-    for name in embed_tokens(model, torch.zeros(1, 1, dtype=torch.long, device=model.device)): add(Part(name, "embed", -1, None, None, 0, 0), nodes[nodes["name"] == name])
-    tables.append(nodes[nodes["name"] == "const"])
+    rows, table, found = nodes.to_numpy().tolist(), [], []
+    def add(part: Part, own: list[Any]) -> None:
+        found.append(replace(part, first=len(table), n_before=part.n_before + len(table) - part.first))
+        table.extend(own)
+    for i, name in enumerate(embed_tokens(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))): add(Part(name, "embed", -1, None, None, i, i), [rows[i]])
+    table.append(rows[len(found)])  # const
     for part, after in zip(parts, [*parts[1:], None], strict=True):
-        add(part, inside.get_group(part.module))
+        add(part, rows[part.first : part.first + part.n_nodes])
         if after is not None and after.layer == part.layer or (d := dictionaries.get(name := f"b{part.layer}")) is None: continue
-        rows = [(f"{name}/{j}", name, "feature", part.layer, j) for j in range(d.d_dict)] + [(f"{name}/err", name, "error", part.layer, -1)]
-        add(Part(name, "block", part.layer, d, None, 0, 0), pd.DataFrame(rows, columns=nodes.columns))
-    return found, pd.concat([*tables, nodes.iloc[-1:]], ignore_index=True)
+        add(Part(name, "block", part.layer, d, None, len(table), len(table)), [[f"{name}/{j}", name, "feature", part.layer, j] for j in range(d.d_dict)] + [[f"{name}/err", name, "error", part.layer, -1]])
+    return found, pd.DataFrame([*table, rows[-1]], columns=nodes.columns)
 
 
 def list_writers(
@@ -120,7 +118,7 @@ def open_leaves(
     with torch.enable_grad(): final = visit_modules(model, tokens, visit, start=(0, torch.stack([nodes[1] for nodes in leaves.values()]).sum(0)))
     return values, leaves, final
 
-# %% ../nbs/10_feature_baseline.ipynb #f3911a00
+# %% ../nbs/10_feature_baseline.ipynb #f31c56e2
 def pull_nodes(
     values: Nodes,  # of one module, as functions of the leaves
     left: Nodes,  # what a unit of each node is worth at each position; a node whose left vector is zero everywhere does not read
@@ -161,7 +159,7 @@ def make_feature_graph(
     meta: Mapping[str, Any],  # attribution, target, corpus, and what else is noted
 ) -> Graph:
     "A graph of features with one port for each reader."
-    names, edges = nodes["name"].to_numpy(), edges.groupby(["target", "source"], as_index=False).sum()
+    names, edges = nodes["name"].to_numpy(), pd.DataFrame(edges.groupby(["target", "source"], as_index=False).sum())
     size = {name: edges["weight"].abs() for name in ("abs_weight", "rms_weight") if name not in edges}
     edges = edges.assign(source=names[edges["source"]], target=names[edges["target"]], port=np.where(names[edges["target"]] == "logits", "logits", "in"), count=0, **size)
     own = {"nodes": "feature", "others": "layer", "baseline": "zero", "dictionaries": {name: hash_dictionary(d) for name, d in dictionaries.items()}}
@@ -172,7 +170,7 @@ def _describe_task(task: Task) -> dict[str, Any]:
     metric = task.metric if isinstance(task.metric, str) else task.metric.__name__
     return {"target": f"{metric} of {task.name}", "corpus": [{"sha256": hash_tokens(task.clean), "n_sequences": len(task), "seq_len": task.clean.shape[1]}]}
 
-# %% ../nbs/10_feature_baseline.ipynb #f320d397
+# %% ../nbs/10_feature_baseline.ipynb #f377a562
 def average_gradients(
     model: Model,
     task: Task,
@@ -192,15 +190,16 @@ def average_gradients(
         return visit_modules(model, tokens, visit, start=(part.layer, before[part.layer][rows]))
     batches = [slice(i, i + batch_size) for i in range(0, len(task), batch_size)]
     for step in range(n_steps):
-        at = tuple(torch.lerp(a, b, step / n_steps) for a, b in zip(own, other, strict=True))
-        left = final_gradients(model, task, torch.cat([run((at[0][rows], at[1][rows]), rows) for rows in batches]))
-        for rows in batches:
-            leaves = [x[rows].detach().requires_grad_() for x in at]
-            with torch.enable_grad(): final = run((leaves[0], leaves[1]), rows)
-            for sums, grad in zip(total, torch.autograd.grad(final, leaves, left[rows], allow_unused=True, materialize_grads=True), strict=True): sums[rows] += grad / n_steps
+        acts, rest = leaves = [torch.lerp(a, b, step / n_steps).requires_grad_() for a, b in zip(own, other, strict=True)]
+        with torch.set_grad_enabled(len(batches) == 1): finals = [run((acts[rows], rest[rows]), rows) for rows in batches]
+        left = final_gradients(model, task, torch.cat(finals))
+        for rows, final in zip(batches, finals, strict=True):
+            if len(batches) > 1:  # a gradient for all prompts' metric first, then each batch anew
+                with torch.enable_grad(): final = run((acts[rows], rest[rows]), rows)
+            for sums, grad in zip(total, torch.autograd.grad(final, leaves, left[rows], allow_unused=True, materialize_grads=True), strict=True): sums += grad / n_steps
     return total[0], total[1]
 
-# %% ../nbs/10_feature_baseline.ipynb #f3b0d855
+# %% ../nbs/10_feature_baseline.ipynb #f3c31eb9
 @torch.no_grad()
 def find_feature_circuit(
     model: Model,
@@ -253,7 +252,7 @@ def _check_numbers(threshold: float, n_steps: int = 1) -> None:
     if not threshold >= 0: raise ValueError(f"threshold must be at least 0, got {threshold}")
     if n_steps < 1: raise ValueError(f"n_steps must be at least 1, got {n_steps}")
 
-# %% ../nbs/10_feature_baseline.ipynb #f3c0a5c6
+# %% ../nbs/10_feature_baseline.ipynb #f3b6708c
 @torch.no_grad()
 def ablate_circuit_nodes(
     model: Model,
@@ -287,7 +286,7 @@ def ablate_circuit_nodes(
     found = faithfulness(scores, score_task(model, task, visit_modules(model, task.clean, lambda *_: None)), run(force(np.zeros(len(nodes), dtype=bool))))
     return pd.DataFrame({"threshold": list(thresholds), "n_nodes": [int(on.sum()) for on in chosen], "faithfulness": found.cpu().numpy()})
 
-# %% ../nbs/10_feature_baseline.ipynb #f3efb948
+# %% ../nbs/10_feature_baseline.ipynb #f33d8655
 def hold_ratios(mlp: MLP) -> MLP:
     "The MLP whose neurons pass on their input times the ratio of output to input; gated, times the gate; both held where they are."
     ratio = lambda x: torch.where(x == 0, 0, mlp.act(x) / torch.where(x == 0, 1, x)).detach()  # noqa: E731
@@ -315,7 +314,7 @@ def hold_places(
     y = y if bias is None else y + bias
     return found | {"input": x, "scaled": apply_norm(replace(norm, weight=None, bias=None), x, scale), "normed": apply_norm(norm, x, scale), "output": y, "stream": x + y}
 
-# %% ../nbs/10_feature_baseline.ipynb #f3aad634
+# %% ../nbs/10_feature_baseline.ipynb #f3938ce0
 @torch.no_grad()
 def trace_contributions(
     model: Model,
@@ -355,7 +354,7 @@ def trace_contributions(
                 for total, grad in zip((x for p in parts[:i] for x in grads[p.module]), pulled, strict=True): total += grad.sum(0)
     return make_feature_graph(model, dictionaries, nodes.assign(effect=effect), pd.concat(edges), {"attribution": f"patch-free circuit, threshold {threshold:g}", "pattern": "frozen"} | _describe_task(task))
 
-# %% ../nbs/10_feature_baseline.ipynb #f35184ef
+# %% ../nbs/10_feature_baseline.ipynb #f30c7f81
 @torch.no_grad()
 def weigh_interactions(
     model: Model,
@@ -400,17 +399,17 @@ def _attribute_layer(model: Model, tokens: Tensor, here: Dictionary, there: Dict
             visit_modules(model, tokens, visit, 1 + check_place(model, there.module, there.reads)[1])
             return found[there.module][:, skip_first:].flatten(1)
     run(None)
-    clean, total = found[here.module].detach(), 0
+    clean, total = found[here.module].detach(), torch.zeros(())
     for alpha, weight in rule.steps:
         leaf = (alpha * clean).requires_grad_()
         code, parts = run(leaf), []
         for some in torch.arange(code.shape[1], device=code.device).split(max(1, int(memory // (3 * leaf.numel() * leaf.element_size())))):
             one_hot = F.one_hot(some, code.shape[1]).to(code)[:, None].expand(-1, len(code), -1)
             parts.append(torch.einsum("rbpn, bpn -> brn", torch.autograd.grad(code, leaf, one_hot, is_grads_batched=True, retain_graph=True)[0], clean))
-        total = total + weight * torch.cat(parts, 1)
+        total = total.to(clean) + weight * torch.cat(parts, 1)
     return total.unflatten(1, (-1, there.d_dict))
 
-# %% ../nbs/10_feature_baseline.ipynb #f342fe3a
+# %% ../nbs/10_feature_baseline.ipynb #f3752c81
 def random_features(
     model: Model,
     task: Task,

@@ -3,21 +3,20 @@
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
-from circuitgraph.ablate import ablation_curve, run_ablated
+from circuitgraph.ablate import ablation_curve
+from circuitgraph.attribution import Rule
 from circuitgraph.baseline import patch_edges
 from circuitgraph.build import build_graph
 from circuitgraph.dictionary import Gate, LinearDictionary
-from circuitgraph.feature_baseline import ablate_circuit_nodes, cut_streams, find_feature_circuit, list_feature_methods, random_features, trace_contributions, trace_nodes, weigh_interactions
+from circuitgraph.feature_baseline import ablate_circuit_nodes, find_feature_circuit, list_feature_methods, random_features, trace_contributions, weigh_interactions
 from circuitgraph.feature_general import score_task
-from circuitgraph.model import embed_tokens, freeze_block, list_readers, run_logits, tiny_model
-from circuitgraph.attribution import Rule
+from circuitgraph.model import embed_tokens, list_readers, run_logits, tiny_model
 from circuitgraph.task import Task
 from circuitgraph.train import train_interaction_bases
-from feature_oracles import all_dictionaries, draw, triples
+from feature_oracles import all_dictionaries, draw
 from known import KNOWN
 from known_features import KNOWN_FEATURES
 from oracles import head_by_hand, mlp_by_hand, norm_by_hand, random_tokens, walk_by_hand
@@ -76,37 +75,39 @@ def circuit_by_hand(model, dictionaries, task, adjacent, baseline="corrupted", t
         clean = {name: (a, e - (0 if bias[name] is None else bias[name])) for name, (a, e) in clean.items()}
         other = {name: (0 * a, 0 * e) for name, (a, e) in clean.items()}
     else: bias = dict.fromkeys(clean, None)
-    add = lambda module, y: y + (0 if bias[module] is None else bias[module])
     effects, weights, left = {}, {}, {}
-    name_of = lambda module, j: f"{module}/{'err' if j < 0 else j}" if module in dictionaries else module
-    for module in clean:
+    def write(module, nodes): return put_together(dictionaries, module, *nodes) + (0 if bias[module] is None else bias[module])
+    def name_of(module, j): return f"{module}/{'err' if j < 0 else j}" if module in dictionaries else module
+    def add_effects(module):
         grads = [0, 0]
         for k in range(n_steps):
-            nodes = [(a + k / n_steps * (b - a)).requires_grad_() for a, b in zip(clean[module], other[module])]
-            final = forward(model, task.clean, lambda name, y, x: add(module, put_together(dictionaries, module, *nodes)) if name == module else y)
+            nodes = [(a + k / n_steps * (b - a)).requires_grad_() for a, b in zip(clean[module], other[module], strict=True)]
+            final = forward(model, task.clean, lambda name, y, _, nodes=nodes: write(module, nodes) if name == module else y)
             for i, g in enumerate(torch.autograd.grad(score(model, task, final).sum(), nodes, allow_unused=True, materialize_grads=True)): grads[i] = grads[i] + g / n_steps
-        found = [g * (a - b) for g, a, b in zip(grads, clean[module], other[module])]
+        found = [g * (a - b) for g, a, b in zip(grads, clean[module], other[module], strict=True)]
         found[1] = found[1].sum(-1, keepdim=True)
-        left[module] = [g * (e.abs() > threshold) for g, e in zip(grads, found)]
+        left[module] = [g * (e.abs() > threshold) for g, e in zip(grads, found, strict=True)]
         for j in range(found[0].shape[-1]): effects[name_of(module, j)] = float(found[0][..., j].sum(1).mean())
         effects[name_of(module, -1)] = float(found[1].sum(1).mean())
-    for u, d in adjacent:
-        leaves = [x.clone().requires_grad_() for x in clean[u]]
-        values = {}
+    def add_edges(u, d):
+        leaves, values = [x.clone().requires_grad_() for x in clean[u]], {}
         def change(name, y, x):
-            if name == u: return add(u, put_together(dictionaries, u, *leaves))
+            if name == u: return write(u, leaves)
             if name == d: values[d] = take_apart(model, dictionaries, d, y, x)
             return outputs[name] if name[0] != "b" or name in dictionaries else y  # what lies between is held
         final = forward(model, task.clean, change)
         if d == "logits": readers = [("logits", s) for s in score(model, task, final)]
         else:
-            readers = [(name_of(d, j), left[d][0][b, t, j] * values[d][0][b, t, j]) for j in range(values[d][0].shape[-1]) for b in range(len(task)) for t in range(task.clean.shape[1]) if left[d][0][b, t, j] != 0]
-            readers += [(name_of(d, -1), (left[d][1][b, t] * values[d][1][b, t]).sum()) for b in range(len(task)) for t in range(task.clean.shape[1]) if left[d][1][b, t].any()]
+            places = [(b, t) for b in range(len(task)) for t in range(task.clean.shape[1])]
+            readers = [(name_of(d, j), left[d][0][b, t, j] * values[d][0][b, t, j]) for j in range(values[d][0].shape[-1]) for b, t in places if left[d][0][b, t, j] != 0]
+            readers += [(name_of(d, -1), (left[d][1][b, t] * values[d][1][b, t]).sum()) for b, t in places if left[d][1][b, t].any()]
         for reader, value in readers:
             g = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
-            w = [x * (a - b) for x, a, b in zip(g, clean[u], other[u])]
-            for j in range(w[0].shape[-1]): weights[name_of(u, j), reader] = weights.get((name_of(u, j), reader), 0) + float(w[0][..., j].sum()) / len(task)
-            weights[name_of(u, -1), reader] = weights.get((name_of(u, -1), reader), 0) + float(w[1].sum()) / len(task)
+            w = [x * (a - b) for x, a, b in zip(g, clean[u], other[u], strict=True)]
+            brought = {name_of(u, j): float(w[0][..., j].sum()) for j in range(w[0].shape[-1])} | {name_of(u, -1): float(w[1].sum())}
+            for node, x in brought.items(): weights[node, reader] = weights.get((node, reader), 0) + x / len(task)
+    for module in clean: add_effects(module)
+    for u, d in adjacent: add_edges(u, d)
     return effects, weights
 
 
@@ -210,10 +211,10 @@ def contributions_by_hand(model, dictionaries, task, threshold):
     n_pos, d, names = task.clean.shape[1], model.d_model, [f"{kind}{i}" for i in range(model.n_layers) for kind in "am"]
     effects, weights = {}, {}
     def add(table, key, value): table[key] = table.get(key, 0) + float(value) / len(task)
-    for b in range(len(task)):
+    def add_prompt(b):
         one = replace(task, clean=task.clean[b : b + 1], corrupted=task.corrupted[b : b + 1], answers=task.answers[b : b + 1], wrong=task.wrong[b : b + 1])
         reads = {}
-        def keep(name, y, x, reads=reads):
+        def keep(name, y, x):
             reads[name] = x
             return y
         final = forward(model, one.clean, keep)
@@ -268,6 +269,7 @@ def contributions_by_hand(model, dictionaries, task, threshold):
                 for node, y in brought:
                     add(effects, node, y @ gradient(k, t))
                     for reader, left in into: add(weights, (node, reader), y @ left)
+    for b in range(len(task)): add_prompt(b)
     return effects, weights
 
 
@@ -295,31 +297,29 @@ def test_a_module_without_dictionary_is_traced_as_a_whole():
 
 @pytest.mark.parametrize("chain", [("b0", "b1"), ("m0", "a1", "m1")])
 def test_interactions_are_their_plain_loop(chain):
-    model, tokens = tiny_model("llama"), None
+    model = tiny_model("llama")
     tokens = random_tokens(model, 3, 4)
     bases = train_interaction_bases(model, random_tokens(model, 24, 6, seed=3), list(chain), d_dict=5, progress=False)
     graph, skip = weigh_interactions(model, tokens, bases, n_steps=3, batch_size=2, progress=False), 1
     found = graph.edges.set_index([graph.edges["source"].astype(str), graph.edges["target"].astype(str)])
+    def shares(u, d, b, t, j):
+        "Integrated gradients of one direction at one position."
+        code, total = bases[u].encode(record(model, {}, tokens[b : b + 1])[1][u]), 0
+        for alpha, weight in Rule(n_steps=3).steps:
+            leaf, values = (alpha * code).requires_grad_(), {}
+            def change(name, y, _, leaf=leaf, values=values):
+                if name == d: values["code"] = bases[d].encode(y)
+                return bases[u].decode(leaf) if name == u else y
+            forward(model, tokens[b : b + 1], change)
+            total = total + weight * (torch.autograd.grad(values["code"][0, t, j], leaf)[0] * code).sum((0, 1))
+        return total
     n = 0
     for u, d in zip(chain, chain[1:], strict=False):
-        here, there, wanted = bases[u], bases[d], np.zeros((2, bases[d].d_dict, bases[u].d_dict))
-        code = here.encode(record(model, {}, tokens)[1][u])
-        for b in range(3):
-            for t in range(skip, 4):
-                for j in range(there.d_dict):
-                    share = 0
-                    for alpha, weight in Rule(n_steps=3).steps:
-                        leaf, values = (alpha * code[b : b + 1]).requires_grad_(), {}
-                        def change(name, y, x, leaf=leaf, values=values):
-                            if name == d: values["code"] = there.encode(y)
-                            return here.decode(leaf) if name == u else y
-                        forward(model, tokens[b : b + 1], change)
-                        share = share + weight * (torch.autograd.grad(values["code"][0, t, j], leaf)[0][0] * code[b]).sum(0)
-                    wanted[:, j] += np.stack([share.square().numpy(), share.abs().numpy()]) / 9
-        for j in range(there.d_dict):
-            for i in range(here.d_dict):
+        for j in range(bases[d].d_dict):
+            found_by_hand = torch.stack([shares(u, d, b, t, j) for b in range(3) for t in range(skip, 4)])
+            for i, share in enumerate(found_by_hand.mT):
                 edge, n = found.loc[(f"{u}/{i}", f"{d}/{j}")], n + 1
-                assert np.allclose(edge[["weight", "abs_weight", "rms_weight"]].astype(float), [wanted[0, j, i], wanted[1, j, i], wanted[0, j, i] ** 0.5], rtol=1e-7, atol=1e-12)
+                assert np.allclose(edge[["weight", "abs_weight", "rms_weight"]].astype(float), [share.square().mean(), share.abs().mean(), share.square().mean().sqrt()], rtol=1e-7, atol=1e-12)
     assert n == len(graph) and (graph.edges["weight"] >= 0).all()
 
 
@@ -340,7 +340,7 @@ def test_interactions_of_a_linear_model_are_its_weights():
 
 def activations_by_hand(model, task, grain, steps):
     """EAP-IG over activations: every edge of each of its runs, from the walk that edge ablation is held against."""
-    read_all = lambda _r, _p, writes, bias: sum(writes.values()) + bias
+    def read_all(_reader, _port, writes, bias): return sum(writes.values()) + bias
     with torch.no_grad(): clean, other = (walk_by_hand(model, grain, tokens, read_all)[1] for tokens in (task.clean, task.corrupted))
     groups, total = [[name for name in clean if name.endswith("embed")], *(list(r.names) for r in list_readers(model, grain)[0][:-1])], {}
     for group in groups:
