@@ -352,7 +352,7 @@ def trace_contributions(
             for readers, pulled in pull_nodes(*into, [leaves[p.module] for p in parts[:i]]):
                 edges.append(_list_found(parts, reads, first, 0 * readers if part is None else readers, weigh_leaves(pulled, [leaves[p.module] for p in parts[:i]])))
                 for total, grad in zip((x for p in parts[:i] for x in grads[p.module]), pulled, strict=True): total += grad.sum(0)
-    return make_feature_graph(model, dictionaries, nodes.assign(effect=effect), pd.concat(edges), {"attribution": f"patch-free circuit, threshold {threshold:g}", "pattern": "frozen"} | _describe_task(task))
+    return make_feature_graph(model, dictionaries, nodes.assign(effect=effect), pd.concat(edges), {"attribution": f"patch-free circuit, threshold {threshold:g}"} | _describe_task(task))
 
 # %% ../nbs/10_feature_baseline.ipynb #f30c7f81
 @torch.no_grad()
