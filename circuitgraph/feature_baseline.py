@@ -30,7 +30,7 @@ from .dictionary import Dictionary, check_place, visit_modules
 from .feature_edges import Part, cut_model, hash_dictionary, own_bias, own_output
 from .feature_general import final_gradients, score_task
 from .graph import Graph
-from .model import MLP, Model, apply_norm, embed_tokens, freeze_block, get_mlp, norm_scale, norm_vjp, run_attention, run_mlp, write_heads
+from .model import MLP, Model, Norm, apply_norm, embed_tokens, freeze_block, get_mlp, norm_scale, norm_vjp, run_attention, run_mlp, write_heads
 from .task import Task
 
 # %% ../nbs/10_feature_baseline.ipynb #f36239de
@@ -40,7 +40,7 @@ Nodes = tuple[Float[Tensor, "batch pos d_dict"], Float[Tensor, "batch pos d_mode
 def cut_streams(
     model: Model,
     dictionaries: Mapping[str, Dictionary],  # by module: attention layers "a3", MLPs "m3", and residual streams after blocks "b3"
-) -> tuple[list[Part], pd.DataFrame]:  # parts in the order of computation, embeddings among them; nodes as in a `Graph`
+) -> tuple[list[Part], pd.DataFrame]:  # parts in the order of computation, from the embeddings to `logits`; nodes as in a `Graph`
     "The nodes of a circuit, residual streams included. Raises ValueError for dictionaries of heads, blocks' dictionaries that do not read the stream, others that do, and as `cut_model` does."
     for name, d in dictionaries.items():
         kind, layer, head = check_place(model, name, d.reads)
@@ -57,16 +57,17 @@ def cut_streams(
         add(part, rows[part.first : part.first + part.n_nodes])
         if after is not None and after.layer == part.layer or (d := dictionaries.get(name := f"b{part.layer}")) is None: continue
         add(Part(name, "block", part.layer, d, None, len(table), len(table)), [[f"{name}/{j}", name, "feature", part.layer, j] for j in range(d.d_dict)] + [[f"{name}/err", name, "error", part.layer, -1]])
-    return found, pd.DataFrame([*table, rows[-1]], columns=nodes.columns)
+    add(Part("logits", "logits", -1, None, None, len(rows) - 1, len(rows) - 1), rows[-1:])
+    return found, pd.DataFrame(table, columns=nodes.columns)
 
 
 def list_writers(
     parts: Sequence[Part],
-    reader: int,  # its place among the parts; their number stands for `logits`
-) -> range:  # places of the parts that it reads directly
+    reader: int,  # its place among the parts
+) -> Sequence[Part]:  # that it reads directly
     "The parts since the last residual stream that is a node."
-    end = parts[reader].n_before if reader < len(parts) else np.inf
-    return range(max((i for i, part in enumerate(parts[:reader]) if part.kind == "block"), default=0), sum(part.first < end for part in parts[:reader]))
+    first = max((i for i, part in enumerate(parts[:reader]) if part.kind == "block"), default=0)
+    return [part for part in parts[first:reader] if part.first < parts[reader].n_before]
 
 # %% ../nbs/10_feature_baseline.ipynb #f37326c0
 def read_nodes(model: Model, part: Part, places: Mapping[str, Tensor]) -> Nodes:
@@ -103,7 +104,7 @@ def open_leaves(
     tokens: Int[Tensor, "batch pos"],
     parts: Sequence[Part],
     places_of: Callable[[str, int, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda kind, layer, places: places,  # noqa: ARG005  (other places than the model's own)
-) -> tuple[dict[str, Nodes], dict[str, Nodes], Float[Tensor, "batch pos d_model"]]:  # values as functions of the leaves before them; leaves; the final stream as a function of leaves
+) -> tuple[dict[str, Nodes], dict[str, Nodes]]:  # values as functions of the leaves before them, of "logits" the final stream; leaves
     "Run a model in which every node is passed on as a copy."
     values: dict[str, Nodes] = {name: (x[..., :0], x.expand(*tokens.shape, -1)) for name, x in embed_tokens(model, tokens).items()}
     leaf = lambda nodes: tuple(x.detach().requires_grad_() for x in nodes)  # noqa: E731
@@ -116,7 +117,7 @@ def open_leaves(
         leaves[part.module] = leaf(values[part.module])
         return write_nodes(model, part, leaves[part.module], places)
     with torch.enable_grad(): final = visit_modules(model, tokens, visit, start=(0, torch.stack([nodes[1] for nodes in leaves.values()]).sum(0)))
-    return values, leaves, final
+    return values | {"logits": (final[..., :0], final)}, leaves
 
 # %% ../nbs/10_feature_baseline.ipynb #f31c56e2
 def pull_nodes(
@@ -144,22 +145,23 @@ def weigh_leaves(
     return torch.cat(found, 1)
 
 
-def _list_found(parts: Sequence[Part], reads: range, first: int, readers: Tensor, weights: Tensor) -> pd.DataFrame:
-    "Rows of the edges that are not zero, by node."
-    node = torch.cat([torch.arange(parts[i].first, parts[i].first + parts[i].n_nodes) for i in reads])
-    reader, writer = (i.cpu() for i in weights.nonzero(as_tuple=True))
-    return pd.DataFrame({"source": node[writer].numpy(), "target": (first + readers.cpu()[reader]).numpy(), "weight": weights.cpu().double()[reader, writer].numpy()})
+def _list_found(reads: Sequence[Part], part: Part, readers: Tensor, weights: Tensor) -> pd.DataFrame:
+    "Rows of the edges into some nodes of a part that are not zero, by node."
+    weights, node = weights.double().cpu(), torch.cat([torch.arange(p.first, p.first + p.n_nodes) for p in reads])
+    reader, writer = weights.nonzero(as_tuple=True)
+    return pd.DataFrame({"source": node[writer].numpy(), "target": (part.first + readers.cpu()[reader]).numpy(), "weight": weights[reader, writer].numpy()})
 
 
 def make_feature_graph(
     model: Model,
     dictionaries: Mapping[str, Dictionary],
     nodes: pd.DataFrame,  # name, module, kind, layer, index, and what else is known
-    edges: pd.DataFrame,  # source and target by place among the nodes, weight; what stands several times is summed
+    found: Sequence[pd.DataFrame],  # source and target by place among the nodes, weight; what stands several times is summed
     meta: Mapping[str, Any],  # attribution, target, corpus, and what else is noted
 ) -> Graph:
     "A graph of features with one port for each reader."
-    names, edges = nodes["name"].to_numpy(), pd.DataFrame(edges.groupby(["target", "source"], as_index=False).sum())
+    none = pd.DataFrame({"source": np.zeros(0, dtype=int), "target": np.zeros(0, dtype=int), "weight": np.zeros(0)})
+    names, edges = nodes["name"].to_numpy(), pd.DataFrame(pd.concat(found or [none]).groupby(["target", "source"], as_index=False).sum())
     size = {name: edges["weight"].abs() for name in ("abs_weight", "rms_weight") if name not in edges}
     edges = edges.assign(source=names[edges["source"]], target=names[edges["target"]], port=np.where(names[edges["target"]] == "logits", "logits", "in"), count=0, **size)
     own = {"nodes": "feature", "others": "layer", "baseline": "zero", "dictionaries": {name: hash_dictionary(d) for name, d in dictionaries.items()}}
@@ -219,33 +221,28 @@ def find_feature_circuit(
     for name in ("clean", "corrupted"): check_tokens(getattr(task, name), model, name)
     parts, nodes = cut_streams(model, dictionaries)
     size, n = batch_size or max(1, 512 // task.clean.shape[1]), len(task)
-    (clean, before), zero = trace_nodes(model, task.clean, parts), lambda x: torch.zeros_like(x)
-    base = trace_nodes(model, task.corrupted, parts)[0] if baseline == "corrupted" else {name: (zero(a), zero(e)) for name, (a, e) in clean.items()}
+    (clean, before), effect, edges = trace_nodes(model, task.clean, parts), np.zeros(len(nodes)), []
+    base = trace_nodes(model, task.corrupted, parts)[0] if baseline == "corrupted" else {name: (torch.zeros_like(a), torch.zeros_like(e)) for name, (a, e) in clean.items()}
     change = {name: (a - base[name][0], e - base[name][1]) for name, (a, e) in clean.items()}
-    effect, left = np.zeros(len(nodes)), {}
-    for part in tqdm(parts, desc="node effects", unit="module", disable=not progress):
-        grad = average_gradients(model, task, part, clean, before, base[part.module], n_steps, size)
-        found = torch.cat([grad[0] * change[part.module][0], (grad[1] * change[part.module][1]).sum(-1, keepdim=True)], -1)
+    batches = [slice(i, i + size) for i in range(0, n, size)]
+    final_left = final_gradients(model, task, torch.cat([visit_modules(model, task.clean[rows], lambda *_: None) for rows in batches]))
+    left = {"logits": (final_left[..., :0], final_left)}
+    for part in tqdm(parts[:-1], desc="node effects", unit="module", disable=not progress):
+        acts, rest = average_gradients(model, task, part, clean, before, base[part.module], n_steps, size)
+        found = torch.cat([acts * change[part.module][0], (rest * change[part.module][1]).sum(-1, keepdim=True)], -1)
         effect[part.first : part.first + part.n_nodes] = found.sum((0, 1)).double().cpu()
         on = (found * n).abs() > threshold
-        left[part.module] = grad[0] * on[..., :-1], grad[1] * on[..., -1:]
-    final_left = final_gradients(model, task, torch.cat([visit_modules(model, task.clean[i : i + size], lambda *_: None) for i in range(0, n, size)]))
-    edges = []
-    for start in tqdm(range(0, n, size), desc="edges", unit="batch", disable=not progress):
-        rows = slice(start, start + size)
-        cut = lambda pair, rows=rows: (pair[0][rows], pair[1][rows])  # noqa: E731
-        values, leaves, final = open_leaves(model, task.clean[rows], parts)
-        for i, part in enumerate([*parts, None]):
-            reads, last = list_writers(parts, i), part is None
-            if not len(reads) or part is not None and part.kind == "embed": continue
-            into = ((final[..., :0], final), (final_left[rows, :, :0], final_left[rows])) if part is None else (values[part.module], cut(left[part.module]))
-            if last and len(reads) == 1: continue  # the last stream's effects are the edges
-            brought = [cut(change[parts[j].module]) for j in reads]
-            if not error_edges: brought = [(a, e if parts[j].dictionary is None else 0 * e) for j, (a, e) in zip(reads, brought, strict=True)]
-            for readers, grads in pull_nodes(*into, [leaves[parts[j].module] for j in reads]):
-                edges.append(_list_found(parts, reads, len(nodes) - 1 if part is None else part.first, 0 * readers if last else readers, weigh_leaves(grads, brought)))
-    if (last := parts[-1]).kind == "block": edges.append(_list_found(parts, range(len(parts) - 1, len(parts)), len(nodes) - 1, torch.zeros(1, dtype=torch.long), torch.from_numpy(effect[None, last.first : last.first + last.n_nodes])))
-    return make_feature_graph(model, dictionaries, nodes.assign(effect=effect), pd.concat(edges), {"attribution": f"sparse feature circuit, threshold {threshold:g}{'' if error_edges else ', no error edges'}", "n_steps": n_steps, "baseline": baseline} | _describe_task(task))
+        left[part.module] = acts * on[..., :-1], rest * on[..., -1:]
+    for rows in tqdm(batches, desc="edges", unit="batch", disable=not progress):
+        values, leaves = open_leaves(model, task.clean[rows], parts)
+        for i, part in enumerate(parts):
+            reads = list_writers(parts, i)
+            if part.kind == "embed" or part.kind == "logits" and reads[0].kind == "block" and len(reads) == 1: continue  # into the metric lead the last stream's effects
+            brought = [(a[rows], e[rows] * (error_edges or p.dictionary is None)) for p in reads for a, e in [change[p.module]]]
+            for readers, grads in pull_nodes(values[part.module], (left[part.module][0][rows], left[part.module][1][rows]), [leaves[p.module] for p in reads]):
+                edges.append(_list_found(reads, part, readers, weigh_leaves(grads, brought)))
+    if (last := parts[-2]).kind == "block": edges.append(_list_found([last], parts[-1], torch.zeros(1, dtype=torch.long), torch.from_numpy(effect[None, last.first : last.first + last.n_nodes])))
+    return make_feature_graph(model, dictionaries, nodes.assign(effect=effect), edges, {"attribution": f"sparse feature circuit, threshold {threshold:g}{'' if error_edges else ', no error edges'}", "n_steps": n_steps, "baseline": baseline} | _describe_task(task))
 
 
 def _check_numbers(threshold: float, n_steps: int = 1) -> None:
@@ -334,25 +331,24 @@ def trace_contributions(
     linear = replace(model, layers=tuple(replace(layer, mlp=None if layer.mlp is None else hold_ratios(layer.mlp)) for layer in model.layers))
     batches, effect, edges = [slice(i, i + size) for i in range(0, n, size)], np.zeros(len(nodes)), []
     streams = torch.cat([visit_modules(model, task.clean[rows], lambda *_: None) for rows in batches])
-    bare = replace(model, ln_final=replace(model.ln_final, kind="none"))  # the metric as a function of what the final norm writes
+    bare = replace(model, ln_final=Norm("none"))  # the metric as a function of what the final norm writes
     final_left = norm_vjp(model.ln_final, final_gradients(bare, task, apply_norm(model.ln_final, streams)), norm_scale(model.ln_final, streams))
     for rows in tqdm(batches, desc="contributions", unit="batch", disable=not progress):
-        values, leaves, final = open_leaves(linear, task.clean[rows], parts, partial(hold_places, linear))
-        grads = {name: [torch.zeros_like(x) for x in pair] for name, pair in leaves.items()}
-        for i in reversed(range(len(parts) + 1)):
-            part, reads = parts[i] if i < len(parts) else None, range(i)
-            if part is None: into, first = ((final[..., :0], final), (final_left[rows, :, :0], final_left[rows])), len(nodes) - 1
-            else:
-                g, v, first = grads[part.module], values[part.module], part.first
-                found = torch.cat([g[0] * v[0], (g[1] * v[1]).sum(-1, keepdim=True)], -1)
-                effect[first : first + part.n_nodes] += found.sum((0, 1)).double().cpu().numpy()
+        values, leaves = open_leaves(linear, task.clean[rows], parts, partial(hold_places, linear))
+        grads = {name: (torch.zeros_like(a), torch.zeros_like(e)) for name, (a, e) in leaves.items()} | {"logits": (final_left[rows, :, :0], final_left[rows])}
+        for i, part in reversed(list(enumerate(parts))):
+            acts, rest = grads[part.module]
+            if part.kind != "logits":
+                found = torch.cat([acts * values[part.module][0], (rest * values[part.module][1]).sum(-1, keepdim=True)], -1)
+                effect[part.first : part.first + part.n_nodes] += found.sum((0, 1)).double().cpu().numpy()
                 on = found * n > threshold
-                into = v, (g[0] * on[..., :-1], g[1] * on[..., -1:] if part.dictionary is None else torch.zeros_like(g[1]))
-            if part is not None and part.kind == "embed": continue
-            for readers, pulled in pull_nodes(*into, [leaves[p.module] for p in parts[:i]]):
-                edges.append(_list_found(parts, reads, first, 0 * readers if part is None else readers, weigh_leaves(pulled, [leaves[p.module] for p in parts[:i]])))
-                for total, grad in zip((x for p in parts[:i] for x in grads[p.module]), pulled, strict=True): total += grad.sum(0)
-    return make_feature_graph(model, dictionaries, nodes.assign(effect=effect), pd.concat(edges), {"attribution": f"patch-free circuit, threshold {threshold:g}"} | _describe_task(task))
+                acts, rest = acts * on[..., :-1], rest * on[..., -1:] * (part.dictionary is None)
+            if part.kind == "embed": continue
+            reads = list_writers(parts, i)
+            for readers, pulled in pull_nodes(values[part.module], (acts, rest), [leaves[p.module] for p in reads]):
+                edges.append(_list_found(reads, part, readers, weigh_leaves(pulled, [leaves[p.module] for p in reads])))
+                for total, grad in zip((x for p in reads for x in grads[p.module]), pulled, strict=True): total += grad.sum(0)
+    return make_feature_graph(model, dictionaries, nodes.assign(effect=effect), edges, {"attribution": f"patch-free circuit, threshold {threshold:g}"} | _describe_task(task))
 
 # %% ../nbs/10_feature_baseline.ipynb #f30c7f81
 @torch.no_grad()
@@ -383,7 +379,7 @@ def weigh_interactions(
         edges.append(pd.DataFrame({"source": first[k] + i.ravel(), "target": first[k + 1] + j.ravel(), "weight": sums[0].flatten().numpy(), "abs_weight": sums[1].flatten().numpy(), "rms_weight": sums[0].sqrt().flatten().numpy()}))
     nodes = pd.DataFrame([(f"{d.module}/{i}", d.module, "feature", layer, i) for d, (layer, _) in zip(chain, order, strict=True) for i in range(d.d_dict)], columns=["name", "module", "kind", "layer", "index"])
     text = [{"sha256": hash_tokens(corpus), "n_sequences": len(corpus), "seq_len": corpus.shape[1]}]
-    return make_feature_graph(model, dictionaries, nodes, pd.concat(edges), {"attribution": "local interactions", "baseline": "mean", "n_steps": n_steps, "skip_first": skip_first, "corpus": text})
+    return make_feature_graph(model, dictionaries, nodes, edges, {"attribution": "local interactions", "baseline": "mean", "n_steps": n_steps, "skip_first": skip_first, "corpus": text})
 
 
 def _attribute_layer(model: Model, tokens: Tensor, here: Dictionary, there: Dictionary, rule: Rule, skip_first: int, memory: float) -> Float[Tensor, "batch pos reader writer"]:
@@ -423,11 +419,11 @@ def random_features(
     check_tokens(task.clean, model, "clean")
     (parts, nodes), draw = cut_streams(model, dictionaries), np.random.default_rng(seed)
     found, active = trace_nodes(model, task.clean, parts)[0], np.ones(len(nodes), dtype=bool)
-    for part in parts: active[part.first : part.first + part.n_nodes - 1] = (found[part.module][0] != 0).flatten(0, 1).any(0).cpu()
-    readers = [(i, part.n_before) for part in parts if part.kind != "embed" for i in range(part.first, part.first + part.n_nodes) if active[i]] + [(len(nodes) - 1, len(nodes) - 1)]
+    for part in parts[:-1]: active[part.first : part.first + part.n_nodes - 1] = (found[part.module][0] != 0).flatten(0, 1).any(0).cpu()
+    readers = [(i, part.n_before) for part in parts if part.kind != "embed" for i in range(part.first, part.first + part.n_nodes) if active[i]]
     chosen = [(reader, draw.permutation(np.flatnonzero(active[:before]))[:keep]) for reader, before in readers]
     edges = pd.DataFrame({"source": np.concatenate([some for _, some in chosen]), "target": np.repeat([reader for reader, _ in chosen], [len(some) for _, some in chosen])})
-    return make_feature_graph(model, dictionaries, nodes, edges.assign(weight=draw.random(len(edges))), {"attribution": "random", "seed": seed} | _describe_task(task))
+    return make_feature_graph(model, dictionaries, nodes, [edges.assign(weight=draw.random(len(edges)))], {"attribution": "random", "seed": seed} | _describe_task(task))
 
 
 def list_feature_methods() -> dict[str, Callable[..., Graph]]:  # by name; each takes a model, a task, dictionaries of attention layers and MLPs, and `progress`

@@ -393,6 +393,15 @@ def test_all_methods_have_one_shape_and_are_judged(name):
         assert graph.meta["ports"] == "merged" and graph.meta["dictionaries"].keys() == known.dictionaries.keys() and len(graph) and table["faithfulness"].notna().all(), method
 
 
+def test_nothing_passes_a_threshold_that_is_too_high():
+    model = tiny_model("gpt2")
+    task, dictionaries = make_task(model), all_dictionaries(model, gate="relu")
+    for make in (find_feature_circuit, trace_contributions): assert set(make(model, task, dictionaries, threshold=1e6, progress=False).edges["target"]) == {"logits"}
+    blind = replace(task, metric=lambda logits: 0 * logits.sum((1, 2)))
+    assert not len(find_feature_circuit(model, blind, dictionaries | {f"b{i}": draw(model, f"b{i}", "stream", "relu") for i in range(2)}, progress=False))
+    assert not len(trace_contributions(model, blind, dictionaries, progress=False))
+
+
 def test_bad_input_is_refused():
     model = tiny_model("llama")
     task, dictionaries = make_task(model), {"m0": draw(model, "m0", gate="relu"), "a1": draw(model, "a1", gate="relu")}
