@@ -322,7 +322,7 @@ def list_methods(
     if value not in ("mean", "corrupted"): raise ValueError(f"value must be 'mean' or 'corrupted', got {value!r}")
     eap, flow = partial(build_graph, target="metric", baseline=value), lambda model, task, nodes, progress, **options: trace_flow(model, task.clean, nodes, progress=progress, **options)
     return {
-        "exact patching": partial(patch_edges, value=value), "EAP": partial(eap, attribution="eap"), "EAP-IG": partial(eap, attribution="eap-ig"),
+        "exact patching": partial(patch_edges, value=value), "EAP": partial(eap, attribution="eap"), "EAP-IG": partial(eap, attribution="eap-ig"), "EAP-IG, activations": partial(eap, attribution="eap-ig-activations"),
         "AtP": partial(patch_nodes, value=value, exact_softmax=False, grad_drop=False), "AtP, exact softmax": partial(patch_nodes, value=value, grad_drop=False), "AtP*": partial(patch_nodes, value=value),
         "ACDC": partial(prune_greedily, value=value), "edge pruning": partial(learn_masks, value=value), "flow": flow, "flow, no checkpoints": partial(flow, checkpoints=False),
         "IG of values": lambda model, task, nodes, progress: build_graph(model, task.clean, nodes, skip_first=0, progress=progress), "gradient of values": lambda model, task, nodes, progress: build_graph(model, task.clean, nodes, attribution="gradient", skip_first=0, progress=progress),

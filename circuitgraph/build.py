@@ -216,7 +216,7 @@ def _build_prompt(model: Model, tokens: Tensor, dictionaries: Mapping[str, Dicti
     return Graph(nodes, edges, _describe(model, tokens, "feature", rule, seed, None) | cut | {"dictionaries": {name: hash_dictionary(dictionary) for name, dictionary in dictionaries.items()}, "positions": "keep"})
 
 
-_EAP = {"eap": "gradient", "eap-ig": "ig"}
+_EAP = {"eap": "gradient", "eap-ig": "ig", "eap-ig-activations": "ig"}
 
 
 def _check_method(attribution: str, target: str, nodes: str | Mapping[str, Dictionary], positions: str) -> None:
@@ -253,7 +253,7 @@ def build_graph(
     corpus: Int[Tensor, "seq pos"] | Task,  # token ids, from `load_corpus` or one's own; or, for target="metric", a task
     nodes: str | Mapping[str, Dictionary] = "head",  # grain, "block", "layer" or "head"; or dictionaries by module, for a graph of features
     *,
-    attribution: str = "ig",  # "ig" (integrated gradients), "gradient" (gradient x input), "guided-ig", "guided-backprop", "gradcam", "guided-gradcam", "lrp", "relp" or "occlusion"; between modules and for a metric also "eap-ig" and "eap", the first two
+    attribution: str = "ig",  # "ig" (integrated gradients), "gradient" (gradient x input), "guided-ig", "guided-backprop", "gradcam", "guided-gradcam", "lrp", "relp" or "occlusion"; between modules and for a metric also "eap-ig" and "eap", the first two, and "eap-ig-activations", whose paths are those of one module's output after the other's
     target: str = "node",  # what edges explain: each reader's own value ("node"), or the task's metric ("metric")
     baseline: str | None = None,  # where the path starts: "zero", "mean" (of the corpus) or "corrupted"; by default "zero", and between modules for a metric "corrupted" (but for "lrp" and maps)
     corrupted: Int[Tensor, "seq pos"] | None = None,  # corrupted tokens, position by position, for baseline="corrupted"
@@ -350,18 +350,27 @@ def _build_metric(model: Model, task: Task, grain: str, rule: Rule, attribution:
     batches, meta = [slice(i, i + batch_size) for i in range(0, n, batch_size)], _describe(model, task.clean, grain, rule, seed, task.corrupted if rule.baseline == "corrupted" else None)
     embed = lambda tokens: torch.stack(list(embed_tokens(model, tokens).values())).sum(0)  # noqa: E731
     base_of = lambda rows: mean if rule.baseline == "mean" else trace_modules(model, task.corrupted[rows], grain) if rule.baseline == "corrupted" else None  # noqa: E731
-    def start(rows: slice, alpha: float) -> Tensor:
-        clean, base = embed(task.clean[rows]), base_of(rows) if alpha != 1 else None
-        return clean if alpha == 1 else torch.lerp(torch.zeros_like(clean) if base is None else base.reads[readers[0].module].expand_as(clean), clean, alpha)
-    run = lambda rows, alpha: visit_modules(model, task.clean[rows], lambda *_: None, start=(0, start(rows, alpha)))  # noqa: E731
-    lefts = [final_gradients(changed, task, torch.cat([run(rows, alpha) for rows in batches])) for alpha, _ in rule.steps]
+    def start(rows: slice, alpha: float, module: Reader | None) -> Tensor:
+        clean, base = embed(task.clean[rows]), base_of(rows) if alpha != 1 and module is None else None
+        return clean if alpha == 1 or module is not None else torch.lerp(torch.zeros_like(clean) if base is None else base.reads[readers[0].module].expand_as(clean), clean, alpha)
+    points = [(alpha, weight, None) for alpha, weight in rule.steps]  # of the path of the embeddings, or of a module's output
+    if attribution == "eap-ig-activations": points = [(alpha, weight / len(readers), module) for module in (None, *readers[:-1]) for alpha, weight in rule.steps]
+    def shift(module: Reader, trace: Trace, base: Trace | None, alpha: float) -> dict[str, Tensor]:
+        brought = trace.writes if base is None else trace.writes - base.writes
+        return {module.module: (alpha - 1) * brought[:, :, module.row : module.row + len(module.names)].sum(2)}
+    def run(rows: slice, alpha: float, module: Reader | None) -> Tensor:
+        held = {} if module is None else shift(module, trace_modules(model, task.clean[rows], grain), base_of(rows), alpha)
+        visit = lambda kind, layer, places: places["output"] + held[name] if (name := f"{kind}{layer}") in held else None  # noqa: E731
+        return visit_modules(model, task.clean[rows], visit, start=(0, start(rows, alpha, module)))
+    lefts = [final_gradients(changed, task, torch.cat([run(rows, alpha, module) for rows in batches])) for alpha, _, module in points]
     sums, size, final = torch.zeros(3, len(edges), dtype=torch.float64), torch.zeros(len(list_nodes(model, grain)) - 1, dtype=torch.float64), []
     for rows in tqdm(batches, unit="batch", desc=f"{grain} graph", disable=not progress):
         trace, base, grads = trace_modules(model, task.clean[rows], grain), base_of(rows), {}
-        for (alpha, weight), left in zip(rule.steps, lefts, strict=True):
-            for name, grad in port_gradients(changed, start(rows, alpha), left[rows], grain).items(): grads[name] = weight * grad if name not in grads else grads[name].add_(grad, alpha=weight)
+        for (alpha, weight, module), left in zip(points, lefts, strict=True):
+            held = None if module is None else shift(module, trace, base, alpha)
+            for name, grad in port_gradients(changed, start(rows, alpha, module), left[rows], grain, held).items(): grads[name] = weight * grad if name not in grads else grads[name].add_(grad, alpha=weight)
         if "gradcam" in rule.attribution:
-            plain = grads if changed is model else port_gradients(model, start(rows, 1.0), lefts[0][rows], grain)
+            plain = grads if changed is model else port_gradients(model, start(rows, 1.0, None), lefts[0][rows], grain)
             grads = {name: apply_map(rule, plain[name], grad, trace.reads[name]) for name, grad in grads.items()}
         weights = torch.cat([weigh.flatten(1) for weigh in contract(model, grain, grads, trace, base)], 1).double().cpu()
         for i, w in enumerate((weights, weights.abs(), weights.square())): sums[i] += w.sum(0)

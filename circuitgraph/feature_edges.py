@@ -776,6 +776,7 @@ def _add_features(sums: Sums, model: Model, part: Part, readers: Readers, writer
     n_kv, merged, (first, last) = len(attn.W_V), rule.ports == "merged", _sources_of(model, part, x)
     pattern, power, queries = _pack(paths, first, last, n_kv)
     left, reader, bound, pos, scale, flat = _list_pairs(part, readers, n_kv)
+    if not len(reader): return  # nobody reads: a metric that these readers have no effect on
     places = order_places(writers.index, writers.value != 0)
     value = (writers.value * norm_scale(model.layers[part.layer].ln1, x).flatten(0, 1))[places.pos, places.slot]
     step = max(1, min(len(places.writer), int(memory // (max(n * n_readers, left.shape[2]) * x.element_size()))))

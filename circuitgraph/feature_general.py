@@ -8,7 +8,7 @@ __all__ = ['Reading', 'write_inner', 'reader_values', 'open_reading', 'Pull', 'p
            'port_gradients', 'value_effects']
 
 # %% ../nbs/07_feature_general.ipynb #ee7e8a24
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -429,6 +429,7 @@ def port_gradients(
     start: Float[Tensor, "batch pos d_model"],  # sum of the embeddings
     left: Float[Tensor, "batch pos d_model"],  # gradient of the metric at what `logits` reads
     grain: str = "head",  # "block", "layer" or "head"
+    held: Mapping[str, Float[Tensor, "batch pos d_model"]] | None = None,  # modules that pass nothing back, and what is added to what they write
 ) -> dict[str, Float[Tensor, "batch pos name_port d_model"]]:  # by the reader's module, as in `list_readers`: names outer, ports inner
     "Gradients of a metric at what every port of every reader reads, through all that follows, norms and patterns live."
     readers, biases, leaves = list_readers(model, grain)[0], sum_biases(model, grain), {}
@@ -438,8 +439,9 @@ def port_gradients(
             if reader.kind != "mlp": before = total
             read = (before if reader.kind == "mlp" and model.layers[reader.layer].parallel else total) + biases[reader.module]
             leaf = leaves[reader.module] = start.new_zeros(*start.shape[:2], len(reader.names) * len(reader.ports), start.shape[2]).requires_grad_()
-            total = total + run_reader(model, reader, read[:, :, None] + leaf).sum(2)
-    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), left), strict=True)) | {"logits": left[:, :, None]}
+            y = run_reader(model, reader, read[:, :, None] + leaf).sum(2)
+            total = total + (y if held is None or reader.module not in held else y.detach() + held[reader.module])
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), left, allow_unused=True, materialize_grads=True), strict=True)) | {"logits": left[:, :, None]}
 
 # %% ../nbs/07_feature_general.ipynb #20f39e80
 @torch.no_grad()

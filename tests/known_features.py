@@ -8,6 +8,7 @@ from torch import Tensor
 from circuitgraph.dictionary import Gate, LinearDictionary
 from circuitgraph.graph import Graph, prune_dangling
 from circuitgraph.model import Model, load_model
+from circuitgraph.task import Task
 from known import CERTAIN, N_NOISE, boot, part_of, set_head, slots
 
 Edge = tuple[str, str, str]  # source, target, port
@@ -21,6 +22,14 @@ class KnownFeatures:
     edges: frozenset[Edge]
     tokens: Tensor
     skip_first: int
+
+    @property
+    def task(self) -> Task:
+        """Every token that is certain, by how far its logit is above the mean; a corrupted prompt is another one."""
+        def metric(logits: Tensor) -> Tensor:
+            logits, following = logits[:, self.skip_first : -1], self.tokens[:, self.skip_first + 1 :, None]
+            return (logits.gather(-1, following)[..., 0] - logits.mean(-1)).mean(1)
+        return Task(self.tokens, self.tokens.roll(1, 0), metric, name=self.model.name)
 
     def find(self, graph: Graph, share: float = 0.01) -> Graph:
         """Edges of at least a share of the largest weight, if they lead from an input to the logits. Largest means: among edges into readers of the same unit, since features count in activations, errors in norms, whole modules in shares of themselves and `logits` in logits."""
