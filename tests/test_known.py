@@ -46,6 +46,7 @@ def test_answers_are_right_and_certain(name, seed):
     assert len({tuple(row) for row in task.clean.tolist()}) > 8 and not (task.answers == task.wrong).any()
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", KNOWN)
 def test_what_stands_beside_the_circuit_is_not_silent(name):
     """Every head and MLP reads something and writes something, but those of the circuit: else false edges would be easy to tell."""
