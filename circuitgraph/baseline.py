@@ -394,6 +394,7 @@ def _try_method(name: str, make: Callable[..., Graph], model: Model, data: Data,
     start = time.process_time()
     try:
         with watch_memory() as peak: graph = make(model, data, nodes, progress=progress, **drawn)
+        if len(graph) and not magnitude(graph, "weight").any(): raise ValueError("all its scores are zero, as where it compares a text with itself")
     except ValueError as error:
         warnings.warn(f"{name} is left out: {error}", stacklevel=3)
         return None

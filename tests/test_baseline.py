@@ -281,6 +281,7 @@ def test_a_method_that_can_not_is_left_out():
     some = {name: list_methods()[name] for name in ("AtP", "EAP")}
     with pytest.warns(UserWarning, match="AtP is left out: nodes must be 'layer' or 'head'"): table = compare_methods(known.model, known.task, known.task, some, [4], nodes="block", n_boot=20, progress=False)
     assert set(table["method"]) == {"EAP"}
+    with pytest.warns(UserWarning, match="EAP is left out: all its scores are zero"): compare_methods(known.model, known.task.clean, known.task, {"EAP": list_methods("corrupted")["EAP"]}, [4], progress=False)
     with pytest.raises(ValueError, match="needs a Task"): compare_methods(known.model, known.task.clean, known.task, some, [4], value="corrupted", progress=False)
     with pytest.raises(ValueError, match="edges must be among"): compare_methods(known.model, known.task, known.task, some, [4], truth=["a0->a1"], progress=False)
 
