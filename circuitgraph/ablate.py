@@ -694,6 +694,7 @@ def compare_curves(
     value: str = "mean",
     method: str = "top",
     by: str = "weight",
+    clip: bool = False,  # whether a budget beyond a graph's edges means all of them; else it is refused
     metric: str | None = None,
     reference: Int[Tensor, "any_seq any_pos"] | None = None,
     per_position: bool = False,
@@ -708,7 +709,7 @@ def compare_curves(
     "Curves of several graphs on the same inputs and ablated values, in one run. Raises ValueError as `evaluate` does, and for graphs of different grains."
     if not graphs: raise ValueError("graphs must hold at least one graph")
     rulers, first = _check_rulers(ablation), next(iter(graphs.values()))
-    chosen = {name: {n: select_edges(graph, n, method, by=by) for n in sorted(set(list_budgets(graph) if n_edges is None else n_edges))} for name, graph in graphs.items()}
+    chosen = {name: {n: select_edges(graph, min(n, len(graph)) if clip else n, method, by=by) for n in sorted(set(list_budgets(graph) if n_edges is None else n_edges))} for name, graph in graphs.items()}
     if not any(chosen.values()): raise ValueError("n_edges must hold at least one budget")
     setting = open_setting(model, first, data, value, metric=metric, reference=reference, per_position=per_position, skip_first=skip_first, batch_size=batch_size, seed=seed, progress=progress, dictionaries=dictionaries, exact=exact)
     rows, masks, parts = [], [], {}

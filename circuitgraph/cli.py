@@ -13,6 +13,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -186,30 +188,49 @@ def evaluate(
 def compare_methods(
     out: Annotated[Path, typer.Option(help="A CSV file; the same command goes on where it stopped.")],
     model: Annotated[str, typer.Option(help="smollm2-135m (embedded), a name TransformerLens knows, or a Hugging Face folder.")] = "smollm2-135m",
-    tasks: Annotated[str, typer.Option(help="Names of tasks, with commas.")] = "ioi,greater-than,agreement",
-    methods: Annotated[str, typer.Option(help="Names of methods, with semicolons; by default those that need no run for each edge.")] = "EAP;EAP-IG;AtP;AtP, exact softmax;AtP*;edge pruning;flow;flow, no checkpoints;IG of values;gradient of values;random",
-    nodes: Annotated[str, typer.Option(help="Grain: block, layer or head.")] = "head",
+    tasks: Annotated[str, typer.Option(help="Names of tasks, with commas; `text` is the corpus.")] = "ioi,greater-than,agreement",
+    methods: Annotated[str | None, typer.Option(help="Names of methods, with semicolons; by default those that need no run for each edge, and for features all.")] = None,
+    nodes: Annotated[str, typer.Option(help="Grain: block, layer or head; or a folder of dictionaries, for graphs of their features.")] = "head",
     n_edges: Annotated[list[int] | None, typer.Option(help="A budget; may be given several times.")] = None,
     value: Annotated[str, typer.Option(help="What cut edges carry: mean or corrupted.")] = "mean",
-    n_prompts: Annotated[int, typer.Option(help="Pairs of prompts that graphs are found on, and as many others that they are judged on.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    n_prompts: Annotated[int, typer.Option(help="Pairs of prompts (of text: sequences) that graphs are found on, and as many others that they are judged on.")] = 20,
+    corpus: Annotated[str, typer.Option(help="For text: default (embedded text), a text file, a folder, or a dataset's name.")] = "default",
+    seq_len: Annotated[int, typer.Option(help="For text: tokens in a sequence.")] = 64,
+    exact: Annotated[Path | None, typer.Option(help="A folder for graphs by exact patching, a run for each edge: measured where they are missing, and all methods ranked against them.")] = None,
+    n_seeds: Annotated[int, typer.Option(help="How often prompts are drawn and methods run.")] = 1,
+    seed: Annotated[int, typer.Option(help="The first of the seeds.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Find graphs by several methods and judge them on other prompts, by edge and by node ablation.
 
-    Example: circuitgraph compare-methods --tasks ioi --methods "EAP;random" --out methods.csv"""
+    Example: circuitgraph compare-methods --tasks ioi,text --methods "EAP;random" --out methods.csv"""
     with _plain_errors(debug):
         from circuitgraph.baseline import compare_methods, list_methods
-        from circuitgraph.model import load_model
+        from circuitgraph.data import load_corpus
+        from circuitgraph.dictionary import load_dictionaries
+        from circuitgraph.graph import Graph
+        from circuitgraph.model import GRAINS, load_model
         from circuitgraph.task import load_task
-        every, chosen = list_methods(value), [name.strip() for name in methods.split(";")]
+        of_features = nodes not in GRAINS and Path(nodes).exists()
+        every = import_module("circuitgraph.feature_baseline").list_feature_methods() if of_features else list_methods(value)
+        chosen = [name.strip() for name in methods.split(";")] if methods else [name for name in every if name not in ("exact patching", "ACDC")]
         if unknown := [name for name in chosen if name not in every]: raise ValueError(f"methods must be among {'; '.join(every)}; got {unknown[0]!r}")
         if not out.parent.is_dir(): raise ValueError(f"out must lie in a folder that exists, got {out}")
+        if of_features and exact: raise ValueError("exact goes with block, layer or head grain: leave it out for graphs of features")
         loaded = load_model(model, device=device)
-        for name in tasks.split(","):
-            found_on, judged_on = (load_task(name.strip(), loaded, n=n_prompts, seed=s) for s in (seed, seed + 1))
-            table = compare_methods(loaded, found_on, judged_on, {m: every[m] for m in chosen}, n_edges or [100, 300, 1_000, 3_000, 10_000], nodes=nodes, value=value, out=out)
+        grain = load_dictionaries(nodes, loaded) if of_features else nodes
+        def draw(name: str, s: int) -> Any: return load_corpus(corpus, loaded, n_prompts * seq_len, seq_len=seq_len, seed=s) if name == "text" else load_task(name, loaded, n=n_prompts, seed=s)
+        for name, s in ((name.strip(), s) for name in tasks.split(",") for s in range(seed, seed + n_seeds)):
+            found_on, judged_on = draw(name, 2 * s), draw(name, 2 * s + 1)
+            compare = partial(compare_methods, loaded, found_on, judged_on, n_edges=n_edges or [100, 300, 1_000, 3_000, 10_000], nodes=grain, value=value, seeds=[s], out=out)
+            folder = None if exact is None else exact / f"{name}-{nodes}-{value}-{n_prompts}-{s}"
+            if folder is not None and not folder.exists():
+                def patch(*args: Any, to: Path = folder, **options: Any) -> Graph:
+                    (graph := every["exact patching"](*args, **options)).save(to)
+                    return graph
+                compare({"exact patching": patch})
+            table = compare({m: every[m] for m in chosen}, exact=None if folder is None else Graph.load(folder))
         typer.echo(table.pivot_table(index=["task", "method"], columns=["ablation", "n_edges"], values="faithfulness").to_string(float_format="{:.2f}".format))
         typer.echo(f"wrote {out}")
 

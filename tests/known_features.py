@@ -9,7 +9,7 @@ from circuitgraph.dictionary import Gate, LinearDictionary
 from circuitgraph.graph import Graph, prune_dangling
 from circuitgraph.model import Model, load_model
 from circuitgraph.task import Task
-from known import CERTAIN, N_NOISE, boot, part_of, set_head, slots
+from known import CERTAIN, N_NOISE, boot, directions_in, part_of, set_head, set_mlp, slots
 
 Edge = tuple[str, str, str]  # source, target, port
 
@@ -47,21 +47,6 @@ def exact_dictionary(module: str, directions: Tensor) -> LinearDictionary:
     """Features along unit directions `[feature d_model]`, active above one half: what others leak into them stays below it."""
     n, d_model = directions.shape
     return LinearDictionary(module, "output", directions.mT.contiguous(), directions, directions.new_zeros(n), directions.new_zeros(d_model), Gate("jumprelu", threshold=directions.new_full((n,), 0.5)))
-
-
-def directions_in(part: slice, d_model: int, inner: Tensor | None = None) -> Tensor:
-    """Directions within one part of the stream: given there `[feature width]`, or its coordinates."""
-    inner = torch.eye(part.stop - part.start, dtype=torch.float64) if inner is None else inner
-    out = torch.zeros(len(inner), d_model, dtype=torch.float64)
-    out[:, part] = inner
-    return out
-
-
-def set_mlp(weights: dict[str, Tensor], layer: int, reads: Tensor, writes: Tensor, bias: Tensor | None = None) -> None:
-    """Set the first neurons of an MLP: what each reads and what it writes `[neuron d_model]`; the others make noise."""
-    n, name = len(reads), f"layers.{layer}.mlp"
-    weights[f"{name}.fc_in.weight"][:n], weights[f"{name}.fc_out.weight"][:, :n] = reads, writes.mT
-    if bias is not None: weights[f"{name}.fc_in.bias"][:n] = bias
 
 
 def superposed(n_pairs: int = 6) -> Tensor:

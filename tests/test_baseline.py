@@ -1,6 +1,7 @@
 """The other ways to draw a graph: each against the definition of what it computes, on models small enough to do it by hand."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from circuitgraph.feature_general import final_gradients, score_task, write_grad
 from circuitgraph.model import TINY_MODELS, apply_norm, attention_mask, embed_tokens, list_readers, project_heads, rotary_tables, rotate, run_logits, tiny_model, trace_modules
 from circuitgraph.task import Task
 from known import KNOWN
+from known_features import KNOWN_FEATURES
 from oracles import random_tokens
 
 
@@ -61,6 +63,17 @@ def test_eap_ig_of_the_embeddings_is_patching_them(name):
         edges = build_graph(model, task, "head", target="metric", attribution="eap-ig", n_steps=n, progress=False).edges
         errors.append(abs(edges["weight"][edges["source"].isin(["embed", "pos_embed"])].sum() / whole - 1))
     assert errors[1] < 1e-3 and errors[1] < errors[0] / 10
+
+
+def test_eap_ig_becomes_exact_patching_of_each_edge():
+    """On a smooth chain that bends in its last MLP alone: along the path everything before it moves on a straight line, so that one edge's share is the whole difference."""
+    known = KNOWN["chain"]()
+    acts = (lambda x: x, lambda x: x, torch.tanh)
+    model = replace(known.model, layers=tuple(replace(layer, mlp=replace(layer.mlp, act=act)) for layer, act in zip(known.model.layers, acts, strict=True)))
+    exact = patch_edges(model, known.task, progress=False).edges["weight"].to_numpy()
+    ends = [float(score_task(model, known.task, trace_modules(model, tokens).reads["logits"].detach()).mean()) for tokens in (known.task.clean, known.task.corrupted)]
+    errors = [np.abs(build_graph(model, known.task, target="metric", attribution=name, n_steps=n, progress=False).edges["weight"] / (ends[0] - ends[1]) - exact).max() for name, n in (("eap", 1), ("eap-ig", 2), ("eap-ig", 4), ("eap-ig", 16))]
+    assert np.isclose(exact.max(), 1) and errors[0] > 0.05 and errors[3] < 1e-8 and (np.diff(errors) < 0).all()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt-neox", "gemma2", "qwen2"])
@@ -205,10 +218,80 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path):
             calls.append(name)
             return every[name](*args, **options)
         return make
-    def compare(names): return compare_methods(known.model, known.task, known.task, {name: counted(name) for name in names}, [4, 1_000], out=tmp_path / "methods.csv", progress=False)
+    def compare(names, **options): return compare_methods(known.model, known.task, known.task, {name: counted(name) for name in names}, [4, 1_000], out=tmp_path / "methods.csv", n_boot=20, progress=False, **options)
     compare(["EAP"])
     table = compare(["EAP", "ACDC", "random"])
     assert calls == ["EAP", "ACDC", "random"] and table.equals(pd.read_csv(tmp_path / "methods.csv").astype(table.dtypes)) and not table.duplicated(["method", "ablation", "n_edges"]).any()
     faith = table[table["ablation"] == "edge"].set_index(["method", "n_edges"])["faithfulness"]
-    assert np.isclose(faith["EAP", 4], 1, atol=1e-3) and np.isclose(faith["ACDC", 4], 1, atol=1e-3) and np.isclose(faith["EAP", 81], 1) and abs(faith["random", 4]) < 0.1
+    assert np.isclose(faith["EAP", 4], 1, atol=1e-3) and np.isclose(faith["ACDC", 4], 1, atol=1e-3) and np.isclose(faith["EAP", 1_000], 1) and abs(faith["random", 4]) < 0.1
+    compare(["EAP"], seeds=(0, 1))
+    assert calls[3:] == ["EAP"]  # of the second seed
     with pytest.raises(ValueError, match="at least one"): compare([])
+    pd.DataFrame({"method": ["EAP"]}).to_csv(tmp_path / "methods.csv")
+    with pytest.raises(ValueError, match="has no column 'nodes'"): compare(["EAP"])
+
+
+def test_areas_are_means_over_the_range_of_budgets():
+    known, budgets = KNOWN["induction"](), [2, 7, 20, 100]
+    compare = lambda n_edges: compare_methods(known.model, known.task, known.task, {name: list_methods()[name] for name in ("EAP-IG", "ACDC")}, n_edges, n_boot=50, progress=False)  # noqa: E731
+    for _, rows in compare(budgets[::-1]).groupby(["method", "ablation"]):
+        assert rows["n_edges"].tolist() == budgets and np.allclose(rows["cpr"], np.trapezoid(rows["faithfulness"], budgets) / 98, atol=1e-4) and np.allclose(rows["cmd"], np.trapezoid((1 - rows["faithfulness"]).abs(), budgets) / 98, atol=1e-4)
+        assert (rows["cpr_low"] <= rows["cpr"]).all() and (rows["cpr"] <= rows["cpr_high"]).all() and 0.5 < rows["cpr"].iloc[0] < 1.01
+        if rows["method"].iloc[0] == "ACDC": assert rows["n_kept"].tolist() == [2, 7, 7, 7]
+    assert compare([7])["cpr"].isna().all()
+
+
+def test_what_a_method_took():
+    known = KNOWN["copy"]()
+    def large(model, data, nodes, progress, seed=0):  # noqa: ARG001  (the shape of all)
+        torch.ones(300 * 2**20 // 4).sum()  # 300 MB, gone when the graph is there
+        return random_graph(model, nodes, seed)
+    took = compare_methods(known.model, known.task, known.task, {"random": list_methods()["random"], "large": large}, [4], n_boot=20, progress=False).groupby("method")[["seconds", "memory"]].max()
+    assert 250 < took.loc["large", "memory"] - took.loc["random", "memory"] < 400 and (took["seconds"] >= 0).all()
+
+
+def test_seeds_draw_prompts_and_go_to_methods_that_draw():
+    known, seen = KNOWN["copy"](), []
+    def method(model, data, nodes, progress, seed):  # noqa: ARG001
+        seen.append((seed, data.clean.tolist()))
+        return random_graph(model, nodes, seed)
+    draw = lambda seed: KNOWN["copy"](seed=seed).task  # noqa: E731  (weights hold noise of another seed; prompts alone are taken)
+    table = compare_methods(known.model, draw, draw(9), {"mine": method}, [4], seeds=(3, 4), n_boot=20, progress=False)
+    assert seen == [(s, draw(s).clean.tolist()) for s in (3, 4)] and sorted(set(table["seed"])) == [3, 4]
+
+
+def test_methods_are_compared_on_text():
+    """Every one, and what follows a metric's gradient has the derivative of the cross-entropy."""
+    known = KNOWN["chain"]()
+    text = known.task.clean
+    table = compare_methods(known.model, text, text.flip(0), list_methods(), [4, 40], truth=known.edges, n_boot=20, progress=False)
+    assert set(table["method"]) == set(list_methods()) and set(table["task"]) == {"text"}
+    found = table[(table["ablation"] == "edge") & (table["n_edges"] == 4)].set_index("method")
+    assert all(np.isclose(found.loc[name, "faithfulness"], 1, atol=1e-3) and found.loc[name, "average_precision"] == 1 for name in ("exact patching", "EAP", "EAP-IG", "ACDC", "edge pruning"))
+    model = tiny_model("llama", dtype=torch.float64)
+    every, tokens = complete_graph(model), random_tokens(model, 3, 6)
+    masks = torch.ones(len(every), dtype=torch.float64, requires_grad=True)
+    logp = run_ablated(model, every, tokens, value="mean", masks=masks).log_softmax(-1)
+    wanted = torch.autograd.grad(logp[:, 1:-1].gather(-1, tokens[:, 2:, None]).mean(), masks)[0]
+    assert np.allclose(list_methods()["EAP"](model, tokens, nodes="head", progress=False).edges["weight"], wanted, rtol=1e-9, atol=1e-12) and wanted.abs().max() > 1e-3
+
+
+def test_a_method_that_can_not_is_left_out():
+    known = KNOWN["copy"]()
+    some = {name: list_methods()[name] for name in ("AtP", "EAP")}
+    with pytest.warns(UserWarning, match="AtP is left out: nodes must be 'layer' or 'head'"): table = compare_methods(known.model, known.task, known.task, some, [4], nodes="block", n_boot=20, progress=False)
+    assert set(table["method"]) == {"EAP"}
+    with pytest.warns(UserWarning, match="EAP is left out: all its scores are zero"): compare_methods(known.model, known.task.clean, known.task, {"EAP": list_methods("corrupted")["EAP"]}, [4], progress=False)
+    with pytest.raises(ValueError, match="needs a Task"): compare_methods(known.model, known.task.clean, known.task, some, [4], value="corrupted", progress=False)
+    with pytest.raises(ValueError, match="edges must be among"): compare_methods(known.model, known.task, known.task, some, [4], truth=["a0->a1"], progress=False)
+
+
+def test_methods_of_features_are_compared_by_the_same_function(tmp_path):
+    known = KNOWN_FEATURES["renamed over three layers"]()
+    values = lambda model, task, dictionaries, progress, **options: build_graph(model, task.clean, dictionaries, skip_first=0, keep=None, progress=progress, **options)  # noqa: E731
+    methods = {"ig": values, "gradient": partial(values, attribution="gradient")}
+    truth = [f"{source}->{target}" for source, target, _ in known.edges]
+    table = compare_methods(known.model, known.tokens, known.tokens, methods, [8, len(known.edges), 200], nodes=known.dictionaries, truth=truth, n_boot=20, out=tmp_path / "fine.csv", progress=False)
+    assert set(table["method"]) == {"ig", "gradient"} and (table["roc_auc"] > 0.95).all() and table["nodes"].str.fullmatch(r"m0 \w{8}, m1 \w{8}, m2 \w{8}").all()
+    whole = table[(table["ablation"] == "edge") & (table["n_edges"] == 200)]
+    assert np.allclose(whole["faithfulness"], 1, atol=1e-3)

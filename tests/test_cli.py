@@ -7,21 +7,25 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
 import circuitgraph.build
 import circuitgraph.data
 import circuitgraph.model
 from circuitgraph.ablate import ablation_curve
+from circuitgraph.baseline import patch_edges
 from circuitgraph.build import build_graph
 from circuitgraph.cli import app
 from circuitgraph.data import load_corpus
 from circuitgraph.dictionary import Gate, LinearDictionary, save_dictionary
 from circuitgraph.graph import Graph
 from circuitgraph.model import load_model, tiny_model
+from circuitgraph.task import Task
 from oracles import random_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore", "error:::circuitgraph")  # transformers and TransformerLens warn while they boot a model; what this package causes is an error
@@ -185,14 +189,31 @@ def test_evaluate_is_the_curve_and_refuses_in_one_line(tmp_path, embedded):
 
 def test_methods_are_compared_and_unknown_ones_refused(tmp_path, monkeypatch, embedded):
     monkeypatch.setattr("circuitgraph.model.load_model", lambda *_, **__: embedded)
-    run = lambda *options: CliRunner().invoke(app, ["compare-methods", "--tasks", "ioi", "--nodes", "block", "--n-prompts", "4", "--out", str(tmp_path / "methods.csv"), *options])  # noqa: E731
-    done = run("--methods", "EAP; random", "--n-edges", "50", "--n-edges", "400")
+    run = lambda *options: CliRunner().invoke(app, ["compare-methods", "--nodes", "block", "--n-prompts", "4", "--seq-len", "8", "--out", str(tmp_path / "methods.csv"), *options])  # noqa: E731
+    done = run("--tasks", "ioi, text", "--methods", "EAP; random", "--n-edges", "50", "--n-edges", "400")
     assert done.exit_code == 0, done.output
     table = pd.read_csv(tmp_path / "methods.csv")
-    assert set(table["method"]) == {"EAP", "random"} and set(table["ablation"]) == {"edge", "node"} and len(table) == 8
-    for options, words in ((("--methods", "EAP;best"), "methods must be among"), (("--value", "zero"), "value must be"), (("--out", str(tmp_path / "no" / "m.csv")), "a folder that exists")):
+    assert set(table["method"]) == {"EAP", "random"} and set(table["task"]) == {"ioi", "text"} and set(table["ablation"]) == {"edge", "node"} and len(table) == 16
+    assert (table[["seconds", "memory"]] > 0).all(axis=None) and not table["cpr"].isna().any() and table["spearman"].isna().all()
+    for options, words in ((("--methods", "EAP;best"), "methods must be among"), (("--value", "zero"), "value must be"), (("--out", str(tmp_path / "no" / "m.csv")), "a folder that exists"), (("--tasks", "text", "--value", "corrupted", "--methods", "EAP"), "needs a Task")):
         wrong = run(*options)
         assert wrong.exit_code == 2 and words in wrong.stderr.splitlines()[-1] and "Traceback" not in wrong.stderr, wrong.output
+
+
+def test_methods_are_ranked_against_exact_patching_measured_once(tmp_path, monkeypatch):
+    model, calls = tiny_model("llama"), []
+    task = Task(random_tokens(model, 3, 6), random_tokens(model, 3, 6, seed=7), answers=torch.arange(3)[:, None] + 3, wrong=torch.arange(3)[:, None] + 13, name="own")
+    monkeypatch.setattr("circuitgraph.model.load_model", lambda *_, **__: model)
+    monkeypatch.setattr("circuitgraph.task.load_task", lambda *_, **__: task)
+    monkeypatch.setattr("circuitgraph.baseline.patch_edges", lambda *args, **options: calls.append(1) or patch_edges(*args, **options))
+    for methods in ("EAP;exact patching", "EAP;random"):
+        done = CliRunner().invoke(app, ["compare-methods", "--tasks", "own", "--nodes", "layer", "--methods", methods, "--n-edges", "5", "--n-seeds", "2", "--exact", str(tmp_path / "exact"), "--out", str(tmp_path / "m.csv")])
+        assert done.exit_code == 0, done.output
+    table = pd.read_csv(tmp_path / "m.csv")
+    by_method = table.groupby("method")["spearman"].mean()
+    saved = Graph.load(next((tmp_path / "exact").iterdir()))
+    eap = build_graph(model, task, "layer", target="metric", attribution="eap", baseline="mean", progress=False)
+    assert len(calls) == 2 and set(table["seed"]) == {0, 1} and np.isclose(by_method["EAP"], spearmanr(eap.edges["weight"].abs(), saved.edges["weight"].abs()).statistic, atol=1e-4) and abs(by_method["random"]) < by_method["EAP"] and np.isnan(by_method["exact patching"])
 
 
 def test_a_graph_of_features_from_a_folder_of_dictionaries(tmp_path, monkeypatch, embedded):

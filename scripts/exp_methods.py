@@ -1,0 +1,45 @@
+"""Methods compared on SmolLM2-135M: the numbers of nbs/25_exp_methods.ipynb.
+
+    python scripts/exp_methods.py head                                  # every pair of heads and MLPs, four data, three seeds
+    python scripts/exp_methods.py layer                                 # with exact patching, ACDC and learned masks
+    python scripts/exp_methods.py feature --dictionaries FOLDER         # features of a few layers (for the folder see the Makefile)
+
+Each part writes nbs/results/methods_PART.csv, a method at a time; a second run does what is missing. One task at a time with --tasks.
+
+CPU time, reckoned from runs on 2 to 8 prompts: `head` 4 minutes a task and seed with 10 prompts, 25 minutes for text; `layer` 40 minutes a task and seed with 10 prompts (exact patching and ACDC 15 each, a run of 0.25 s for each of 3,691 edges; 200 steps of masks 8), for text four times that; `feature`, with two dictionaries, 3 minutes a task and seed. Learned masks between heads (14 s a step) and sparse feature circuits (no end after 160 s on 2 prompts) are left out; --methods names them."""
+
+import argparse
+from pathlib import Path
+
+from circuitgraph.cli import compare_methods
+
+ROOT = Path(__file__).resolve().parent.parent
+FAST = "EAP;EAP-IG;AtP;AtP, exact softmax;AtP*;flow;flow, no checkpoints;IG of values;gradient of values;random"
+PARTS = {
+    "head": {"n_edges": [100, 300, 1_000, 3_000, 10_000, 30_000], "methods": FAST},
+    "layer": {"nodes": "layer", "n_edges": [10, 30, 100, 300, 1_000, 3_000], "methods": f"{FAST};ACDC;edge pruning", "exact": ROOT / "graphs/exact"},
+    "feature": {"n_edges": [300, 1_000, 3_000, 10_000], "methods": "IG of values;metric;patch-free circuit;random"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--tasks", default="ioi,greater-than,agreement,text")
+    parser.add_argument("--n-prompts", type=int, default=10, help="pairs that graphs are found on, and as many others that they are judged on; of text, sequences of 64 tokens")
+    parser.add_argument("--n-seeds", type=int, help="by default 3, and 1 for the part of layers")
+    parser.add_argument("--dictionaries", help="for the part of features")
+    parser.add_argument("--methods", help="with semicolons; by default those of the part")
+    parser.add_argument("--out", type=Path, default=ROOT / "nbs/results")
+    args = parser.parse_args()
+    options = PARTS[args.part] | ({"methods": args.methods} if args.methods else {})
+    if args.part == "feature":
+        if args.dictionaries is None: parser.error("the part of features needs --dictionaries")
+        options["nodes"] = args.dictionaries
+    for task in args.tasks.split(","):
+        value = "mean" if task == "text" or args.part == "feature" else "corrupted"  # text has no corrupted prompts
+        compare_methods(args.out / f"methods_{args.part}.csv", tasks=task, value=value, n_prompts=args.n_prompts, n_seeds=args.n_seeds or (1 if args.part == "layer" else 3), **options)
+
+
+if __name__ == "__main__":
+    main()
