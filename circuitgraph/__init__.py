@@ -10,14 +10,15 @@ __version__ = "0.1.0"
 _STAGES = {
     "model": ("Model", "UnsupportedModel", "list_nodes", "load_model"),
     "data": ("Corpus", "load_corpus", "read_corpus"),
-    "task": ("Task", "load_task"),
+    "task": ("Task", "load_task", "text_task"),
     "dictionary": ("Dictionary", "FunctionDictionary", "Gate", "LinearDictionary", "from_saelens", "load_dictionaries", "load_dictionary", "neuron_basis", "principal_components", "run_spliced", "save_dictionary", "whole_module"),
     "train": ("Recipe", "collect_activations", "collect_gradients", "interaction_basis", "measure_dictionaries", "train_dictionaries", "train_dictionary", "train_interaction_bases"),
     "graph": ("Graph", "GraphError", "density", "select_edges"),
     "build": ("build_graph", "complete_graph"),
     "prompt": ("add_influence", "prune_by_influence", "save_attribution_graph", "score_prompt"),
     "ablate": ("Evaluation", "ablation_curve", "compare_curves", "evaluate", "minimality", "run_ablated"),
-    "baseline": ("compare_methods", "learn_masks", "list_methods", "patch_edges", "patch_nodes", "prune_greedily", "random_graph", "read_off", "trace_flow"),
+    "baseline": ("compare_methods", "learn_masks", "list_methods", "patch_edges", "patch_nodes", "prune_greedily", "random_graph", "read_off", "score_ranks", "trace_flow"),
+    "feature_baseline": ("ablate_circuit_nodes", "find_feature_circuit", "list_feature_methods", "random_features", "trace_contributions", "weigh_interactions"),
     "community": ("find_communities", "judge_communities", "quality", "rewire", "share_weights"),
     "features": ("plot_activations", "plot_quality", "read_features", "show_top", "top_activations", "view_features"),
     "view": ("plot_curve", "plot_layers", "plot_matrix", "plot_strength", "plot_weights", "use_static_renderer", "view", "view_ablation", "write_report"),
@@ -27,16 +28,17 @@ __all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from .ablate import Evaluation, ablation_curve, compare_curves, evaluate, minimality, run_ablated
-    from .baseline import compare_methods, learn_masks, list_methods, patch_edges, patch_nodes, prune_greedily, random_graph, read_off, trace_flow
+    from .baseline import compare_methods, learn_masks, list_methods, patch_edges, patch_nodes, prune_greedily, random_graph, read_off, score_ranks, trace_flow
     from .build import build_graph, complete_graph
     from .community import find_communities, judge_communities, quality, rewire, share_weights
     from .data import Corpus, load_corpus, read_corpus
     from .dictionary import Dictionary, FunctionDictionary, Gate, LinearDictionary, from_saelens, load_dictionaries, load_dictionary, neuron_basis, principal_components, run_spliced, save_dictionary, whole_module
+    from .feature_baseline import ablate_circuit_nodes, find_feature_circuit, list_feature_methods, random_features, trace_contributions, weigh_interactions
     from .features import plot_activations, plot_quality, read_features, show_top, top_activations, view_features
     from .graph import Graph, GraphError, density, select_edges
     from .model import Model, UnsupportedModel, list_nodes, load_model
     from .prompt import add_influence, prune_by_influence, save_attribution_graph, score_prompt
-    from .task import Task, load_task
+    from .task import Task, load_task, text_task
     from .train import Recipe, collect_activations, collect_gradients, interaction_basis, measure_dictionaries, train_dictionaries, train_dictionary, train_interaction_bases
     from .view import plot_curve, plot_layers, plot_matrix, plot_strength, plot_weights, use_static_renderer, view, view_ablation, write_report
 

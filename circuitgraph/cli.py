@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -209,12 +208,13 @@ def compare_methods(
         from circuitgraph.baseline import compare_methods, list_methods
         from circuitgraph.data import load_corpus
         from circuitgraph.dictionary import load_dictionaries
+        from circuitgraph.feature_baseline import list_feature_methods
         from circuitgraph.graph import Graph
         from circuitgraph.model import GRAINS, load_model
         from circuitgraph.task import load_task
         of_features = nodes not in GRAINS and Path(nodes).exists()
-        every = import_module("circuitgraph.feature_baseline").list_feature_methods() if of_features else list_methods(value)
-        chosen = [name.strip() for name in methods.split(";")] if methods else [name for name in every if name not in ("exact patching", "ACDC")]
+        every = list_feature_methods() if of_features else list_methods(value)
+        chosen = [name.strip() for name in methods.split(";")] if methods else [name for name in every if name not in ("exact patching", "ACDC", "occlusion of values")]
         if unknown := [name for name in chosen if name not in every]: raise ValueError(f"methods must be among {'; '.join(every)}; got {unknown[0]!r}")
         if not out.parent.is_dir(): raise ValueError(f"out must lie in a folder that exists, got {out}")
         if of_features and exact: raise ValueError("exact goes with block, layer or head grain: leave it out for graphs of features")

@@ -225,10 +225,10 @@ def brackets(*, n_pos: int = 8, n: int = 28, seed: int = 0) -> Known:
     token, depth, opened, closed, early, said = (directions_in(part[name], d_model) for name in ("token", "depth", "open", "closed", "early", "said"))
     weights["tok_embed.weight"].copy_(token)
     for layer, read, write in ((0, token[:1] - token[1:2], depth), (1, closed, early)): set_head(weights, layer, 0, max(4, n_pos), q=0 * read, k=0 * read, v=read, o=write.mT)  # evenly over all
-    step = torch.tensor([0.0, -1.0], dtype=torch.float64)  # of two neurons whose difference rises from 0 to 1 and stays there
-    set_mlp(weights, 0, n_pos * torch.cat([depth, depth, -depth, -depth]), torch.cat([opened, -opened, closed, -closed]), torch.cat([step, step]))
+    step = torch.tensor([-0.25, -0.75], dtype=torch.float64)  # of two neurons; twice their difference rises from 0 to 1 between whole numbers, so that none stands at a corner
+    set_mlp(weights, 0, n_pos * torch.cat([depth, depth, -depth, -depth]), 2 * torch.cat([opened, -opened, closed, -closed]), torch.cat([step, step]))
     bad = opened + n_pos * early
-    set_mlp(weights, 1, torch.cat([bad, bad, 0 * bad]), torch.cat([said[1:] - said[:1], said[:1] - said[1:], said[:1]]), torch.cat([step, -step[1:]]))
+    set_mlp(weights, 1, torch.cat([bad, bad, 0 * bad]), torch.cat([2 * (said[1:] - said[:1]), 2 * (said[:1] - said[1:]), said[:1]]), torch.cat([step, step.new_ones(1)]))
     weights["head.weight"][2:] = CERTAIN * said
     every = torch.cartesian_prod(*[torch.arange(2)] * n_pos)
     level = (1 - 2 * every).cumsum(1)
