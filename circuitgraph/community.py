@@ -176,7 +176,7 @@ def _partition(links: _Links, method: str, resolution: float, seed: int, likenes
 
 def _pairs(likeness: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     upper = sp.triu(likeness, 1).tocoo()
-    return *upper.coords, upper.data
+    return upper.coords[0], upper.coords[1], upper.data
 
 
 def _climb_all(links: _Links, resolution: float, draw: np.random.Generator) -> np.ndarray:
@@ -408,7 +408,7 @@ def read_patterns(
     "How active each node of a graph is at each position: activations of features, or the norm of what a module writes. Columns of nodes that are neither stay empty. Raises ValueError for bad tokens, and dictionaries that do not hold the graph's features."
     check_tokens(corpus, model)
     nodes, parts = graph.nodes, []
-    features = nodes[nodes["kind"] == "feature"]
+    features = nodes.loc[(nodes["kind"] == "feature").to_numpy()]
     if missing := sorted(set(features["module"]) - set(dictionaries or {})): raise ValueError(f"dictionaries must hold those of the graph's features, but {missing[0]!r} is missing")
     for tokens in tqdm(corpus.split(batch_size), desc="patterns", unit="batch", disable=not progress):
         found = _encode(model, tokens, features, dictionaries or {}) if len(features) else _write_norms(model, tokens, graph)
