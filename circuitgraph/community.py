@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'NULLS', 'MEASURES', 'RESOLUTIONS', 'share_weights', 'leave_out', 'levels_of', 'consensus',
-           'find_communities', 'quality', 'rewire', 'judge_communities', 'read_patterns', 'compare_patterns',
-           'shuffle_patterns', 'judge_patterns', 'profile_resolutions', 'nest_communities', 'confirm_communities']
+           'find_communities', 'communities_of', 'quality', 'rewire', 'judge_communities', 'read_patterns',
+           'compare_patterns', 'shuffle_patterns', 'judge_patterns', 'profile_resolutions', 'nest_communities',
+           'confirm_communities']
 
 # %% ../nbs/11_community.ipynb #4bad19e7
 from collections.abc import Mapping, Sequence
@@ -280,7 +281,10 @@ def _check_null(null: str) -> None:
     if null not in NULLS: raise ValueError(f"null must be one of {', '.join(map(repr, NULLS))}, got {null!r}")
 
 
-def _communities(graph: Graph) -> np.ndarray:
+def communities_of(
+    graph: Graph,
+) -> Int[np.ndarray, " node"]:
+    "The community of each node, -1 for none. Raises ValueError for a graph without communities."
     if "community" not in graph.nodes: raise ValueError("graph must have communities: call find_communities first")
     return graph.nodes["community"].to_numpy()
 
@@ -293,7 +297,7 @@ def quality(
     resolution: float = 1.0,
 ) -> float:
     "The share of the weight that lies within communities, beyond what the null expects. Raises ValueError for a graph without communities."
-    member = _communities(graph)
+    member = communities_of(graph)
     _check_null(null)
     _check_search("leiden", resolution, None, len(member))
     return _worth(_take(graph, weight), member, null, resolution)

@@ -695,8 +695,9 @@ def _sources_of(model: Model, part: Part, x: Tensor) -> tuple[Tensor, Tensor]:
 def _pack(paths: list[Paths], first: Tensor, last: Tensor, n_kv: int) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     "Patterns `[n query head]`, powers `[n kv_head member reader query]` and queries `[kv_head d_head member query]` by sequence, with each position's queries from its first on."
     n_pos, pattern, power, queries = paths[0].pattern.shape[1], None, None, []
+    live = {r: torch.zeros_like(c) for path in paths for r, c in enumerate(path.powers) if c is not None and path.q[r].any()}  # a sequence without effect on a metric has none, and stands among others all the same
     for b, path in enumerate(paths):
-        used = [(c, q) for c, q in zip(path.powers, path.q, strict=bool(path.powers)) if c is not None and q.any()]
+        used = [(none if (c := path.powers[r]) is None else c, path.q[r]) for r, none in sorted(live.items())]
         held = path.pattern.permute(2, 1, 0)
         scores = torch.cat([c.unflatten(0, (n_kv, -1)) for c, _ in used], 1).permute(4, 0, 1, 3, 2) if used else None  # a power of the step is one more member of the group
         if used: queries.append(torch.cat([q.unflatten(0, (n_kv, -1)) for _, q in used], 1).permute(0, 3, 1, 2))
@@ -733,6 +734,7 @@ def _add_features(sums: Sums, model: Model, part: Part, readers: Readers, writer
     n_kv, merged, (first, last) = len(attn.W_V), rule.ports == "merged", _sources_of(model, part, x)
     pattern, power, queries = _pack(paths, first, last, n_kv)
     left, reader, bound, pos, scale, flat = _list_pairs(part, readers, n_kv)
+    if not len(reader): return  # none of a part's readers has an effect on the metric
     places = order_places(writers.index, writers.value != 0)
     value = (writers.value * norm_scale(model.layers[part.layer].ln1, x).flatten(0, 1))[places.pos, places.slot]
     step = max(1, min(len(places.writer), int(memory // (max(n * n_readers, left.shape[2]) * x.element_size()))))
