@@ -9,6 +9,7 @@ __all__ = ['METHODS', 'NULLS', 'MEASURES', 'RESOLUTIONS', 'share_weights', 'leav
            'confirm_communities']
 
 # %% ../nbs/11_community.ipynb #4bad19e7
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -152,6 +153,12 @@ def _take(graph: Graph, weight: str) -> _Links:
     return _Links(weights, np.sign(edges["weight"].to_numpy()), source, target, port, levels_of(graph))
 
 
+def _touched(links: _Links) -> np.ndarray:
+    touched = np.zeros(len(links.level), dtype=bool)
+    touched[links.source] = touched[links.target] = True
+    return touched
+
+
 def _check_search(method: str, resolution: float, likeness: Any, n_nodes: int) -> None:
     if method not in METHODS: raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
     if not 0 < resolution < np.inf: raise ValueError(f"resolution must be above 0 and finite, got {resolution}")
@@ -167,7 +174,7 @@ def _partition(links: _Links, method: str, resolution: float, seed: int, likenes
     if method == "layered": return _climb_all(links, resolution, np.random.default_rng(seed))
     if method in ("signed", "joint"): return _search_layers(links, method, resolution, seed, likeness)
     source, target, weights = _pairs(likeness) if method == "activation" else (links.source, links.target, links.weight)
-    igraph.set_random_number_generator(_Draw(seed))
+    igraph.set_random_number_generator(random.Random(seed))
     try:
         made = igraph.Graph(n, np.stack([source, target], 1), directed=method == "infomap")
         if method == "infomap": return np.array(made.community_infomap(edge_weights=weights).membership)
@@ -205,15 +212,6 @@ def _search_layers(links: _Links, method: str, resolution: float, seed: int, lik
     optimiser.optimise_partition_multiplex([part for part, _ in layers], layer_weights=[weight for _, weight in layers], n_iterations=-1)
     return np.array(layers[0][0].membership)
 
-
-class _Draw:
-    "A seeded source of chance for igraph."
-    def __init__(self, seed: int) -> None:
-        draw = np.random.default_rng(seed)
-        self.random, self.gauss = draw.random, draw.normal
-        self.randint = lambda a, b: int(draw.integers(a, b + 1))
-        self.getrandbits = lambda k: int.from_bytes(draw.bytes((k + 7) // 8), "big") >> (-k % 8)
-
 # %% ../nbs/11_community.ipynb #18a4d8fe
 def consensus(
     found: Int[np.ndarray, "search node"],  # communities, as several searches have them
@@ -225,7 +223,7 @@ def consensus(
     belongs = [sp.csr_array((np.ones(n), (np.arange(n), labels))) for labels in cores - cores.min()]
     together = sp.triu(sum((b @ b.T for b in belongs), sp.csr_array((n, n))) / len(found), 1).tocoo()
     i, j = together.coords
-    igraph.set_random_number_generator(_Draw(seed))
+    igraph.set_random_number_generator(random.Random(seed))
     try: made = igraph.Graph(n, np.stack([i, j], 1)).community_leiden("CPM", weights=together.data * size[i] * size[j], node_weights=size.tolist(), resolution=0.5, n_iterations=-1)
     finally: igraph.set_random_number_generator(None)
     return np.array(made.membership)[of.ravel()]
@@ -391,12 +389,6 @@ def judge_communities(
     others = [_rewired(links, null, np.random.default_rng(seed + s))[0] for s in range(n_null)]
     return _judge([_worth(links, member, measured, resolution) for member in found], [_worth(other, search(other, seed), measured, resolution) for other in others], [_rank(member, _touched(links)) for member in found])
 
-
-def _touched(links: _Links) -> np.ndarray:
-    touched = np.zeros(len(links.level), dtype=bool)
-    touched[links.source] = touched[links.target] = True
-    return touched
-
 # %% ../nbs/11_community.ipynb #fa5c8bed
 @torch.no_grad()
 def read_patterns(
@@ -445,6 +437,13 @@ def _write_norms(model: Model, tokens: Tensor, graph: Graph) -> list[tuple[np.nd
 MEASURES = ("phi", "jaccard", "npmi", "cosine", "correlation")
 
 
+def _drop_idle(activity: Any) -> Any:
+    "Without the positions at which nothing is active."
+    x = sp.csr_array(activity, copy=True)
+    x.eliminate_zeros()
+    return x[np.diff(x.indptr) > 0]
+
+
 def _measure(measure: str, both: np.ndarray, n_i: np.ndarray, n_j: np.ndarray, total: int, square_i: np.ndarray, square_j: np.ndarray) -> np.ndarray:
     "How alike columns are, from products, sums and squares."
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -467,7 +466,7 @@ def compare_patterns(
     "Which nodes are active together. Raises ValueError for an unknown measure and numbers out of range."
     if measure not in MEASURES: raise ValueError(f"measure must be one of {', '.join(map(repr, MEASURES))}, got {measure!r}")
     if n_neighbours < 1 or not least > 0: raise ValueError(f"n_neighbours must be at least 1 and least above 0, got {n_neighbours} and {least}")
-    x = sp.csr_array(activity)[np.diff(sp.csr_array(activity).indptr) > 0].astype(np.float64)
+    x = _drop_idle(activity).astype(np.float64)
     if not x.nnz or not np.isfinite(x.data).all(): raise ValueError("activity must be finite and have a node that is active")
     count, (total, n) = np.bincount(x.indices, x.data != 0, minlength=x.shape[1]), x.shape
     if measure in MEASURES[:3]: x.data = (x.data != 0).astype(float)
@@ -490,7 +489,7 @@ def shuffle_patterns(
     seed: int = 0,
 ) -> Any:
     "Each node's pattern turned round the text by a number of positions of its own: as active, and as long at a time, but when it pleases. Positions at which nothing is active are left out."
-    x = sp.csr_array(activity)[np.diff(sp.csr_array(activity).indptr) > 0].tocoo()
+    x = _drop_idle(activity).tocoo()
     turn = np.random.default_rng(seed).integers(x.shape[0], size=x.shape[1])
     position, node = x.coords
     return sp.csr_array(sp.coo_array((x.data, ((position + turn[node]) % x.shape[0], node)), shape=x.shape))
@@ -531,7 +530,7 @@ def profile_resolutions(
     seed: int = 0,
     likeness: Any = None,
     within: float = 0.1,  # numbers of communities that differ by this share of the first are one plateau
-) -> pd.DataFrame:  # by resolution: communities, quality (at resolution one), agreement of seeds and with the next resolution (mean adjusted mutual information), and whether it lies on the longest plateau of at least two communities
+) -> pd.DataFrame:  # by resolution: communities, quality (at resolution one), agreement of seeds and with the next resolution (mean adjusted mutual information), and whether it lies on the longest plateau, of two resolutions and two communities at least
     "What each of a range of resolutions finds. Raises ValueError as `find_communities` does, and for resolutions that do not rise."
     if not len(resolutions) or (np.diff(resolutions) <= 0).any(): raise ValueError(f"resolutions must rise, got {list(resolutions)}")
     if n_seeds < 2: raise ValueError(f"n_seeds must be at least 2, got {n_seeds}")
@@ -540,7 +539,7 @@ def profile_resolutions(
     alike = lambda some, others: np.mean([adjusted_mutual_info_score(a, b) for i, a in enumerate(some) for b in (others[:i] if some is others else others)])  # noqa: E731
     number = np.array([np.mean([m.max() + 1 for m in some]) for some in members])
     runs = [np.flatnonzero(np.cumprod(np.abs(number[i:] / number[i] - 1) <= within)) + i for i in range(len(number)) if number[i] >= 2]
-    best = max(runs, key=lambda run: np.log(resolutions[run[-1]] / resolutions[run[0]]), default=np.zeros(0, dtype=int))
+    best = max((run for run in runs if len(run) > 1), key=lambda run: np.log(resolutions[run[-1]] / resolutions[run[0]]), default=np.zeros(0, dtype=int))
     null = "layered" if method == "layered" else "configuration"
     return pd.DataFrame({"communities": number, "quality": [np.mean([quality(one, null, weight=weight) for one in some]) for some in found], "agreement": [alike(some, some) for some in members],
                          "next": [*(alike(a, b) for a, b in zip(members, members[1:], strict=False)), np.nan], "plateau": np.isin(np.arange(len(number)), best)}, index=pd.Index(resolutions, name="resolution"))

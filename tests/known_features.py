@@ -131,7 +131,7 @@ class KnownCircuits(KnownFeatures):
 
 
 def two_circuits(*, n_pos: int = 9, n_rows: int = 30, scale: float = 5.0, seed: int = 0) -> KnownCircuits:
-    """Copying and counting, side by side. Six letters have one of three shapes and one of two cases; texts of letters alternate between two, head a1.h1 copies shape and case of the letter before, and m2 puts them together. Texts of brackets begin with a token of their own and are at most two deep; head a1.h2 looks at all positions alike and writes how deep a text is and how long (both divided by the length), and m2 compares them: at depth 0 an opening bracket must follow, at depth 2 a closing one, at depth 1 either may."""
+    """Copying and counting, side by side. Six letters have one of three shapes and one of two cases; texts of letters alternate between two, head a1.h1 copies shape and case of the letter before, and m2 puts them together. Texts of brackets begin with a token of their own and are at most two deep; head a1.h2 looks at all positions alike and writes how deep a text is and how long (both divided by the length), and m2 compares them: at depth 0 an opening bracket must follow, at depth 2 a closing one, at depth 1 either may. One edge is not among those named: a1/5->m2/7 keeps m2/7 ("must open") silent where the text is deep, and has no weight where m2/7 is active."""
     (start, opening, closing), d_vocab, letter = range(6, 9), 9, torch.arange(6)
     part, d_model = slots(token=d_vocab, feature=8, found=7, verdict=8, position=n_pos, noise=N_NOISE)
     bridge, weights = boot(3, part, d_model, d_vocab, n_pos, n_heads=3, d_mlp=12 + N_NOISE, seed=seed)
