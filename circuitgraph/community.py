@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'NULLS', 'MEASURES', 'RESOLUTIONS', 'share_weights', 'leave_out', 'levels_of', 'consensus',
-           'find_communities', 'communities_of', 'quality', 'rewire', 'judge_communities', 'read_patterns',
-           'compare_patterns', 'shuffle_patterns', 'judge_patterns', 'profile_resolutions', 'nest_communities',
-           'confirm_communities']
+           'find_communities', 'expected_between', 'communities_of', 'quality', 'rewire', 'judge_communities',
+           'read_patterns', 'compare_patterns', 'shuffle_patterns', 'judge_patterns', 'profile_resolutions',
+           'nest_communities', 'confirm_communities']
 
 # %% ../nbs/11_community.ipynb #4bad19e7
 import random
@@ -259,6 +259,19 @@ def find_communities(
 
 # %% ../nbs/11_community.ipynb #fd21770b
 NULLS = ("layered", "configuration")
+
+
+def expected_between(
+    graph: Graph,
+    group: Int[np.ndarray, " node"],  # of each node, from 0
+    *,
+    weight: str = "share",
+) -> Float[np.ndarray, "group group"]:  # shares of all weight, from rows to columns
+    "What the layered null expects to pass between groups of nodes, @eq-layered. Raises ValueError for a graph without weight."
+    links = _take(graph, weight)
+    out, into, between = _null(links.weight, links.source, links.target, links.level)
+    of = sp.csr_array((np.ones(len(group)), (group, np.arange(len(group)))))
+    return (of @ out) @ between @ (of @ into).T / links.weight.sum()
 
 
 def _excess(links: _Links, member: np.ndarray, null: str, resolution: float) -> tuple[np.ndarray, np.ndarray]:
