@@ -179,11 +179,10 @@ def view_communities(
     chosen = ipywidgets.Dropdown(description="community", layout={"width": "260px"})
     plot, matrix, text = ipywidgets.Output(layout={"width": "55%"}), ipywidgets.Output(layout={"width": "45%"}), ipywidgets.HTML()
     def draw(_: Any = None) -> None:
-        if chosen.value is None: return
         now = cuts[resolution.value]
         share = share_weights(now)
-        _show(plot, plot_community_layers(now.keep(share >= least.value * share.max(initial=0.0)), 300, community=chosen.value, height=520))
-        text.value = f'<div class="community">{_describe(now, chosen.value, least.value, texts, None if resolution.value else table, n)}</div>'
+        _show(plot, plot_community_layers(now.keep(share >= least.value * share.max(initial=0.0)), 300, community=int(chosen.value or 0), height=520))
+        text.value = f'<div class="community">{_describe(now, int(chosen.value or 0), least.value, texts, None if resolution.value else table, n)}</div>'
     def cut(_: Any = None) -> None:
         r = resolution.value
         if r not in cuts: cuts[r] = find_communities(graph, method, resolution=r)
@@ -191,6 +190,7 @@ def view_communities(
         _show(matrix, plot_communities(cuts[r], height=520))
         chosen.unobserve(draw, "value")
         chosen.options = [(f"{c} ({sizes[c]:,} nodes)", int(c)) for c in sorted(sizes.index) if c >= 0]
+        chosen.index = 0
         chosen.observe(draw, "value")
         draw()
     chosen.observe(draw, "value")
