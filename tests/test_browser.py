@@ -156,7 +156,7 @@ def test_inspector_shows_the_community_that_is_chosen(page, lab, tmp_path):
     sizes = found.nodes["community"].value_counts()
     page.wait_for_function(f"() => ({SEEN})().includes('{sizes[0]} nodes')", timeout=60_000)
     assert "m2/5" in page.evaluate(SEEN) and "m2/6" not in page.evaluate(SEEN) and "copying" in page.evaluate(SEEN)
-    page.locator("select").first.select_option(index=1)
+    page.locator(".widget-dropdown select").first.select_option(index=1)
     page.wait_for_function(f"() => ({SEEN})().includes('{sizes[1]} nodes')", timeout=60_000)
     assert "m2/6" in page.evaluate(SEEN) and "m2/5" not in page.evaluate(SEEN)
     keep_screenshot(page, "community")
@@ -166,4 +166,4 @@ def test_inspector_shows_the_community_that_is_chosen(page, lab, tmp_path):
     page.wait_for_function(f"() => document.querySelectorAll('table.within tr').length < {edges}", timeout=60_000)
     page.locator(".noUi-handle").nth(0).focus()  # the resolution
     page.keyboard.press("End")
-    page.wait_for_function(f"() => document.querySelectorAll('select option').length > 2 && ({SEEN})().includes('not measured')", timeout=60_000)
+    page.wait_for_function(f"() => document.querySelectorAll('.widget-dropdown option').length > 2 && ({SEEN})().includes('not measured')", timeout=60_000)
