@@ -314,11 +314,14 @@ def quality(
     return _worth(_take(graph, weight), member, null, resolution)
 
 # %% ../nbs/11_community.ipynb #8c294369
-def _shuffle(source: np.ndarray, target: np.ndarray, block: np.ndarray, draw: np.random.Generator, n_tries: int) -> np.ndarray:
-    "Targets permuted within blocks; pairs that come twice in a block are drawn anew."
-    order, target = np.argsort(block, kind="stable"), target.copy()
+def _shuffle(source: np.ndarray, target: np.ndarray, block: np.ndarray, draw: np.random.Generator, n_tries: int) -> tuple[np.ndarray, np.ndarray]:
+    "Targets permuted within blocks; pairs that come twice in a block are drawn anew. Where most pairs of a block have an edge, pairs are permuted, so that weights change places."
+    order, source, target = np.argsort(block, kind="stable"), source.copy(), target.copy()
     groups = np.split(order, np.flatnonzero(np.diff(block[order])) + 1)
-    for group in groups: target[group] = target[draw.permutation(group)]
+    for group in groups:
+        other = draw.permutation(group)
+        if 2 * len(group) > len(np.unique(source[group])) * len(np.unique(target[group])): source[group] = source[other]
+        target[group] = target[other]
     of, size = np.empty(len(order), dtype=np.int64), max(source.max(), target.max()) + 1
     for i, group in enumerate(groups): of[group] = i
     for _ in range(n_tries):
@@ -327,7 +330,7 @@ def _shuffle(source: np.ndarray, target: np.ndarray, block: np.ndarray, draw: np
         for e in repeated:
             other = draw.choice(groups[of[e]])
             target[e], target[other] = target[other], target[e]
-    return target
+    return source, target
 
 
 def _balance(weight: np.ndarray, keys: Sequence[np.ndarray], totals: Sequence[np.ndarray], n_rounds: int = 200, tolerance: float = 1e-4) -> np.ndarray:
@@ -353,7 +356,8 @@ def _rewired(links: _Links, null: str, draw: np.random.Generator, n_tries: int =
     "Edges with targets at random, and what their weights were multiplied by."
     keys = _keys(links, null)
     totals = [np.bincount(key, links.weight) for key in keys]
-    other = links._replace(target=_shuffle(links.source, links.target, keys[2], draw, n_tries))
+    source, target = _shuffle(links.source, links.target, keys[2], draw, n_tries)
+    other = links._replace(source=source, target=target)
     factor = _balance(links.weight, _keys(other, null), totals)
     return other._replace(weight=links.weight * factor), factor
 
@@ -369,7 +373,8 @@ def rewire(
     edges, names = graph.edges, graph.nodes["name"]
     links, factor = _rewired(_take(graph, by), "layered", np.random.default_rng(seed), n_tries)
     scaled = {column: edges[column].to_numpy() * factor for column in ("weight", "abs_weight", "rms_weight")}
-    made = edges.assign(target=pd.Categorical.from_codes(links.target, names), **scaled)
+    ends = {end: pd.Categorical.from_codes(getattr(links, end), names) for end in ("source", "target")}
+    made = edges.assign(**ends, **scaled)
     return Graph(graph.nodes, made.loc[~made.duplicated(["source", "target", "port"])], graph.meta | {"history": [*graph.meta["history"], f"rewired within levels, seed {seed}"]})
 
 # %% ../nbs/11_community.ipynb #02c225a7
@@ -615,7 +620,7 @@ def confirm_communities(
     within, expected, excess = _stand_out(two, member, null, resolution)
     for s in range(n_null):
         a = _rewired(one, null, np.random.default_rng(seed + s))[0]
-        b = two._replace(target=a.target)
+        b = two._replace(source=a.source, target=a.target)
         b = b._replace(weight=b.weight * _balance(b.weight, _keys(b, null), [np.bincount(key, two.weight) for key in _keys(two, null)]))
         chance.append(_stand_out(b, search(a, seed), null, resolution)[2].max())
     total = two.weight.sum()

@@ -201,6 +201,19 @@ def test_shares_are_carried_along_when_edges_are_rewired():
     assert np.allclose(share_weights(mixed), share_weights(graph))
 
 
+def test_where_every_pair_has_an_edge_weights_change_places():
+    level = np.repeat(np.arange(3), 9)
+    pairs = np.array([(i, j) for i in range(27) for j in range(27) if level[i] < level[j]])
+    graph = make_graph(*pairs.T, np.random.default_rng(0).exponential(size=len(pairs)), level)
+    other = rewire(graph, 1)
+    assert set(other.edge_names) == set(graph.edge_names) and len(other) == len(graph)
+    weights = [g.edges.assign(name=g.edge_names).set_index("name")["weight"].sort_index() for g in (graph, other)]
+    assert np.corrcoef(weights[0], weights[1])[0, 1] < 0.5 and np.allclose(graph.in_strength(), other.in_strength(), rtol=1e-2, atol=1e-3) and np.allclose(graph.out_strength(), other.out_strength(), rtol=1e-2, atol=1e-3)
+    planted = np.arange(27) % 3
+    within = Graph(graph.nodes, graph.edges.assign(abs_weight=graph.edges["abs_weight"] * np.where(planted[pairs[:, 0]] == planted[pairs[:, 1]], 4, 1)), graph.meta)
+    assert judge_communities(within, weight="abs_weight", n_null=10)["z"] > 5 > abs(judge_communities(graph, weight="abs_weight", n_null=10)["z"])
+
+
 # Consensus, profiles, nesting
 
 
