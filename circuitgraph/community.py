@@ -318,14 +318,16 @@ def _shuffle(source: np.ndarray, target: np.ndarray, block: np.ndarray, draw: np
     "Targets permuted within blocks; pairs that come twice in a block are drawn anew. Where most pairs of a block have an edge, pairs are permuted, so that weights change places."
     order, source, target = np.argsort(block, kind="stable"), source.copy(), target.copy()
     groups = np.split(order, np.flatnonzero(np.diff(block[order])) + 1)
+    dense = np.zeros(len(order), dtype=bool)
     for group in groups:
         other = draw.permutation(group)
-        if 2 * len(group) > len(np.unique(source[group])) * len(np.unique(target[group])): source[group] = source[other]
+        dense[group] = full = 2 * len(group) > len(np.unique(source[group])) * len(np.unique(target[group]))
+        if full: source[group] = source[other]
         target[group] = target[other]
     of, size = np.empty(len(order), dtype=np.int64), max(source.max(), target.max()) + 1
     for i, group in enumerate(groups): of[group] = i
     for _ in range(n_tries):
-        repeated = np.flatnonzero(pd.Series((of * size + source) * size + target).duplicated())
+        repeated = np.flatnonzero(pd.Series((of * size + source) * size + target).duplicated().to_numpy() & ~dense)
         if not len(repeated): break
         for e in repeated:
             other = draw.choice(groups[of[e]])
