@@ -1,9 +1,9 @@
 """Communities of the head graph of the embedded model, and whether they are behaviours: the tables of nbs/21_exp_communities.ipynb.
 
-    python scripts/exp_communities.py --parts graph,communities,network,behaviours      # writes nbs/results/communities_*
+    python scripts/exp_communities.py --parts communities,network,behaviours      # writes nbs/results/communities_*
     python scripts/exp_communities.py --n-tokens 512 --n-null 3 --n-prompts 1 --n-text 128 --n-controls 1 --n-communities 2 --out small      # a small run of everything: two minutes
 
-On one core: 4 prompts, or sequences of 64 tokens, are run with some edges cut in a second. The defaults cut 511 sets of edges, on 24 prompts and twice on 8 sequences: an hour and a half; the rest takes minutes."""
+On one core, 4 prompts, or 2 sequences of 64 tokens, are run with some edges cut in a second. The defaults cut 511 sets of edges, on 24 prompts and twice on 8 sequences: two hours; the rest takes minutes."""
 
 import argparse
 import time
