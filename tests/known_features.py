@@ -117,4 +117,45 @@ def renamed(*, d_vocab: int = 8, n_layers: int = 3, n_pos: int = 4, seed: int = 
     return KnownFeatures(replace(load_model(bridge), name="renamed"), dictionaries, frozenset(edges), tokens, 0)
 
 
+@dataclass(frozen=True, eq=False)
+class KnownCircuits(KnownFeatures):
+    """Two circuits in one model: the features of each, and the positions whose next token each makes certain."""
+    circuits: dict[str, tuple[str, ...]]
+    behaviours: dict[str, Tensor]
+
+
+def two_circuits(*, n_pos: int = 9, n_rows: int = 30, scale: float = 5.0, seed: int = 0) -> KnownCircuits:
+    """Copying and counting, side by side. Six letters have one of three shapes and one of two cases; texts of letters alternate between two, head a1.h1 copies shape and case of the letter before, and m2 puts them together. Texts of brackets begin with a token of their own and are at most two deep; head a1.h2 looks at all positions alike and writes how deep a text is and how long (both divided by the length), and m2 compares them: at depth 0 an opening bracket must follow, at depth 2 a closing one, at depth 1 either may. One edge is not among those named: a1/5->m2/7 keeps m2/7 ("must open") silent where the text is deep, and has no weight where m2/7 is active."""
+    (start, opening, closing), d_vocab, letter = range(6, 9), 9, torch.arange(6)
+    part, d_model = slots(token=d_vocab, feature=8, found=7, verdict=8, position=n_pos, noise=N_NOISE)
+    bridge, weights = boot(3, part, d_model, d_vocab, n_pos, n_heads=3, d_mlp=12 + N_NOISE, seed=seed)
+    token, feature, found, verdict = (directions_in(part[name], d_model) for name in ("token", "feature", "found", "verdict"))
+    weights["tok_embed.weight"].copy_(token)
+    weights["pos.weight"][:, part["position"]] = torch.eye(n_pos, dtype=torch.float64)
+    has = torch.zeros(8, d_vocab, dtype=torch.float64)  # features of tokens: shape, case, and each bracket its own
+    has[letter // 2, letter] = has[3 + letter % 2, letter] = has[[5, 6, 7], [start, opening, closing]] = 1
+    set_mlp(weights, 0, has @ token, feature)
+    d_head, nowhere = max(d_vocab, n_pos), torch.zeros(1, d_model, dtype=torch.float64)
+    set_head(weights, 1, 1, d_head, q=part_of(part["position"], d_model, shift=-1), k=part_of(part["position"], d_model), v=feature[:5], o=found[:5].mT)
+    set_head(weights, 1, 2, d_head, q=nowhere, k=nowhere, v=scale * torch.stack([feature[6] - feature[7], feature[5]]), o=found[5:].mT)
+    both, (depth, length) = found[letter // 2] + found[3 + letter % 2], found[5:] * 2 * n_pos / scale
+    full, empty = depth - 1.5 * length, 0.5 * length - depth  # where above zero, at least one
+    set_mlp(weights, 2, torch.cat([both, torch.stack([full, full, empty, empty])]), torch.cat([verdict[:6], torch.stack([verdict[6], -verdict[6], verdict[7], -verdict[7]])]), torch.tensor([-1.0] * 6 + [0, -1, 0, -1], dtype=torch.float64))
+    weights["head.weight"][torch.tensor([*range(6), closing, opening])] = CERTAIN * verdict
+    pairs = torch.combinations(letter)
+    letters = torch.cat([pairs, pairs.flip(1)]).repeat(1, n_pos // 2 + 1)[:, :n_pos]
+    deep, draw = [torch.zeros(n_rows, dtype=torch.long)], torch.Generator().manual_seed(seed)
+    for _ in range(1, n_pos): deep.append(torch.where(deep[-1] == 1, 2 * torch.randint(2, (n_rows,), generator=draw), 1))
+    depths = torch.stack(deep, 1)
+    brackets = torch.cat([torch.full((n_rows, 1), start), torch.where(depths.diff(dim=1) > 0, opening, closing)], 1)
+    copying, counting = (torch.zeros(len(letters) + n_rows, n_pos, dtype=torch.bool) for _ in range(2))
+    copying[: len(letters), 1:-1], counting[len(letters) :, :-1] = True, depths[:, :-1] != 1
+    name = lambda module, span: tuple(f"{module}/{i}" for i in span)  # noqa: E731
+    circuits = {"copying": (*name("m0", range(5)), *name("a1", range(5)), *name("m2", range(6))), "counting": (*name("m0", (5, 6, 7)), *name("a1", (5, 6)), *name("m2", (6, 7)))}
+    edges = {("embed", f"m0/{i}", "mlp") for i in range(8)} | {(f"m0/{i}", f"a1/{i}", "v") for i in range(5)} | {("m0/5", "a1/6", "v"), ("m0/6", "a1/5", "v"), ("m0/7", "a1/5", "v")} | {("pos_embed", f"a1/{i}", port) for i in range(5) for port in "qk"}
+    edges |= {(f"a1/{i}", f"m2/{j}", "mlp") for j in range(6) for i in (j // 2, 3 + j % 2)} | {("a1/5", "m2/6", "mlp"), ("a1/6", "m2/6", "mlp"), ("a1/6", "m2/7", "mlp")} | {(f"m2/{j}", "logits", "logits") for j in range(8)}
+    dictionaries = {module: exact_dictionary(module, rows) for module, rows in (("m0", feature), ("a1", found), ("m2", verdict))}
+    return KnownCircuits(replace(load_model(bridge), name="copying and counting"), dictionaries, frozenset(edges), torch.cat([letters, brackets]), 0, circuits, {"copying": copying, "counting": counting})
+
+
 KNOWN_FEATURES = {"AND and OR in superposition": logic, "copied from the previous position": copied, "renamed over three layers": renamed}

@@ -14,10 +14,13 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from circuitgraph.ablate import ablation_curve
+from circuitgraph.behaviour import match_behaviours
 from circuitgraph.build import build_graph
+from circuitgraph.community import find_communities, leave_out
 from circuitgraph.graph import select_edges
 from circuitgraph.model import tiny_model
 from circuitgraph.view import write_report
+from known_features import two_circuits
 from oracles import random_tokens
 
 SHOWN = "() => document.querySelector('.js-plotly-plot').layout.title.text"
@@ -137,3 +140,30 @@ def test_reading_mark_and_graph_follow_the_slider_of_a_curve(graph, page, lab, t
         if n < 80: page.keyboard.press("ArrowRight")
     boxes = [plot.bounding_box() for plot in page.locator(".js-plotly-plot").all()]
     assert len(boxes) == 2 and boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"] and abs(boxes[0]["y"] - boxes[1]["y"]) < 5  # side by side
+
+
+SEEN = "() => document.querySelector('.community')?.innerText ?? ''"
+
+
+def test_inspector_shows_the_community_that_is_chosen(page, lab, tmp_path):
+    known = two_circuits()
+    graph = build_graph(known.model, known.tokens, known.dictionaries, keep=None, skip_first=0, progress=False).threshold(1e-9, "abs_weight")
+    found = find_communities(leave_out(graph, ["embed", "logits", "error"]), "layered", resolution=0.25)
+    options = {"value": "zero", "dictionaries": known.dictionaries, "n_controls": 3, "n_permutations": 3, "progress": False}
+    match_behaviours(known.model, found, known.tokens, known.behaviours, **options).to_parquet(tmp_path / "table.parquet")
+    found.save(tmp_path / "graph")
+    lab(page, "import pandas as pd\n\nimport circuitgraph as cg\nfrom circuitgraph.community_view import view_communities", "view_communities(cg.Graph.load('graph'), table=pd.read_parquet('table.parquet'), n=40)")
+    sizes = found.nodes["community"].value_counts()
+    page.wait_for_function(f"() => ({SEEN})().includes('{sizes[0]} nodes')", timeout=60_000)
+    assert "m2/5" in page.evaluate(SEEN) and "m2/6" not in page.evaluate(SEEN) and "copying" in page.evaluate(SEEN)
+    page.locator(".widget-dropdown select").first.select_option(index=1)
+    page.wait_for_function(f"() => ({SEEN})().includes('{sizes[1]} nodes')", timeout=60_000)
+    assert "m2/6" in page.evaluate(SEEN) and "m2/5" not in page.evaluate(SEEN)
+    keep_screenshot(page, "community")
+    edges = page.locator("table.within tr").count()
+    page.locator(".noUi-handle").nth(1).focus()  # the threshold
+    for _ in range(6): page.keyboard.press("ArrowRight")
+    page.wait_for_function(f"() => document.querySelectorAll('table.within tr').length < {edges}", timeout=60_000)
+    page.locator(".noUi-handle").nth(0).focus()  # the resolution
+    page.keyboard.press("End")
+    page.wait_for_function(f"() => document.querySelectorAll('.widget-dropdown option').length > 2 && ({SEEN})().includes('not measured')", timeout=60_000)

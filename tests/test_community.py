@@ -1,12 +1,19 @@
 """Communities against planted ones, against chance, and the search against the definition of what it climbs."""
 
+import networkx as nx
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 from sklearn.metrics import adjusted_mutual_info_score
 
-from circuitgraph.community import find_communities, judge_communities, levels_of, quality, rewire, share_weights
+from circuitgraph.build import build_graph, complete_graph
+from circuitgraph.community import MEASURES, compare_patterns, confirm_communities, consensus, find_communities, judge_communities, judge_patterns, leave_out, levels_of, nest_communities, profile_resolutions, quality, read_patterns, rewire, share_weights, shuffle_patterns
+from circuitgraph.dictionary import read_places
 from circuitgraph.graph import Graph
+from circuitgraph.model import tiny_model, trace_modules
+from feature_oracles import all_dictionaries
+from oracles import random_tokens
 
 
 def make_graph(source, target, weights, level):
@@ -84,9 +91,9 @@ def test_rewiring_keeps_what_the_null_holds_fixed():
     graph, _, _ = draw()
     other, level = rewire(graph, seed=3), levels_of(graph)
     tables = [g.edges.assign(r=level[g.edges["source"].cat.codes], s=level[g.edges["target"].cat.codes]) for g in (graph, other)]
-    for keys in (["r", "s"], ["source"]):
+    for keys in (["r", "s"], ["source"], ["target"]):
         a, b = (table.groupby(keys, observed=True)["weight"].sum() for table in tables)
-        assert np.allclose(a, b)
+        assert np.allclose(a, b, rtol=2e-3)
     assert tables[0]["target"].value_counts().sort_index().equals(tables[1]["target"].value_counts().sort_index())
     assert len(other) == len(graph) == len(set(other.edge_names)) and len(set(graph.edge_names) & set(other.edge_names)) < len(graph) / 2
     assert other.edge_names == rewire(graph, seed=3).edge_names != rewire(graph, seed=4).edge_names
@@ -122,3 +129,214 @@ def test_refusals():
         with pytest.raises(ValueError, match=words): run()
     one = make_graph([0], [1], np.ones(1), [0, 1])
     assert find_communities(one).nodes["community"].tolist() == [0, 0] and find_communities(one, "layered").nodes["community"].nunique() <= 2
+
+
+# Planted benchmarks
+
+
+def test_lfr_graphs_are_cut_where_they_were_planted():
+    lfr = nx.LFR_benchmark_graph(1_000, 3, 1.5, 0.3, average_degree=20, max_degree=50, min_community=20, max_community=100, seed=1)
+    lfr.remove_edges_from(nx.selfloop_edges(lfr))
+    planted = np.array([min(lfr.nodes[i]["community"]) for i in range(1_000)])
+    graph = make_graph(*np.array([sorted(pair) for pair in lfr.edges]).T, np.ones(lfr.number_of_edges()), np.zeros(1_000, dtype=int))
+    found = {method: [communities(graph, method, resolution=2.0, seed=s) for s in (0, 1)] for method in ("leiden", "layered", "infomap")}
+    for method, (one, two) in found.items():
+        assert adjusted_mutual_info_score(planted, one) > 0.95 and adjusted_mutual_info_score(one, two) > 0.95, method
+
+
+def draw_signed(n=1_000, n_planted=5, degree=20, wrong=0.05, seed=0):
+    """Signs alone say who belongs together: pairs are drawn at random, and an edge raises within a community and lowers between two, but for a share that is wrong."""
+    generator = np.random.default_rng(seed)
+    planted, pairs = generator.integers(n_planted, size=n), np.unique(np.sort(generator.integers(n, size=(n * degree, 2)), axis=1), axis=0)
+    source, target = pairs[pairs[:, 0] < pairs[:, 1]].T
+    sign = np.where(planted[source] == planted[target], 1.0, -1.0) * np.where(generator.random(len(source)) < wrong, -1, 1)
+    return make_graph(source, target, sign, np.zeros(n, dtype=int)), planted
+
+
+def test_signs_alone_make_communities():
+    graph, planted = draw_signed()
+    assert adjusted_mutual_info_score(planted, communities(graph, "signed")) > 0.95 > 0.05 > adjusted_mutual_info_score(planted, communities(graph, "leiden"))
+    assert communities(graph, "signed").tolist() == communities(graph, "signed").tolist()
+
+
+# Nulls, cross-fitting
+
+
+def test_on_noise_the_layered_null_reports_nothing_and_the_usual_one_levels():
+    noise, _, _ = draw(within=0.0)
+    judged = {null: judge_communities(noise, method, null=null, weight="abs_weight", n_null=19) for method, null in (("layered", "layered"), ("leiden", "configuration"))}
+    assert judged["layered"]["p"] > 0.05 and judged["configuration"]["p"] == 0.05 and judged["configuration"]["z"] > 20
+
+
+def halves(graph, seed=0):
+    noise = np.random.default_rng(seed).gamma(4, 0.25, size=(2, len(graph)))
+    return [Graph(graph.nodes, graph.edges.assign(abs_weight=graph.edges["abs_weight"] * n), graph.meta) for n in noise]
+
+
+def test_what_is_found_on_one_half_holds_on_the_other_only_if_it_was_planted():
+    smallest = [confirm_communities(*halves(draw(within=0.0, n_edges=2_000, seed=seed)[0]), weight="abs_weight", n_null=19)["p"].min() for seed in range(6)]
+    assert np.sum(np.array(smallest) <= 0.05) <= 1  # of six, at a twentieth each
+    one, two = halves(draw()[0])
+    table = confirm_communities(one, two, weight="abs_weight", n_null=19)
+    member = communities(one, "layered")
+    inside = member[two.edges["source"].cat.codes] == member[two.edges["target"].cat.codes]
+    assert len(table) == 6 and (table["p"] == 0.05).all() and np.isclose(table["within"].sum(), two.edges["abs_weight"][inside].sum() / two.edges["abs_weight"].sum())
+    assert (confirm_communities(*halves(draw(within=0.0)[0]), "leiden", weight="abs_weight", n_null=19)["p"] == 0.05).any()
+    with pytest.raises(ValueError, match="nodes of graph"): confirm_communities(one, draw(n_levels=9)[0])
+
+
+def test_half_an_edge_list_in_each_half():
+    graph = draw()[0]
+    pick = np.random.default_rng(0).random(len(graph)) < 0.5
+    table = confirm_communities(graph.keep(pick), graph.keep(~pick), weight="abs_weight", n_null=9)  # no edge in both
+    assert (table["p"] == 0.1).any()
+
+
+def test_shares_are_carried_along_when_edges_are_rewired():
+    """Readers of other units: with shares taken anew after rewiring, one edge would be most of its reader, and chance would seem better than what is there."""
+    graph, _, _ = draw(within=0.0)
+    unit = 10.0 ** np.random.default_rng(0).uniform(-3, 3, len(graph.nodes))
+    mixed = Graph(graph.nodes, graph.edges.assign(abs_weight=graph.edges["abs_weight"] * unit[graph.edges["target"].cat.codes]), graph.meta)
+    assert abs(judge_communities(mixed, n_null=10)["z"]) < 4
+    assert np.allclose(share_weights(mixed), share_weights(graph))
+
+
+def test_where_every_pair_has_an_edge_weights_change_places():
+    level = np.repeat(np.arange(3), 9)
+    pairs = np.array([(i, j) for i in range(27) for j in range(27) if level[i] < level[j]])
+    graph = make_graph(*pairs.T, np.random.default_rng(0).exponential(size=len(pairs)), level)
+    other = rewire(graph, 1)
+    assert set(other.edge_names) == set(graph.edge_names) and len(other) == len(graph)
+    weights = [g.edges.assign(name=g.edge_names).set_index("name")["weight"].sort_index() for g in (graph, other)]
+    assert np.corrcoef(weights[0], weights[1])[0, 1] < 0.5 and np.allclose(graph.in_strength(), other.in_strength(), rtol=1e-2, atol=1e-3) and np.allclose(graph.out_strength(), other.out_strength(), rtol=1e-2, atol=1e-3)
+    planted = np.arange(27) % 3
+    within = Graph(graph.nodes, graph.edges.assign(abs_weight=graph.edges["abs_weight"] * np.where(planted[pairs[:, 0]] == planted[pairs[:, 1]], 4, 1)), graph.meta)
+    assert judge_communities(within, weight="abs_weight", n_null=10)["z"] > 5 > abs(judge_communities(graph, weight="abs_weight", n_null=10)["z"])
+
+
+# Consensus, profiles, nesting
+
+
+def test_consensus_is_the_partition_with_fewest_disagreements():
+    found = np.array([[0, 0, 1, 1, 2], [0, 0, 1, 1, 1], [0, 1, 1, 1, 2]])
+    together = [(a[:, None] == a).astype(int) for a in found]
+    def disagree(member): return sum(np.abs((member[:, None] == member) - t).sum() for t in together)
+    best = min((np.array(p) for p in np.ndindex(5, 5, 5, 5, 5)), key=disagree)
+    assert disagree(consensus(found)) == disagree(best)
+    assert consensus(found[[0, 0]]).tolist() == [0, 0, 1, 1, 2] or adjusted_mutual_info_score(consensus(found[[0, 0]]), found[0]) == 1
+
+
+def test_profile_and_nesting():
+    graph, planted, _ = draw()
+    profile = profile_resolutions(graph, "layered", (0.1, 0.75, 1.0, 1.1, 1.2, 4.0), weight="abs_weight", n_seeds=2)
+    assert profile["communities"].is_monotonic_increasing and set(profile.loc[profile["plateau"], "communities"]) == {6.0} and np.isnan(profile["next"].iloc[-1])
+    for method in ("leiden", "layered", "infomap"):
+        nodes = nest_communities(graph, method, (0.1, 1.0, 3.0), weight="abs_weight").nodes
+        assert all(nodes.groupby(f"community_{k + 1}")[f"community_{k}"].nunique().max() == 1 for k in (0, 1)), method
+    assert adjusted_mutual_info_score(planted, nest_communities(graph, "layered", (0.1, 1.0), weight="abs_weight").nodes["community"]) > 0.9
+
+
+# Activation patterns
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_measures_by_definition(measure):
+    draw_from = np.random.default_rng(1)
+    x = (draw_from.random((200, 7)) < 0.3) * draw_from.normal(1, 0.3, (200, 7))
+    x[:, 3] = x[:, 2] * (draw_from.random(200) < 0.9)
+    x = x[(x != 0).any(1)]
+    on, expected = (x != 0).astype(float), np.zeros((7, 7))
+    for i in range(7):
+        for j in range(7):
+            both = (on[:, i] * on[:, j]).mean()
+            expected[i, j] = {"phi": np.corrcoef(on[:, i], on[:, j])[0, 1], "correlation": np.corrcoef(x[:, i], x[:, j])[0, 1], "cosine": x[:, i] @ x[:, j] / np.linalg.norm(x[:, i]) / np.linalg.norm(x[:, j]),
+                              "jaccard": both / (on[:, i].mean() + on[:, j].mean() - both), "npmi": np.log(both / on[:, i].mean() / on[:, j].mean()) / -np.log(both)}[measure]
+    found = compare_patterns(sp.csr_array(x), measure, n_neighbours=7, least=1e-9, block=3).toarray()
+    assert np.allclose(found, np.where((expected > 0) & ~np.eye(7, dtype=bool), expected, 0))
+    two = compare_patterns(sp.csr_array(x), measure, n_neighbours=1, least=1e-9).toarray()
+    assert (two[2, 3], two[3, 2]) == (found[2, 3], found[3, 2]) and ((two > 0).sum(1) >= 1).sum() >= 2 and (two == two.T).all()
+
+
+def test_nodes_that_are_hardly_active_have_no_neighbours():
+    x = np.zeros((50, 3))
+    x[:4, :2] = 1
+    x[10:30, 2] = 1
+    assert compare_patterns(sp.csr_array(x), n_active=5).nnz == 0 and compare_patterns(sp.csr_array(x), n_active=4)[0, 1] > 0.99
+    always = np.ones((50, 2))
+    assert compare_patterns(sp.csr_array(always)).nnz == 0  # always active: nothing can be said
+
+
+def test_shuffling_keeps_each_pattern_and_breaks_them_apart():
+    x = np.repeat((np.random.default_rng(0).random((400, 1)) < 0.1) * 2.0, 20, axis=1)
+    x[:, 0] = 1  # so that no position is left out
+    shuffled = shuffle_patterns(sp.csr_array(x), 1).toarray()
+    assert (np.sort(shuffled, axis=0) == np.sort(x, axis=0)).all() and compare_patterns(sp.csr_array(x)).nnz > 0
+    alike = np.corrcoef(shuffled[:, 1:].T)[np.triu_indices(19, 1)]
+    two = np.where(np.arange(20) < 10, x, np.roll(x, 17, axis=0))
+    assert np.mean(alike > 0.99) < 0.1 and judge_patterns(sp.csr_array(two), n_null=10)["z"] > 3
+
+
+def test_patterns_are_what_nodes_do():
+    model = tiny_model("llama")
+    tokens, dictionaries = random_tokens(model, 3, 8), all_dictionaries(model)
+    graph = build_graph(model, tokens, dictionaries, progress=False)
+    patterns, module = read_patterns(model, graph, tokens, dictionaries, batch_size=2, progress=False).toarray(), graph.nodes["module"].to_numpy()
+    assert patterns.shape == (24, len(graph.nodes))
+    for name, dictionary in dictionaries.items():
+        acts = dictionary.encode(read_places(model, tokens, [(name, dictionary.reads)])[name, dictionary.reads]).flatten(0, 1).detach().numpy()
+        acts[::8] = 0
+        mine = (module == name) & (graph.nodes["kind"] == "feature").to_numpy()
+        assert np.allclose(patterns[:, mine], acts[:, graph.nodes["index"][mine]])
+    assert not patterns[:, (graph.nodes["kind"] != "feature").to_numpy()].any()
+    heads, trace = complete_graph(model), trace_modules(model, tokens, "head").writes.norm(dim=-1).flatten(0, 1).detach().numpy()
+    found = read_patterns(model, heads, tokens, skip_first=0, progress=False).toarray()
+    row = {name: i for i, name in enumerate(heads.nodes["name"])}
+    assert np.allclose(found[:, row["a1.h1"]], trace[:, row["a1.h1"]], atol=1e-5) and not found[:, [row["const"], row["logits"]]].any() if "const" in row else True
+    with pytest.raises(ValueError, match="is missing"): read_patterns(model, graph, tokens, {}, progress=False)
+
+
+def test_joint_communities_need_both():
+    """Edges tell halves apart by one cut, activity by another: together they make four."""
+    generator, n = np.random.default_rng(0), 80
+    group = np.arange(n) % 4
+    pairs = np.array([(i, j) for i in range(n) for j in range(i + 1, n) if (group[i] < 2) == (group[j] < 2) and generator.random() < 0.5])
+    graph = make_graph(*pairs.T, np.ones(len(pairs)), np.zeros(n, dtype=int))
+    topic = generator.integers(2, size=1_000)
+    likeness = compare_patterns(sp.csr_array((generator.random((1_000, n)) < np.where(group % 2 == topic[:, None], 0.3, 0.02)).astype(float)), n_neighbours=20)
+    assert adjusted_mutual_info_score(group, communities(graph, "joint", likeness=likeness, resolution=1.2)) > 0.95
+    assert adjusted_mutual_info_score(group % 2, communities(graph, "activation", likeness=likeness)) == 1 == adjusted_mutual_info_score(group < 2, communities(graph, "leiden"))
+
+
+# Bad input
+
+
+def test_hubs_left_out_leave_other_shares_as_they_were():
+    graph, _, _ = draw()
+    hub = graph.edges["source"].astype(str).iloc[0]
+    without = leave_out(graph, [hub])
+    stays = ((graph.edges["source"] != hub) & (graph.edges["target"] != hub)).to_numpy()
+    assert np.allclose(share_weights(without), share_weights(graph)[stays]) and len(without.nodes) == len(graph.nodes)
+    assert np.allclose(share_weights(leave_out(without, ["m3/95"])), share_weights(leave_out(graph, [hub, "m3/95"])))
+    with pytest.raises(ValueError, match="kinds are feature"): leave_out(graph, ["const"])
+
+
+def test_what_can_not_be_cut_is_refused():
+    graph, _, _ = draw(3, 4, 2, 12)
+    one, empty = make_graph([], [], np.zeros(0), [0]), Graph(graph.nodes.iloc[:0], graph.edges.iloc[:0].astype({"source": str, "target": str}), graph.meta)
+    zero, unknown = (Graph(graph.nodes, graph.edges.assign(abs_weight=0.0), graph.meta), Graph(graph.nodes.assign(frequency=np.nan), graph.edges, graph.meta))
+    active = sp.csr_array(np.ones((30, 12)))
+    for run, words in [
+        (lambda: find_communities(one), "got 0 edges"), (lambda: find_communities(empty), "got 0 edges"), (lambda: find_communities(zero), "is not zero, got"), (lambda: judge_communities(zero), "is not zero, got"), (lambda: find_communities(unknown), "must be finite"),
+        (lambda: Graph(graph.nodes, graph.edges.assign(abs_weight=np.nan), graph.meta), "must be finite"), (lambda: find_communities(graph, resolution=-1), "above 0"), (lambda: find_communities(graph, resolution=np.inf), "finite"), (lambda: find_communities(graph, n_seeds=0), "n_seeds"),
+        (lambda: find_communities(graph, "joint"), "compare_patterns makes it"), (lambda: find_communities(graph, likeness=active), "with no other"), (lambda: find_communities(graph, "joint", likeness=active), "row and a column for each of the 12"),
+        (lambda: find_communities(graph, "activation", likeness=sp.csr_array((12, 12))), "no two nodes"), (lambda: profile_resolutions(graph, resolutions=(1, 1)), "must rise"), (lambda: nest_communities(graph, resolutions=()), "must rise"), (lambda: nest_communities(graph, resolutions=(0, 1)), "above 0"),
+        (lambda: compare_patterns(active, "pearson"), "measure must be"), (lambda: compare_patterns(active, least=0), "least above 0"), (lambda: compare_patterns(0 * active), "node that is active"), (lambda: compare_patterns(active * np.nan), "finite"),
+    ]:
+        with pytest.raises(ValueError, match=words): run()
+
+
+def test_parts_without_an_edge_between_them_are_no_trouble():
+    graph = make_graph([0, 2, 4], [1, 3, 5], np.ones(3), [0, 1] * 3 + [0])
+    for run in (lambda: find_communities(graph, "signed"), lambda: find_communities(graph, "cpm", resolution=0.1), lambda: find_communities(graph, n_seeds=3), lambda: nest_communities(graph)):
+        member = run().nodes["community"].to_numpy()
+        assert member[6] == -1 and len(set(member[[0, 2, 4]])) == 3 and (member[[0, 2, 4]] == member[[1, 3, 5]]).all()

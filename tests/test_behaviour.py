@@ -1,0 +1,231 @@
+"""Cuts against the model run by hand, two circuits told apart, controls against what they must match, tests against their definitions."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+import torch
+from sklearn.metrics import adjusted_mutual_info_score
+
+from circuitgraph.ablate import run_ablated
+from circuitgraph.behaviour import behaviour_task, check_behaviours, class_behaviours, community_edges, cut_losses, draw_controls, locate_behaviours, loss_behaviours, match_behaviours, next_loss, summarise_matches, task_behaviours
+from circuitgraph.build import build_graph, complete_graph
+from circuitgraph.community import compare_patterns, find_communities, leave_out, levels_of, profile_resolutions, read_patterns, share_weights
+from circuitgraph.graph import Graph
+from circuitgraph.model import load_model, tiny_model
+from circuitgraph.task import Task
+from feature_oracles import all_dictionaries, every_edge
+from known_features import two_circuits
+from oracles import random_tokens
+
+
+@pytest.fixture(scope="module")
+def known():
+    return two_circuits()
+
+
+@pytest.fixture(scope="module")
+def graph(known):
+    return build_graph(known.model, known.tokens, known.dictionaries, keep=None, skip_first=0, progress=False).threshold(1e-9, "abs_weight")
+
+
+@pytest.fixture(scope="module")
+def found(graph):
+    return find_communities(leave_out(graph, ["embed", "logits", "error"]), "layered", resolution=0.25)
+
+
+def score(known, graph):
+    member = graph.nodes.set_index("name")["community"]
+    circuits = pd.Series({feature: name for name, features in known.circuits.items() for feature in features})
+    return adjusted_mutual_info_score(circuits, member[circuits.index])
+
+
+# The model of two circuits
+
+
+def test_the_model_does_what_it_is_built_for(known, graph):
+    loss = next_loss(known.model(known.tokens).detach(), known.tokens)
+    assert all(loss[mask].max() < 1e-3 for mask in known.behaviours.values())
+    true = known.find(graph, 0.004)
+    assert {tuple(map(str, row)) for row in true.edges[["source", "target", "port"]].itertuples(index=False)} == known.edges
+    rest = next_loss(run_ablated(known.model, true, known.tokens, value="zero", dictionaries=known.dictionaries), known.tokens)
+    must_close = known.behaviours["counting"].clone()
+    must_close[:, :-1] &= known.tokens[:, 1:] == 8
+    assert (rest[known.behaviours["copying"]] < 1e-3).all() and (rest[known.behaviours["counting"] & ~must_close] < 1e-3).all()
+    assert np.allclose(rest[must_close], np.log(2), atol=1e-3)  # the edge that keeps "must open" silent has no weight where that is active, and is not drawn: both brackets are expected
+
+
+def test_communities_are_the_circuits(known, graph, found):
+    profile = profile_resolutions(leave_out(graph, ["embed", "logits", "error"]), "layered", (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 1.0))
+    assert set(profile.loc[profile["plateau"], "communities"]) == {2.0} and score(known, found) == 1
+    bare = leave_out(graph, ["embed", "logits", "error"])
+    likeness = compare_patterns(read_patterns(known.model, bare, known.tokens, known.dictionaries, skip_first=0, progress=False))
+    for method in ("activation", "joint"): assert score(known, find_communities(bare, method, resolution=0.25, likeness=likeness)) == 1, method
+
+
+def test_the_matrix_is_diagonal(known, found):
+    table = match_behaviours(known.model, found, known.tokens, known.behaviours, value="zero", dictionaries=known.dictionaries, n_controls=39, n_permutations=99, progress=False)
+    assert np.allclose(table["effect"].unstack(), np.log(9) * np.eye(2), atol=1e-3) and np.allclose(table["sufficiency"].unstack(), np.eye(2), atol=1e-3) and np.allclose(table["necessity"].unstack(), np.eye(2), atol=1e-3)
+    assert table[table["best"]].index.tolist() == [(0, "copying"), (1, "counting")]
+    assert np.allclose(table["selectivity"].unstack(), 2 * np.eye(2) - 1, atol=1e-3)
+    assert ((table["p_corrected"] < 0.06) == table["best"]).all() and (table["z"].isna() | (table["z"] * np.where(table["best"], 1, -1) > 3)).all()
+    assert summarise_matches(table, p=0.06).tolist() == [1.0, 1.0, 4, 2]
+
+
+def test_mixed_communities_are_not_said_to_serve_one_behaviour(known, found):
+    """Half of each circuit in each community: both hit both."""
+    rows = {name: i % 2 for features in known.circuits.values() for i, name in enumerate(sorted(features, key=lambda f: f[3:]))}
+    mixed = Graph(found.nodes.assign(community=found.nodes["name"].map(rows).fillna(-1).astype(int)), found.edges, found.meta)
+    table = match_behaviours(known.model, mixed, known.tokens, known.behaviours, edges="touching", value="zero", dictionaries=known.dictionaries, n_controls=9, n_permutations=9, progress=False)
+    assert (table["effect"] > 1).all() and table["selectivity"].abs().max() < 0.3 and summarise_matches(table)["communities that serve one behaviour"] == 0
+
+
+def test_from_behaviour_to_community(known, found):
+    needs = {}
+    for name, mask in known.behaviours.items():
+        weighed = build_graph(known.model, behaviour_task(known.tokens, mask, name), known.dictionaries, target="metric", keep=None, progress=False)
+        needs[name] = weighed.threshold(0.05 * weighed.edges["weight"].abs().max())
+    table = locate_behaviours(found, needs)
+    assert (table["nodes"].unstack().to_numpy() > 0).tolist() == [[True, False], [False, True]] and ((table["p_corrected"] < 0.05) == (table["nodes"] > 0)).all()
+    member = found.nodes["community"].to_numpy()
+    row, used = table.loc["counting", 1], int(table.loc["counting", "nodes"].sum())
+    assert np.isclose(row["p"], sum(scipy.stats.hypergeom.pmf(k, (member >= 0).sum(), (member == 1).sum(), used) for k in range(int(row["nodes"]), used + 1)))
+    with pytest.raises(ValueError, match="touch none"): locate_behaviours(found, {"nothing": found.keep([])})
+
+
+def test_sequences_without_effect_change_no_weight_of_a_metric(known):
+    """Thirty sequences in which the behaviour does not occur, before those in which it does."""
+    mask = known.behaviours["counting"]
+    some, every = (build_graph(known.model, behaviour_task(tokens, where), known.dictionaries, target="metric", keep=None, progress=False) for tokens, where in ((known.tokens[30:], mask[30:]), (known.tokens, mask)))
+    one, two = (pd.Series(g.edges["weight"].to_numpy(), g.edge_names) for g in (some, every))
+    one, two = one.align(two, fill_value=0)
+    assert len(one) > 5 and one.abs().max() > 1e-4 and np.allclose(one, two, atol=1e-12)
+
+
+# Cuts
+
+
+@pytest.mark.parametrize("value", ["zero", "mean", "resample"])
+def test_cuts_at_module_grain_are_those_of_run_ablated(value):
+    model = tiny_model("llama")
+    tokens, graph = random_tokens(model, 5, 9), complete_graph(model)
+    cuts = np.random.default_rng(0).random((3, len(graph))) < 0.2
+    rise = cut_losses(model, graph, tokens, cuts, value=value, seed=3, progress=False)
+    own = next_loss(model(tokens), tokens)
+    for cut, found in zip(cuts, rise, strict=True):
+        expected = next_loss(run_ablated(model, graph.keep(~cut), tokens, value=value, seed=3), tokens) - own
+        assert np.allclose(found, expected.detach().numpy(), atol=2e-5, equal_nan=True) and np.isnan(found[:, -1]).all() and np.abs(found[:, :-1]).max() > 1e-3
+
+
+def test_cuts_at_feature_grain_are_those_of_run_ablated():
+    model = tiny_model("llama")
+    tokens, dictionaries = random_tokens(model, 4, 8), all_dictionaries(model)
+    graph, options = every_edge(model, tokens, dictionaries), {"value": "zero", "dictionaries": dictionaries}
+    cuts = np.random.default_rng(0).random((2, len(graph))) < 0.3
+    rise, own = cut_losses(model, graph, tokens, cuts, progress=False, batch_size=3, **options), next_loss(model(tokens), tokens)
+    for cut, found in zip(cuts, rise, strict=True):
+        expected = next_loss(run_ablated(model, graph.keep(~cut), tokens, **options), tokens) - own
+        assert np.allclose(found, expected.detach().numpy(), atol=2e-5, equal_nan=True) and np.abs(found[:, :-1]).max() > 1e-2
+    assert np.nanmax(np.abs(cut_losses(model, graph, tokens, np.zeros((1, len(graph)), dtype=bool), progress=False, **options))) == 0
+
+
+# Controls
+
+
+def test_controls_match_what_they_can():
+    model = tiny_model("gpt2")
+    tokens, dictionaries = random_tokens(model, 4, 8), all_dictionaries(model)
+    graph = build_graph(model, tokens, dictionaries, progress=False)
+    member = np.random.default_rng(0).integers(6, size=len(graph.nodes))
+    graph = Graph(graph.nodes.assign(community=member), graph.edges, graph.meta)
+    own, level, size = community_edges(graph)[0], levels_of(graph), np.log(share_weights(graph) + 1e-12)
+    controls = draw_controls(graph, 0, 30)
+    block = pd.Series(level[graph.edges["source"].cat.codes]) * 1_000 + level[graph.edges["target"].cat.codes] * 10 + graph.edges["port"].cat.codes
+    assert (controls == draw_controls(graph, 0, 30)).all() and len(np.unique(controls, axis=0)) > 25 and not (controls & own).any()
+    wanted, room = block[own].value_counts(), block[~own].value_counts()
+    for control in controls: assert (block[control].value_counts().reindex(wanted.index, fill_value=0) == np.minimum(wanted, room.reindex(wanted.index, fill_value=0))).all() and set(block[control]) <= set(wanted.index)
+    at_random = np.abs(size[~own].mean() - size[own].mean())
+    assert np.mean([np.abs(size[control].mean() - size[own].mean()) for control in controls]) < max(0.5 * at_random, 0.3)
+    near = np.mean([np.sum([(member[graph.edges[end].cat.codes[control]] == 0).mean() for end in ("source", "target")]) for control in controls])
+    assert near < np.mean([(member[graph.edges[end].cat.codes[~own]] == 0).mean() for end in ("source", "target")]) * 2 + 0.2
+
+
+def test_edges_of_communities_by_definition(found):
+    member = found.nodes.set_index("name")["community"]
+    source, target = (member[found.edges[end].astype(str)].to_numpy() for end in ("source", "target"))
+    for c in (0, 1):
+        assert (community_edges(found)[c] == ((source == c) & (target == c))).all() and (community_edges(found, "touching")[c] == ((source == c) | (target == c))).all()
+
+
+def test_a_control_is_no_worse_than_what_it_controls():
+    """Random communities of a random model: p-values are about uniform, so that few are small."""
+    model = tiny_model("llama")
+    tokens, graph = random_tokens(model, 6, 10), build_graph(tiny_model("llama"), random_tokens(model, 6, 10), "head", progress=False)
+    masks = {"even": torch.zeros_like(tokens, dtype=torch.bool), "odd": torch.zeros_like(tokens, dtype=torch.bool)}
+    masks["even"][:, 2:-1:2], masks["odd"][:, 1:-1:2] = True, True
+    p = []
+    for seed in range(4):
+        member = np.random.default_rng(seed).integers(3, size=len(graph.nodes))
+        p.append(match_behaviours(model, Graph(graph.nodes.assign(community=member), graph.edges, graph.meta), tokens, masks, n_controls=19, n_permutations=19, seed=seed, progress=False)["p"])
+    assert (pd.concat(p) <= 0.05).mean() < 0.2 and pd.concat(p).between(0, 1).all()
+
+
+# Behaviours
+
+
+def test_tasks_become_one_text():
+    one = Task(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[1, 2, 3], [4, 5, 6]]), answers=torch.tensor([[7, 8], [9, -1]]), metric="ce", lengths=torch.tensor([2, 3]))
+    other = Task(torch.tensor([[1, 1, 1, 1]]), torch.tensor([[1, 1, 1, 2]]), answers=torch.tensor([[3]]), metric="ce")
+    tokens, behaviours = task_behaviours({"one": one, "other": other})
+    assert tokens.tolist() == [[1, 2, 7, 7, 7], [4, 5, 6, 9, 9], [1, 1, 1, 1, 3]]
+    assert {name: mask.nonzero().tolist() for name, mask in behaviours.items()} == {"one": [[0, 1], [1, 2]], "other": [[2, 3]]}
+    with pytest.raises(ValueError, match="must have answers"): task_behaviours({"none": Task(one.clean, one.corrupted, metric=lambda logits: logits[:, 0, 0])})
+    with pytest.raises(ValueError, match="at least one task"): task_behaviours({})
+
+
+def test_classes_of_next_tokens():
+    model = load_model("smollm2-135m")
+    text = "The cat sat, in 1987.\nParis has unbelievableness"
+    tokens = torch.tensor([model.tokenizer(text).input_ids])
+    words = [model.tokenizer.decode([t]) for t in tokens[0].tolist()]
+    found = class_behaviours(model, tokens)
+    said = {name: [words[i + 1] for i in mask[0].nonzero()[:, 0].tolist()] for name, mask in found.items()}
+    assert said["newline"] == ["\n"] and said["punctuation"] == [",", "."] and set("1987") == set(said["digit"]) and said["capital"] == ["Paris"] and " cat" in said["word"] and all(not w[0].isspace() for w in said["inside of a word"])
+    assert sum(mask.sum() for mask in found.values()) == tokens.numel() - 1
+
+
+def test_clusters_of_losses_are_disjoint_and_tell_circuits_apart(known):
+    found = loss_behaviours(known.model, known.tokens, 4, skip_first=0)
+    total = sum(mask.int() for mask in found.values())
+    assert (total[:, :-1] == 1).all() and (total[:, -1] == 0).all() and list(found) == [f"loss {i}" for i in range(len(found))]
+    label = sum(mask.int() * i for i, mask in enumerate(found.values()))
+    sure = known.behaviours["copying"] | known.behaviours["counting"]
+    assert adjusted_mutual_info_score(sure[:, :-1].flatten(), label[:, :-1].flatten()) > 0.5
+    with pytest.raises(ValueError, match="n must lie"): loss_behaviours(known.model, known.tokens[:1], 9, skip_first=0)
+
+
+def test_behaviours_may_overlap_and_are_refused_where_they_can_not_be_measured(known, found):
+    copying, empty = known.behaviours["copying"], torch.zeros_like(known.tokens, dtype=torch.bool)
+    both = known.behaviours | {"either": copying | known.behaviours["counting"]}
+    table = match_behaviours(known.model, found, known.tokens, both, value="zero", dictionaries=known.dictionaries, n_controls=3, n_permutations=3, progress=False)
+    share = copying.sum().item() / both["either"].sum().item()
+    assert np.allclose(table["effect"].unstack()["either"], np.log(9) * np.array([share, 1 - share]), atol=1e-3)
+    at_the_end = empty.clone()
+    at_the_end[:, -1] = True
+    for given, words in [({}, "at least one"), ({"none": empty}, "'none' is empty"), ({"end": at_the_end}, "'end' is empty"), ({"a": copying, "b": copying}, "has the positions of 'a'"), ({"a": copying[:3]}, "shape"), ({"a": copying.int()}, "bool tensor"), ({"a": [True]}, "list")]:
+        with pytest.raises(ValueError, match=words): check_behaviours(given, known.tokens)
+    first = empty.clone()
+    first[:, 0] = True
+    with pytest.raises(ValueError, match="is empty"): check_behaviours({"first": first}, known.tokens, skip_first=1)
+
+
+def test_refusals(known, graph, found):
+    options = {"value": "zero", "dictionaries": known.dictionaries, "progress": False}
+    apart = Graph(found.nodes.assign(community=np.arange(len(found.nodes))), found.edges, found.meta)
+    for run, words in [
+        (lambda: match_behaviours(known.model, graph, known.tokens, known.behaviours, **options), "find_communities first"), (lambda: match_behaviours(known.model, apart, known.tokens, known.behaviours, **options), "nothing can be cut"),
+        (lambda: match_behaviours(known.model, found, known.tokens[:1], {"a": known.behaviours["copying"][:1]}, **options), "two sequences"), (lambda: match_behaviours(known.model, found, known.tokens, known.behaviours, n_controls=0, **options), "n_controls"),
+        (lambda: community_edges(found, "all"), "edges must be"), (lambda: draw_controls(found, -1), "community must lie"), (lambda: cut_losses(known.model, found, known.tokens, np.zeros((1, 3), dtype=bool), **options), "cuts must be bool"),
+        (lambda: cut_losses(known.model, found, known.tokens, np.zeros((1, len(found))), **options), "cuts must be bool"), (lambda: class_behaviours(known.model, known.tokens), "tokenizer"), (lambda: cut_losses(tiny_model("llama"), found, known.tokens, community_edges(found), **options), "graph"),
+    ]:
+        with pytest.raises(ValueError, match=words): run()
