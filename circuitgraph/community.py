@@ -354,14 +354,21 @@ def _keys(links: _Links, null: str) -> list[np.ndarray]:
     return [links.source, links.target, (links.level[links.source] * n + links.level[links.target]) * (int(links.port.max()) + 1) + links.port if n else np.zeros_like(links.port)]
 
 
-def _rewired(links: _Links, null: str, draw: np.random.Generator, n_tries: int = 100) -> tuple[_Links, np.ndarray]:
-    "Edges with targets at random, and what their weights were multiplied by."
+def _rows(links: _Links, rows: np.ndarray) -> _Links:
+    "Some of the edges."
+    return links._replace(**{name: getattr(links, name)[rows] for name in ("weight", "sign", "source", "target", "port")})
+
+
+def _rewired(links: _Links, null: str, draw: np.random.Generator, n_tries: int = 100) -> tuple[_Links, np.ndarray, np.ndarray]:
+    "Edges with targets at random, which edges they were (without those whose pair has another still, under the layered null), and what their weights were multiplied by."
     keys = _keys(links, null)
     totals = [np.bincount(key, links.weight) for key in keys]
     source, target = _shuffle(links.source, links.target, keys[2], draw, n_tries)
-    other = links._replace(source=source, target=target)
-    factor = _balance(links.weight, _keys(other, null), totals)
-    return other._replace(weight=links.weight * factor), factor
+    twice = pd.DataFrame({"block": keys[2], "source": source, "target": target}).duplicated().to_numpy() & (null == "layered")
+    rows = np.flatnonzero(~twice)
+    other = _rows(links._replace(source=source, target=target), rows)
+    factor = _balance(other.weight, _keys(other, null), totals)
+    return other._replace(weight=other.weight * factor), rows, factor
 
 
 def rewire(
@@ -372,12 +379,13 @@ def rewire(
     by: str = "abs_weight",  # the weight whose sums are kept: "share", "weight", "abs_weight" or "rms_weight"; all are multiplied by the same factor
 ) -> Graph:
     "As many edges between the same levels, each source with as many and as much as before and each target too, otherwise at random. Pairs that can't be told apart after `n_tries` rounds are left out; sums are kept to 1e-4 where the edges allow it."
-    edges, names = graph.edges, graph.nodes["name"]
-    links, factor = _rewired(_take(graph, by), "layered", np.random.default_rng(seed), n_tries)
+    names = graph.nodes["name"]
+    links, rows, factor = _rewired(_take(graph, by), "layered", np.random.default_rng(seed), n_tries)
+    edges = graph.edges.iloc[rows]
     scaled = {column: edges[column].to_numpy() * factor for column in ("weight", "abs_weight", "rms_weight")}
     ends = {end: pd.Categorical.from_codes(getattr(links, end), names) for end in ("source", "target")}
     made = edges.assign(**ends, **scaled)
-    return Graph(graph.nodes, made.loc[~made.duplicated(["source", "target", "port"])], graph.meta | {"history": [*graph.meta["history"], f"rewired within levels, seed {seed}"]})
+    return Graph(graph.nodes, made, graph.meta | {"history": [*graph.meta["history"], f"rewired within levels, seed {seed}"]})
 
 # %% ../nbs/11_community.ipynb #02c225a7
 def _judge(own: Sequence[float], chance: Sequence[float], found: Sequence[np.ndarray]) -> pd.Series:
@@ -580,7 +588,7 @@ def nest_communities(
     for k, resolution in enumerate(resolutions):
         _check_search(method, resolution, None, len(member))
         inside = member[links.source] == member[links.target]
-        kept = links._replace(**{name: getattr(links, name)[inside] for name in ("weight", "sign", "source", "target", "port")})
+        kept = _rows(links, np.flatnonzero(inside))
         if kept.weight.any(): member = _rank(_partition(kept, method, resolution, seed), touched)
         found[f"community_{k}"] = member
     return Graph(graph.nodes.assign(**found, community=member), graph.edges, graph.meta | {"history": [*graph.meta["history"], f"communities: {method}, {weight}, nested at resolutions {', '.join(f'{r:g}' for r in resolutions)}, seed {seed}"]})
@@ -621,8 +629,8 @@ def confirm_communities(
     member, chance = search(one, seed), []
     within, expected, excess = _stand_out(two, member, null, resolution)
     for s in range(n_null):
-        a = _rewired(one, null, np.random.default_rng(seed + s))[0]
-        b = two._replace(source=a.source, target=a.target)
+        a, rows, _ = _rewired(one, null, np.random.default_rng(seed + s))
+        b = _rows(two, rows)._replace(source=a.source, target=a.target)
         b = b._replace(weight=b.weight * _balance(b.weight, _keys(b, null), [np.bincount(key, two.weight) for key in _keys(two, null)]))
         chance.append(_stand_out(b, search(a, seed), null, resolution)[2].max())
     total = two.weight.sum()
