@@ -21,6 +21,7 @@ from circuitgraph.ablate import ablation_curve
 from circuitgraph.baseline import patch_edges
 from circuitgraph.build import build_graph
 from circuitgraph.cli import app
+from circuitgraph.community import find_communities
 from circuitgraph.data import load_corpus
 from circuitgraph.dictionary import Gate, LinearDictionary, save_dictionary
 from circuitgraph.graph import Graph
@@ -183,6 +184,20 @@ def test_evaluate_is_the_curve_and_refuses_in_one_line(tmp_path, embedded):
     curve = ablation_curve(embedded, graph, tokens, [50, 200], value="zero", method="greedy", seed=1, progress=False)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "curve.csv"), curve, check_dtype=False)
     for options, words in {("--task", "sums"): "source must be one of ioi", ("--value", "corrupted"): "needs a Task", ("--n-edges", "-1"): "n must lie in", ("--method", "best"): "method must be", ("--out", str(tmp_path / "no" / "c.csv")): "a folder that exists"}.items():
+        wrong = run(*options)
+        assert wrong.exit_code == 2 and words in wrong.stderr.splitlines()[-1] and "Traceback" not in wrong.stderr, wrong.output
+
+
+def test_communities_are_those_of_the_function(tmp_path):
+    graph = build_graph(tiny_model("llama"), random_tokens(tiny_model("llama"), 2, 8, 0), "head", progress=False)
+    graph.save(tmp_path / "g")
+    run = lambda *options: CliRunner().invoke(app, ["communities", str(tmp_path / "g"), "--n-null", "3", *options])  # noqa: E731
+    done = run("--method", "leiden", "--resolution", "1.2", "--seed", "4", "--out", str(tmp_path / "cut"))
+    assert done.exit_code == 0, done.output
+    cut = find_communities(graph, "leiden", resolution=1.2, seed=4)
+    assert Graph.load(tmp_path / "cut").nodes["community"].tolist() == cut.nodes["community"].tolist()
+    assert f"{cut.nodes['community'].max() + 1} communities" in done.stdout and "quality" in done.stdout
+    for options, words in {("--method", "best"): "method must be", ("--resolution", "0"): "resolution must be", ("--n-null", "1"): "n_null", ("--out", str(tmp_path / "no" / "g")): "a folder that exists"}.items():
         wrong = run(*options)
         assert wrong.exit_code == 2 and words in wrong.stderr.splitlines()[-1] and "Traceback" not in wrong.stderr, wrong.output
 
