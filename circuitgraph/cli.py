@@ -256,7 +256,7 @@ def communities(
         if out is not None: cut.save(out)
         sizes = cut.nodes["community"][cut.nodes["community"] >= 0].value_counts()
         typer.echo(f"{len(sizes)} communities, nodes: {', '.join(map(str, sizes.head(20)))}{', ...' if len(sizes) > 20 else ''}")
-        typer.echo(judge_communities(cut, method, resolution=resolution, n_null=n_null, seed=seed).to_string(float_format="{:.3f}".format))
+        typer.echo(judge_communities(cut, method, resolution=resolution, n_null=n_null, seed=seed).round(3).to_string())
         if out is not None: typer.echo(f"wrote {out}")
 
 
