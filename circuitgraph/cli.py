@@ -188,7 +188,7 @@ def compare_methods(
     out: Annotated[Path, typer.Option(help="A CSV file; the same command goes on where it stopped.")],
     model: Annotated[str, typer.Option(help="smollm2-135m (embedded), a name TransformerLens knows, or a Hugging Face folder.")] = "smollm2-135m",
     tasks: Annotated[str, typer.Option(help="Names of tasks, with commas; `text` is the corpus.")] = "ioi,greater-than,agreement",
-    methods: Annotated[str | None, typer.Option(help="Names of methods, with semicolons; by default those that need no run for each edge, and for features all.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Names of methods, with semicolons; by default those that need no run for each edge or module, and for features all.")] = None,
     nodes: Annotated[str, typer.Option(help="Grain: block, layer or head; or a folder of dictionaries, for graphs of their features.")] = "head",
     n_edges: Annotated[list[int] | None, typer.Option(help="A budget; may be given several times.")] = None,
     value: Annotated[str, typer.Option(help="What cut edges carry: mean or corrupted.")] = "mean",
@@ -214,7 +214,7 @@ def compare_methods(
         from circuitgraph.task import load_task
         of_features = nodes not in GRAINS and Path(nodes).exists()
         every = list_feature_methods() if of_features else list_methods(value)
-        chosen = [name.strip() for name in methods.split(";")] if methods else [name for name in every if name not in ("exact patching", "ACDC", "occlusion of values")]
+        chosen = [name.strip() for name in methods.split(";")] if methods else [name for name in every if name not in ("exact patching", "ACDC", "EAP-IG, activations", "occlusion of values")]
         if unknown := [name for name in chosen if name not in every]: raise ValueError(f"methods must be among {'; '.join(every)}; got {unknown[0]!r}")
         if not out.parent.is_dir(): raise ValueError(f"out must lie in a folder that exists, got {out}")
         if of_features and exact: raise ValueError("exact goes with block, layer or head grain: leave it out for graphs of features")
