@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Data', 'score_graph', 'random_graph', 'patch_edges', 'patch_ports', 'patch_nodes', 'prune_greedily', 'learn_masks',
-           'trace_flow', 'read_off', 'list_methods', 'score_ranks', 'watch_memory', 'compare_methods']
+           'integrate_masks', 'trace_flow', 'read_off', 'list_methods', 'score_ranks', 'watch_memory',
+           'compare_methods']
 
 # %% ../nbs/10_baseline.ipynb #b180f6d0
 import threading
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from inspect import signature
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,13 @@ def patch_nodes(
     return score_graph(model, nodes, torch.cat(scores).numpy(), name)
 
 # %% ../nbs/10_baseline.ipynb #db9b163c
+def _open_batches(every: Graph, model: Model, data: Tensor | Corpus | Task, value: str, **options: Any) -> tuple[Setting, list[tuple[slice, Tensor]]]:
+    "What searches over masks share: the setting, its batches, and the model's log-probabilities on each."
+    setting = open_setting(model, every, data, value, reference=None, per_position=False, progress=False, dictionaries=None, exact=True, **options)
+    rows = [slice(i, i + setting.batch_size) for i in range(0, len(setting.data.tokens), setting.batch_size)]
+    return setting, [(at, setting.data.model_logp(trace_modules(model, setting.data.tokens[at], "block").reads["logits"], at, model)) for at in rows]
+
+
 def _ask(setting: Setting, rows: slice) -> Callable[[Tensor], Tensor]:
     "What `logits` reads on some rows in the graph of a mask, asked one mask after another."
     asked: deque[Tensor] = deque()
@@ -189,10 +197,9 @@ def prune_greedily(
 ) -> Graph:  # the edges that stayed; their weight is what cutting them would have cost
     "Cut edges from the output backwards while it costs less than a threshold (ACDC). Source: @conmy2023acdc. Raises ValueError as `evaluate` does."
     every = complete_graph(model, nodes)
-    setting = open_setting(model, every, data, value, metric=metric, reference=None, per_position=False, skip_first=skip_first, batch_size=batch_size, seed=seed, progress=False, dictionaries=None, exact=True)
-    batches = [slice(i, i + setting.batch_size) for i in range(0, len(setting.data.tokens), setting.batch_size)]
-    asks, logps = [_ask(setting, rows) for rows in batches], [setting.data.model_logp(trace_modules(model, setting.data.tokens[rows], "block").reads["logits"], rows, model) for rows in batches]
-    def cost(mask: Tensor) -> float: return -float(torch.cat([setting.data.score(ask(mask), logp, rows, model)["metric"] for ask, logp, rows in zip(asks, logps, batches, strict=True)]).mean())
+    setting, batches = _open_batches(every, model, data, value, metric=metric, skip_first=skip_first, batch_size=batch_size, seed=seed)
+    asks = [_ask(setting, rows) for rows, _ in batches]
+    def cost(mask: Tensor) -> float: return -float(torch.cat([setting.data.score(ask(mask), logp, rows, model)["metric"] for ask, (rows, logp) in zip(asks, batches, strict=True)]).mean())
     kept, rise, source, target = torch.ones(len(every), dtype=model.dtype, device=model.device), np.zeros(len(every)), every.edges["source"].cat.codes.to_numpy(), every.edges["target"].cat.codes.to_numpy()
     heard, now = np.zeros(len(every.nodes), dtype=int), cost(kept.clone())
     heard[-1] = 1
@@ -207,6 +214,12 @@ def prune_greedily(
     return score_graph(model, nodes, rise, f"ACDC, threshold {threshold:g}").keep((kept != 0).cpu().numpy())
 
 # %% ../nbs/10_baseline.ipynb #62c59d9b
+def _score_mask(setting: Setting, mask: Float[Tensor, " edge"], rows: slice, logp: Tensor) -> Float[Tensor, " prompt"]:
+    "The metric of a batch in the graph of a mask, with its gradient."
+    stream = next(run_masks(setting.model, setting.grain, [mask], setting.data.tokens[rows], setting.ablation, rows))
+    return setting.data.score(stream, logp, rows, setting.model)["metric"]
+
+
 def learn_masks(
     model: Model,
     data: Int[Tensor, "seq pos"] | Corpus | Task,
@@ -224,24 +237,49 @@ def learn_masks(
 ) -> Graph:
     "Learn which edges to keep by gradient descent on their masks; the score is the probability that a mask is open. Source: @bhaskar2024edge. Raises ValueError as `evaluate` does."
     every = complete_graph(model, nodes)
-    setting = open_setting(model, every, data, value, metric=metric, reference=None, per_position=False, skip_first=skip_first, batch_size=batch_size, seed=seed, progress=False, dictionaries=None, exact=True)
+    with torch.no_grad(): setting, batches = _open_batches(every, model, data, value, metric=metric, skip_first=skip_first, batch_size=batch_size, seed=seed)
     theta, draw = torch.full((len(every),), 3.0, requires_grad=True), torch.Generator().manual_seed(seed)
     adam, low, high, heat = torch.optim.Adam([theta], lr), -0.1, 1.1, 2 / 3
     def is_open(theta: Tensor) -> Tensor: return (theta - heat * float(np.log(-low / high))).sigmoid()
-    batches = [slice(i, i + setting.batch_size) for i in range(0, len(setting.data.tokens), setting.batch_size)]
-    with torch.no_grad(): logps = [setting.data.model_logp(trace_modules(model, setting.data.tokens[rows], "block").reads["logits"], rows, model) for rows in batches]
     for _ in tqdm(range(n_steps), desc="masks", unit="step", disable=not progress):
-        i = int(torch.randint(len(batches), (), generator=draw))
+        rows, logp = batches[int(torch.randint(len(batches), (), generator=draw))]
         noise = torch.rand(len(every), generator=draw).clamp(1e-6, 1 - 1e-6)
         with torch.enable_grad():
             mask = (((noise.logit() + theta) / heat).sigmoid() * (high - low) + low).clamp(0, 1).to(model.W_U)
-            stream = next(run_masks(model, nodes, [mask], setting.data.tokens[batches[i]], setting.ablation, batches[i]))
-            score = setting.data.score(stream, logps[i], batches[i], model)["metric"].mean()
-            loss = -score + price * is_open(theta).mean()
+            loss = price * is_open(theta).mean() - _score_mask(setting, mask, rows, logp).mean()
         adam.zero_grad()
         loss.backward()
         adam.step()
     return score_graph(model, nodes, is_open(theta.detach().double()).numpy(), "edge pruning")
+
+# %% ../nbs/10_baseline.ipynb #e22d8581
+@torch.no_grad()
+def integrate_masks(
+    model: Model,
+    data: Int[Tensor, "seq pos"] | Corpus | Task,
+    nodes: str = "head",  # grain: "block", "layer" or "head"
+    *,
+    n_steps: int = 8,  # points of the path, or masks drawn
+    path: str = "line",  # "line", all masks together from zero to one (Gauss-Legendre), or "drawn", each by itself
+    value: str = "corrupted",  # what a cut edge carries, as in `evaluate`
+    metric: str | None = None,
+    skip_first: int = 1,
+    batch_size: int | None = None,
+    seed: int = 0,  # of masks that are drawn
+    progress: bool = True,
+) -> Graph:
+    "The gradient of the metric by each edge's mask, averaged along a path of masks. Sources: @sundararajan2017ig, @li2024optimal. Raises ValueError for an unknown path, and as `evaluate` does."
+    if path not in ("line", "drawn"): raise ValueError(f"path must be 'line' or 'drawn', got {path!r}")
+    if n_steps < 1: raise ValueError(f"n_steps must be at least 1, got {n_steps}")
+    every, draw = complete_graph(model, nodes), torch.Generator().manual_seed(seed)
+    setting, batches = _open_batches(every, model, data, value, metric=metric, skip_first=skip_first, batch_size=batch_size, seed=seed)
+    at, weights = np.polynomial.legendre.leggauss(n_steps)
+    steps = [(torch.full((len(every),), (1 + t) / 2), w / 2) for t, w in zip(at, weights, strict=True)] if path == "line" else [(torch.rand(len(every), generator=draw), 1 / n_steps) for _ in range(n_steps)]
+    scores = torch.zeros(len(every), dtype=torch.float64)
+    for (mask, weight), (rows, logp) in tqdm(list(product(steps, batches)), desc="masks", unit="step", disable=not progress):
+        with torch.enable_grad(): grad = torch.autograd.grad(_score_mask(setting, z := mask.to(model.W_U).requires_grad_(), rows, logp).sum(), z)[0]
+        scores += weight * grad.double().cpu() / len(setting.data.tokens)
+    return score_graph(model, nodes, scores.numpy(), f"gradients along masks, {path}")
 
 # %% ../nbs/10_baseline.ipynb #7264a9b8
 def _shares(parts: Float[Tensor, "batch pos part d_model"], whole: Float[Tensor, "batch pos d_model"], proximity: str, eps: float) -> Float[Tensor, "batch pos part"]:
@@ -340,7 +378,7 @@ def list_methods(
         "exact patching": partial(patch_edges, value=value), "EAP": eap(attribution="eap"), "EAP-IG": eap(attribution="eap-ig"), "EAP-IG, activations": eap(attribution="eap-ig-activations"), "RelP": eap(attribution="relp"),
         "guided backprop": eap(attribution="guided-backprop"), "LRP": metric(attribution="lrp"), "GradCAM": metric(attribution="gradcam"), "guided GradCAM": metric(attribution="guided-gradcam"),
         "AtP": atp(exact_softmax=False, grad_drop=False), "AtP, exact softmax": atp(grad_drop=False), "AtP*": atp(),
-        "ACDC": partial(prune_greedily, value=value), "edge pruning": partial(learn_masks, value=value), "flow": by_text(trace_flow), "flow, no checkpoints": by_text(trace_flow, checkpoints=False),
+        "ACDC": partial(prune_greedily, value=value), "mask IG": partial(integrate_masks, value=value), "mask IG, drawn": partial(integrate_masks, value=value, path="drawn", n_steps=32), "edge pruning": partial(learn_masks, value=value), "flow": by_text(trace_flow), "flow, no checkpoints": by_text(trace_flow, checkpoints=False),
         "IG of values": by_text(build_graph, skip_first=0), "gradient of values": by_text(build_graph, attribution="gradient", skip_first=0), "guided IG of values": by_text(build_graph, attribution="guided-ig", skip_first=0), "LRP of values": by_text(build_graph, attribution="lrp", skip_first=0), "occlusion of values": by_text(build_graph, attribution="occlusion", skip_first=0),
         "random": lambda model, data, nodes, progress, seed=0: random_graph(model, nodes, seed),  # noqa: ARG005  (the shape of all)
     }

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from circuitgraph.ablate import run_ablated
-from circuitgraph.baseline import compare_methods, learn_masks, list_methods, patch_edges, patch_nodes, patch_ports, prune_greedily, random_graph, read_off, score_graph, trace_flow
+from circuitgraph.ablate import run_ablated, run_masks, set_ablation
+from circuitgraph.baseline import compare_methods, integrate_masks, learn_masks, list_methods, patch_edges, patch_nodes, patch_ports, prune_greedily, random_graph, read_off, score_graph, trace_flow
 from circuitgraph.build import build_graph, complete_graph, list_edges
 from circuitgraph.dictionary import visit_modules
 from circuitgraph.feature_general import final_gradients, score_task, write_gradients
@@ -186,6 +186,32 @@ def test_masks_are_learned_and_drawn_by_their_seed(name):
     assert few[0].equals(few[1]) and not few[0].equals(few[2])
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox"])
+@pytest.mark.parametrize("value", ["corrupted", "mean"])
+def test_gradients_along_masks_sum_to_what_the_whole_graph_is_worth(name, value):
+    model = tiny_model(name, dtype=torch.float64)
+    task, every = make_task(model), complete_graph(model, "head")
+    found = integrate_masks(model, task, value=value, n_steps=24, batch_size=2, progress=False).edges["weight"]
+    with torch.no_grad(): own, none = (float(score_task(model, task, score_stream(model, every, task, value, mask)).mean()) for mask in (1.0, 0.0))
+    assert abs(own - none) > 1e-2 and np.isclose(found.sum(), own - none, rtol=1e-3)
+    point = torch.full((len(every),), 0.5, dtype=torch.float64, requires_grad=True)
+    wanted = torch.autograd.grad(score_task(model, task, score_stream(model, every, task, value, point)).mean(), point)[0]
+    assert np.allclose(integrate_masks(model, task, value=value, n_steps=1, progress=False).edges["weight"], wanted, rtol=1e-9, atol=1e-12)
+
+
+def score_stream(model, every, task, value, masks):
+    "What `logits` reads in the graph of some masks."
+    masks = masks if torch.is_tensor(masks) else torch.full((len(every),), masks, dtype=torch.float64)
+    setting = set_ablation(model, "head", task.clean, value, corrupted=task.corrupted if value == "corrupted" else None, progress=False)
+    return next(run_masks(model, "head", [masks], task.clean, setting, slice(None)))
+
+
+def test_drawn_masks_follow_their_seed():
+    model = tiny_model("llama", dtype=torch.float64)
+    one, same, other = (integrate_masks(model, make_task(model), path="drawn", n_steps=3, seed=s, progress=False).edges["weight"] for s in (0, 0, 1))
+    assert one.equals(same) and not one.equals(other)
+
+
 @torch.no_grad()
 def test_reading_off():
     known = KNOWN["chain"]()
@@ -204,7 +230,7 @@ def test_refusals():
         (lambda: build_graph(model, task, "neuron", target="metric"), "grain must be"), (lambda: build_graph(model, replace(task, metric="accuracy"), "head", target="metric"), "a step"),
         (lambda: patch_nodes(model, task, "block"), "must be 'layer' or 'head'"), (lambda: patch_nodes(model, task, value="zero"), "value must be"),
         (lambda: trace_flow(model, text, proximity="l2"), "proximity must be"), (lambda: trace_flow(model, text, eps=0), "eps must be"), (lambda: trace_flow(model, text, skip_first=6), "skip_first must lie"),
-        (lambda: prune_greedily(model, text, progress=False), "needs a Task"), (lambda: learn_masks(model, task, metric="loss"), "metric must be"), (lambda: score_graph(model, "head", np.full(len(list_edges(model)), np.nan), "none"), "must be finite"),
+        (lambda: prune_greedily(model, text, progress=False), "needs a Task"), (lambda: integrate_masks(model, task, path="loop"), "path"), (lambda: integrate_masks(model, task, n_steps=0), "n_steps"), (lambda: learn_masks(model, task, metric="loss"), "metric must be"), (lambda: score_graph(model, "head", np.full(len(list_edges(model)), np.nan), "none"), "must be finite"),
         (lambda: random_graph(model, "neuron"), "grain must be"),
     ]:
         with pytest.raises(ValueError, match=words): run()
