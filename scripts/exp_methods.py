@@ -14,10 +14,10 @@ from pathlib import Path
 from circuitgraph.cli import compare_methods
 
 ROOT = Path(__file__).resolve().parent.parent
-FAST = "EAP;EAP-IG;RelP;LRP;guided backprop;GradCAM;AtP;AtP, exact softmax;AtP*;flow;flow, no checkpoints;IG of values;gradient of values;random"
+FAST = "EAP;EAP-IG;mask IG;RelP;LRP;guided backprop;GradCAM;AtP;AtP, exact softmax;AtP*;flow;flow, no checkpoints;IG of values;gradient of values;random"
 PARTS = {
     "head": {"n_edges": [100, 300, 1_000, 3_000, 10_000, 30_000], "methods": FAST},
-    "layer": {"nodes": "layer", "n_edges": [10, 30, 100, 300, 1_000, 3_000], "methods": f"{FAST};ACDC;edge pruning", "exact": ROOT / "graphs/exact"},
+    "layer": {"nodes": "layer", "n_edges": [10, 30, 100, 300, 1_000, 3_000], "methods": f"{FAST};mask IG, drawn;ACDC;edge pruning", "exact": ROOT / "graphs/exact"},
     "feature": {"n_edges": [300, 1_000, 3_000, 10_000], "methods": "IG of values;metric;patch-free circuit;random"},
 }
 
