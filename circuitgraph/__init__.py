@@ -17,7 +17,7 @@ _STAGES = {
     "build": ("build_graph", "complete_graph"),
     "prompt": ("add_influence", "prune_by_influence", "save_attribution_graph", "score_prompt"),
     "ablate": ("Evaluation", "ablation_curve", "compare_curves", "evaluate", "minimality", "run_ablated"),
-    "baseline": ("compare_methods", "learn_masks", "list_methods", "patch_edges", "patch_nodes", "prune_greedily", "random_graph", "read_off", "score_ranks", "trace_flow"),
+    "baseline": ("compare_methods", "integrate_masks", "learn_masks", "list_methods", "patch_edges", "patch_nodes", "prune_greedily", "random_graph", "read_off", "score_ranks", "trace_flow"),
     "feature_baseline": ("ablate_circuit_nodes", "find_feature_circuit", "list_feature_methods", "random_features", "trace_contributions", "weigh_interactions"),
     "community": ("compare_patterns", "confirm_communities", "consensus", "find_communities", "judge_communities", "judge_patterns", "leave_out", "nest_communities", "profile_resolutions", "quality", "read_patterns", "rewire", "share_weights", "shuffle_patterns"),
     "behaviour": ("behaviour_task", "class_behaviours", "draw_controls", "locate_behaviours", "loss_behaviours", "match_behaviours", "summarise_matches", "task_behaviours"),
@@ -30,7 +30,7 @@ __all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from .ablate import Evaluation, ablation_curve, compare_curves, evaluate, minimality, run_ablated
-    from .baseline import compare_methods, learn_masks, list_methods, patch_edges, patch_nodes, prune_greedily, random_graph, read_off, score_ranks, trace_flow
+    from .baseline import compare_methods, integrate_masks, learn_masks, list_methods, patch_edges, patch_nodes, prune_greedily, random_graph, read_off, score_ranks, trace_flow
     from .behaviour import behaviour_task, class_behaviours, draw_controls, locate_behaviours, loss_behaviours, match_behaviours, summarise_matches, task_behaviours
     from .build import build_graph, complete_graph
     from .community import compare_patterns, confirm_communities, consensus, find_communities, judge_communities, judge_patterns, leave_out, nest_communities, profile_resolutions, quality, read_patterns, rewire, share_weights, shuffle_patterns
