@@ -375,7 +375,7 @@ def compare_groupings(
     own = {name: community_edges(graph, options.get("edges", "inside")).any(1) for name, graph in groupings.items()}
     if not any(cut.any() for cut in own.values()): raise ValueError("groupings must hold one at least whose groups have edges: nothing can be cut")
     tables = {name: match_behaviours(model, graph, tokens, behaviours, **options) for name, graph in groupings.items() if own[name].any()}
-    rows = {name: {"groups": len(cut), "groups with edges": cut.sum(), "nodes": (communities_of(groupings[name]) >= 0).sum(), **(summarise_matches(tables[name]) if name in tables else {})} for name, cut in own.items()}
+    rows = {name: {"groups": cut.size, "groups with edges": cut.sum(), "nodes": (communities_of(groupings[name]) >= 0).sum(), **(summarise_matches(tables[name]) if name in tables else {})} for name, cut in own.items()}
     return pd.DataFrame(rows).T, pd.concat(tables, names=["grouping"])
 
 # %% ../nbs/11_behaviour.ipynb #d668a5f0
