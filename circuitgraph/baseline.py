@@ -163,6 +163,14 @@ def patch_nodes(
     return score_graph(model, nodes, torch.cat(scores).numpy(), name)
 
 # %% ../nbs/10_baseline.ipynb #db9b163c
+@torch.no_grad()
+def _open_search(model: Model, every: Graph, data: Tensor | Corpus | Task, value: str, **options: Any) -> tuple[Setting, list[slice], list[Tensor]]:
+    "What masks are tried on, in batches, and what the model itself predicts there."
+    setting = open_setting(model, every, data, value, reference=None, per_position=False, progress=False, dictionaries=None, exact=True, **options)
+    batches = [slice(i, i + setting.batch_size) for i in range(0, len(setting.data.tokens), setting.batch_size)]
+    return setting, batches, [setting.data.model_logp(trace_modules(model, setting.data.tokens[rows], "block").reads["logits"], rows, model) for rows in batches]
+
+
 def _ask(setting: Setting, rows: slice) -> Callable[[Tensor], Tensor]:
     "What `logits` reads on some rows in the graph of a mask, asked one mask after another."
     asked: deque[Tensor] = deque()
@@ -189,9 +197,8 @@ def prune_greedily(
 ) -> Graph:  # the edges that stayed; their weight is what cutting them would have cost
     "Cut edges from the output backwards while it costs less than a threshold (ACDC). Source: @conmy2023acdc. Raises ValueError as `evaluate` does."
     every = complete_graph(model, nodes)
-    setting = open_setting(model, every, data, value, metric=metric, reference=None, per_position=False, skip_first=skip_first, batch_size=batch_size, seed=seed, progress=False, dictionaries=None, exact=True)
-    batches = [slice(i, i + setting.batch_size) for i in range(0, len(setting.data.tokens), setting.batch_size)]
-    asks, logps = [_ask(setting, rows) for rows in batches], [setting.data.model_logp(trace_modules(model, setting.data.tokens[rows], "block").reads["logits"], rows, model) for rows in batches]
+    setting, batches, logps = _open_search(model, every, data, value, metric=metric, skip_first=skip_first, batch_size=batch_size, seed=seed)
+    asks = [_ask(setting, rows) for rows in batches]
     def cost(mask: Tensor) -> float: return -float(torch.cat([setting.data.score(ask(mask), logp, rows, model)["metric"] for ask, logp, rows in zip(asks, logps, batches, strict=True)]).mean())
     kept, rise, source, target = torch.ones(len(every), dtype=model.dtype, device=model.device), np.zeros(len(every)), every.edges["source"].cat.codes.to_numpy(), every.edges["target"].cat.codes.to_numpy()
     heard, now = np.zeros(len(every.nodes), dtype=int), cost(kept.clone())
@@ -224,12 +231,10 @@ def learn_masks(
 ) -> Graph:
     "Learn which edges to keep by gradient descent on their masks; the score is the probability that a mask is open. Source: @bhaskar2024edge. Raises ValueError as `evaluate` does."
     every = complete_graph(model, nodes)
-    setting = open_setting(model, every, data, value, metric=metric, reference=None, per_position=False, skip_first=skip_first, batch_size=batch_size, seed=seed, progress=False, dictionaries=None, exact=True)
+    setting, batches, logps = _open_search(model, every, data, value, metric=metric, skip_first=skip_first, batch_size=batch_size, seed=seed)
     theta, draw = torch.full((len(every),), 3.0, requires_grad=True), torch.Generator().manual_seed(seed)
     adam, low, high, heat = torch.optim.Adam([theta], lr), -0.1, 1.1, 2 / 3
     def is_open(theta: Tensor) -> Tensor: return (theta - heat * float(np.log(-low / high))).sigmoid()
-    batches = [slice(i, i + setting.batch_size) for i in range(0, len(setting.data.tokens), setting.batch_size)]
-    with torch.no_grad(): logps = [setting.data.model_logp(trace_modules(model, setting.data.tokens[rows], "block").reads["logits"], rows, model) for rows in batches]
     for _ in tqdm(range(n_steps), desc="masks", unit="step", disable=not progress):
         i = int(torch.randint(len(batches), (), generator=draw))
         noise = torch.rand(len(every), generator=draw).clamp(1e-6, 1 - 1e-6)
