@@ -21,6 +21,7 @@ from circuitgraph.model import (
     MLP,
     Attention,
     Model,
+    Norm,
     Reader,
     Trace,
     apply_norm,
@@ -112,6 +113,11 @@ def _project_back(model: Model, layer: int, grads: tuple[Tensor, Tensor, Tensor]
     return norm_vjp(model.layers[layer].ln1, out, scale[:, :, None, None], None if x is None else x[:, :, None, None])
 
 
+def _norm_start(norm: Norm, x: Tensor, x0: Tensor | None, scale: Tensor) -> Tensor:
+    "The normed input where a path starts, at the clean scale; from zero, one position stands for all."
+    return apply_norm(norm, torch.zeros_like(x[:1, :1]), scale[:1, :1]) if x0 is None else apply_norm(norm, x0, scale)
+
+
 def _left_vector(model: Model, layer: int, c: Tensor, post_scale: Tensor | None, live: tuple[Tensor, Tensor] | None = None) -> Tensor:
     "The left vector `[batch pos head|1 d_model]` pulled back to z, through the norm after attention if there is one: at its clean scale, or `live` at (z, clean z)."
     attn, post = model.layers[layer].attn, model.layers[layer].ln1_post
@@ -143,8 +149,7 @@ def attention_gradients(
     zero = torch.zeros_like(u)
     if rule.pattern == "frozen":  # linear in v, whatever the path
         return _project_back(model, layer, (zero, zero, attention_pattern(attn, clean[0], clean[1], mask)[0].mT @ u), scale, None)
-    h0 = apply_norm(ln1, torch.zeros_like(x[:1, :1]), scale[:1, :1]) if x0 is None else apply_norm(ln1, x0, scale)
-    base = project_qkv(model, layer, h0, n_pos)
+    base = project_qkv(model, layer, _norm_start(ln1, x, x0, scale), n_pos)
     d_q, d_k, d_v = zero, zero.clone(), zero.clone()
     for alpha, weight in rule.steps:  # q, k and v are affine in the step: projected twice, not once a step
         q, k, v = (torch.lerp(start.expand_as(end), end, alpha) for start, end in zip(base, clean, strict=True))
@@ -249,8 +254,7 @@ def mlp_gradients(
     mlp, ln2, post = get_mlp(model, layer), model.layers[layer].ln2, model.layers[layer].ln2_post
     if rule.norm == "live" and x0 is not None: return _live_mlp_gradients(model, layer, x, x0, c, rule)
     scale = norm_scale(ln2, x)
-    h0 = apply_norm(ln2, torch.zeros_like(x[:1, :1]), scale[:1, :1]) if x0 is None else apply_norm(ln2, x0, scale)
-    clean, base = preactivations(mlp, apply_norm(ln2, x, scale)), preactivations(mlp, h0)
+    clean, base = (preactivations(mlp, h) for h in (apply_norm(ln2, x, scale), _norm_start(ln2, x, x0, scale)))
     t = (c if post_scale is None else norm_vjp(post, c, post_scale)) @ mlp.W_out
     back = mlp_vjp(mlp, clean, t) if rule.attribution != "ig" else [t * slope for slope in mlp_slopes(mlp, base, clean, rule)]
     return norm_vjp(ln2, _mlp_back(mlp, back), scale)

@@ -164,6 +164,7 @@ def patch_nodes(
     return score_graph(model, nodes, torch.cat(scores).numpy(), name)
 
 # %% ../nbs/10_baseline.ipynb #db9b163c
+@torch.no_grad()
 def _open_batches(every: Graph, model: Model, data: Tensor | Corpus | Task, value: str, **options: Any) -> tuple[Setting, list[tuple[slice, Tensor]]]:
     "What searches over masks share: the setting, its batches, and the model's log-probabilities on each."
     setting = open_setting(model, every, data, value, reference=None, per_position=False, progress=False, dictionaries=None, exact=True, **options)
@@ -237,7 +238,7 @@ def learn_masks(
 ) -> Graph:
     "Learn which edges to keep by gradient descent on their masks; the score is the probability that a mask is open. Source: @bhaskar2024edge. Raises ValueError as `evaluate` does."
     every = complete_graph(model, nodes)
-    with torch.no_grad(): setting, batches = _open_batches(every, model, data, value, metric=metric, skip_first=skip_first, batch_size=batch_size, seed=seed)
+    setting, batches = _open_batches(every, model, data, value, metric=metric, skip_first=skip_first, batch_size=batch_size, seed=seed)
     theta, draw = torch.full((len(every),), 3.0, requires_grad=True), torch.Generator().manual_seed(seed)
     adam, low, high, heat = torch.optim.Adam([theta], lr), -0.1, 1.1, 2 / 3
     def is_open(theta: Tensor) -> Tensor: return (theta - heat * float(np.log(-low / high))).sigmoid()

@@ -13,7 +13,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -274,11 +274,13 @@ def visit_modules(
     visit: Callable[[str, int, dict[str, Tensor]], Tensor | None],  # called with "a", "m" or "b", the layer, and what stands at the module by place; may return another output
     n_layers: int | None = None,  # layers to run; by default all
     start: tuple[int, Float[Tensor, "batch pos d_model"]] | None = None,  # a layer to begin at and the residual stream before it; by default the embeddings
+    past: Sequence[Float[Tensor, "batch past d_model"]] | None = None,  # the stream before each layer at positions before those of `start`, which are looked at and not run
 ) -> Float[Tensor, "batch pos d_model"]:  # residual stream after the last layer
     "Run a model module by module and look at, or change, what each writes."
     first, x = start or (0, torch.stack(list(embed_tokens(model, tokens).values())).sum(0))
     for i, layer in list(enumerate(model.layers[:n_layers]))[first:]:
-        before, z = x, run_attention(model, i, x, x, x)
+        before, seen = x, x if past is None else torch.cat([past[i], x], 1)
+        z = run_attention(model, i, x, seen, seen)
         out = _write_attention(model, i, z)
         x = before + _visit(visit, "a", i, _Places(layer.ln1, before, out, before, {"heads": lambda i=i, z=z: write_heads(model, i, z)[0], "z": lambda z=z: z.transpose(1, 2).flatten(2)}))
         if layer.mlp is not None:

@@ -286,21 +286,21 @@ def attention_pattern(
 def run_attention(
     model: Model,
     layer: int,
-    x_q: Float[Tensor, "batch pos *head d_model"],  # residual stream at port q
+    x_q: Float[Tensor, "batch query *head d_model"],  # residual stream at port q, of all positions or the last ones
     x_k: Float[Tensor, "batch pos *head d_model"],  # at port k
     x_v: Float[Tensor, "batch pos *head d_model"],  # at port v
     *,
     scale: Float[Tensor, "batch pos *one"] | None = None,  # frozen scale of the norm; live by default
-    pattern: Float[Tensor, "batch head pos pos"] | None = None,  # frozen pattern; then q and k are not read
-) -> Float[Tensor, "batch head pos d_head"]:  # z
+    pattern: Float[Tensor, "batch head query pos"] | None = None,  # frozen pattern; then q and k are not read
+) -> Float[Tensor, "batch head query d_head"]:  # z
     "Each head's mix of values, as a function of its three ports."
-    attn, n_pos = model.layers[layer].attn, x_v.shape[1]
+    attn, n_pos, first = model.layers[layer].attn, x_v.shape[1], x_v.shape[1] - x_q.shape[1]
     project = lambda x, weight, bias: _project_normed(model.layers[layer].ln1, x, scale, weight, bias, model.n_heads)  # noqa: E731
     v = project(x_v, attn.W_V, attn.b_V)
     if pattern is not None: return pattern @ v
-    tables = rotary_tables(model, n_pos, layer)
-    q, k = (rotate(project(x, weight, bias), *tables, attn.rotary) for x, weight, bias in ((x_q, attn.W_Q, attn.b_Q), (x_k, attn.W_K, attn.b_K)))
-    pattern, _ = attention_pattern(attn, q, k, attention_mask(attn, n_pos, q.device))
+    cos, sin = rotary_tables(model, n_pos, layer)
+    q, k = rotate(project(x_q, attn.W_Q, attn.b_Q), cos[first:], sin[first:], attn.rotary), rotate(project(x_k, attn.W_K, attn.b_K), cos, sin, attn.rotary)
+    pattern, _ = attention_pattern(attn, q, k, attention_mask(attn, n_pos, q.device)[first:])
     return pattern.detach() @ v if attn.held else pass_share(pattern @ v, attn.share)
 
 # %% ../nbs/02_model.ipynb #0c81e8bd

@@ -209,8 +209,9 @@ def explain_reader(
 ) -> Float[Tensor, "batch pos name_port d_model"]:
     "What takes the place of the gradient of a reader's value at its ports, under any rule but occlusion."
     if rule.attribution == "guided-ig": return guided_gradients(model, reader, trace, x0, tokens, rule)
-    grad = reader_gradients(change_backward(model, rule), reader, trace, x0, tokens, rule)
-    return apply_map(rule, reader_gradients(model, reader, trace, x0, tokens, rule), grad, trace.reads[reader.module]) if "gradcam" in rule.attribution else grad
+    gradients = lambda model: reader_gradients(model, reader, trace, x0, tokens, rule)  # noqa: E731
+    grad = gradients(change_backward(model, rule))
+    return apply_map(rule, gradients(model), grad, trace.reads[reader.module]) if "gradcam" in rule.attribution else grad
 
 
 def weigh_reader(
@@ -253,6 +254,9 @@ def sequence_values(
         return reader_values(readings[n], enter(ports), ports[-1].flatten(0, 1)).unflatten(0, (n, len(x)))
     return values
 
+
+def _list_ports(module: str) -> tuple[str, ...]: return ("mlp", "in") if module.startswith("m") else ("q", "k", "v", "in")
+
 # %% ../nbs/07_relevance.ipynb #39e085f7
 def sequence_gradients(
     model: Model,
@@ -292,7 +296,7 @@ def _sum_pull(model: Model, module: str, dictionary: Dictionary | None, x: Tenso
 @torch.no_grad()
 def _guided_sequence(model: Model, module: str, dictionary: Dictionary | None, x: Tensor, features: Tensor | None, own: Tensor, rule: Rule) -> dict[str, Tensor]:
     "Gradients of sums over a sequence, averaged along each reader's guided path, by port `[pos reader d_model]`."
-    values, names, shape = sequence_values(model, module, dictionary, x, features, rule), ("mlp", "in") if module.startswith("m") else ("q", "k", "v", "in"), (len(own), *x.shape)
+    values, names, shape = sequence_values(model, module, dictionary, x, features, rule), _list_ports(module), (len(own), *x.shape)
     to_rows = lambda t: t.flatten(0, 1) if module.startswith("m") else t.flatten(1)  # noqa: E731
     def gradients(rows: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -313,7 +317,7 @@ def occlude_sequence(
     rule: Rule,
 ) -> dict[str, Float[Tensor, "writer pos reader"]]:  # by port
     "By how much the values of features fall when a contribution is taken out of a sequence, @eq-occlusion."
-    names = ("mlp", "in") if module.startswith("m") else ("q", "k", "v", "in")
+    names = _list_ports(module)
     values, moves = sequence_values(model, module, dictionary, x, None if dictionary is None else index[:, :-1], rule), list_moves(names, rule)
     found = occlude(values, [x[None]] * len(names), list(moves.values()), contributions[:, None])
     return dict(zip(moves, found[:, :, 0], strict=True))

@@ -6,7 +6,7 @@
 
 Each part writes nbs/results/methods_PART.csv, a method at a time; a second run does what is missing. One task at a time with --tasks.
 
-CPU time, reckoned from runs on 2 to 8 prompts: `head` 4 minutes a task and seed with 10 prompts, 25 minutes for text; `layer` 40 minutes a task and seed with 10 prompts (exact patching and ACDC 15 each, a run of 0.25 s for each of 3,691 edges; 200 steps of masks 8), for text four times that; `feature`, with two dictionaries, 3 minutes a task and seed. Learned masks between heads (14 s a step) and sparse feature circuits (no end after 160 s on 2 prompts) are left out; --methods names them."""
+CPU time, reckoned from runs on 2 to 8 prompts: `head` 4 minutes a task and seed with 10 prompts, 25 minutes for text; `layer` 40 minutes a task and seed with 10 prompts (exact patching and ACDC 15 each, a run of 0.25 s for each of 3,691 edges; 200 steps of masks 8), for text four times that; `feature`, with two dictionaries, 3 minutes a task and seed, and for sparse feature circuits, with eight dictionaries and 10 prompts, 72 s (agreement) to 138 s (ioi) more. Learned masks between heads (14 s a step) are left out; --methods names them."""
 
 import argparse
 from pathlib import Path
@@ -18,7 +18,7 @@ FAST = "EAP;EAP-IG;mask IG;RelP;LRP;guided backprop;GradCAM;AtP;AtP, exact softm
 PARTS = {
     "head": {"n_edges": [100, 300, 1_000, 3_000, 10_000, 30_000], "methods": FAST},
     "layer": {"nodes": "layer", "n_edges": [10, 30, 100, 300, 1_000, 3_000], "methods": f"{FAST};mask IG, drawn;ACDC;edge pruning", "exact": ROOT / "graphs/exact"},
-    "feature": {"n_edges": [300, 1_000, 3_000, 10_000], "methods": "IG of values;metric;patch-free circuit;random"},
+    "feature": {"n_edges": [300, 1_000, 3_000, 10_000], "methods": "IG of values;metric;sparse feature circuit;patch-free circuit;random"},
 }
 
 

@@ -177,7 +177,7 @@ def test_flow_by_hand():
         assert all(np.isclose(into[w], s) for w, s in wanted.items())
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", ["induction", "chain", "brackets", "gates"])
 def test_masks_are_learned_and_drawn_by_their_seed(name):
     known = KNOWN[name]()
     graph = learn_masks(known.model, known.task, value="mean", progress=False)

@@ -1,6 +1,7 @@
 """The build stage against slow, direct definitions, on every architecture, grain, baseline and option."""
 
 import itertools
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -13,13 +14,14 @@ from oracles import autograd_weights, random_tokens, reader_values
 
 pytestmark = pytest.mark.filterwarnings("ignore", "error:::circuitgraph")  # transformers and TransformerLens warn while they boot a model; what this package causes is an error
 
+tiny = lru_cache(tiny_model)  # making one takes longer than most tests
 SETUPS = [("zero", "frozen", "live"), ("zero", "frozen", "frozen"), ("corrupted", "frozen", "live"), ("corrupted", "live", "live"), ("mean", "live", "frozen"), ("mean", "frozen", "live")]
 
 
 def every_reader(name, grain, setup, attribution, n_steps, n_seq=2):
     """Reader by reader: the fast weights, and what the definitions need."""
     baseline, norm, pattern = setup
-    model = tiny_model(name)
+    model = tiny(name)
     tokens, rule = random_tokens(model, n_seq), Rule(attribution, n_steps, baseline, norm, pattern)
     trace = trace_modules(model, tokens, grain)
     base = {"zero": lambda: None, "corrupted": lambda: trace_modules(model, random_tokens(model, n_seq, seed=2), grain), "mean": lambda: trace_mean(model, tokens, grain, progress=False)}[baseline]()
@@ -70,7 +72,7 @@ def test_completeness_error_shrinks_with_steps():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["gpt2", "llama", "attention-only", "no-norm"])
 def test_weights_into_logits_are_direct_logit_attribution(name):
-    model = tiny_model(name)
+    model = tiny(name)
     tokens = random_tokens(model)
     graph = build_graph(model, tokens, progress=False)
     trace = trace_modules(model, tokens)
@@ -88,7 +90,7 @@ def test_weights_into_logits_are_direct_logit_attribution(name):
 
 
 def test_merged_ports_are_the_sum_of_split_ports():
-    model = tiny_model("llama")
+    model = tiny("llama")
     tokens = random_tokens(model)
     for grain in ("layer", "head"):
         split = build_graph(model, tokens, grain, progress=False).edges.groupby(["source", "target"], observed=True)["weight"].sum()
@@ -99,7 +101,7 @@ def test_merged_ports_are_the_sum_of_split_ports():
 
 @pytest.mark.parametrize("baseline", ["zero", "mean", "corrupted"])
 def test_batches_and_resume_give_the_same_bits(tmp_path, baseline, monkeypatch):
-    model = tiny_model("llama", dtype=torch.float32)
+    model = tiny("llama", dtype=torch.float32)
     tokens, other = random_tokens(model, 7), random_tokens(model, 7, seed=5)
     options = {"baseline": baseline, "corrupted": other if baseline == "corrupted" else None, "batch_size": 2, "progress": False}
     whole = build_graph(model, tokens, checkpoint=tmp_path / "whole", **options)
@@ -120,7 +122,7 @@ def test_batches_and_resume_give_the_same_bits(tmp_path, baseline, monkeypatch):
 
 
 def test_damaged_checkpoint_is_refused(tmp_path):
-    model = tiny_model("llama", dtype=torch.float32)
+    model = tiny("llama", dtype=torch.float32)
     tokens = random_tokens(model)
     build_graph(model, tokens, checkpoint=tmp_path, progress=False)
     path = tmp_path / "partial.safetensors"
@@ -130,21 +132,21 @@ def test_damaged_checkpoint_is_refused(tmp_path):
 
 @pytest.mark.parametrize("grain, ports", list(itertools.product(GRAINS, ("split", "merged"))))
 def test_complete_graph_has_the_edges_of_a_built_one(grain, ports):
-    model = tiny_model("gpt2")
+    model = tiny("gpt2")
     every = complete_graph(model, grain, ports=ports)
     built = build_graph(model, random_tokens(model), grain, ports=ports, progress=False)
     assert every.edge_names == built.edge_names and (every.edges["weight"] == 1).all()
 
 
 def test_the_number_of_edges():
-    model = tiny_model("llama")
+    model = tiny("llama")
     edges = list_edges(model, "head")
     # embed, 4 heads, m0, 4 heads, m1: 12 ports read 1, m0 reads 5, 12 ports read 6, m1 reads 10, logits read 11
     assert len(edges) == 12 * 1 + 5 + 12 * 6 + 10 + 11
 
 
 def bad(**options):
-    model = tiny_model("llama", dtype=torch.float32)
+    model = tiny("llama", dtype=torch.float32)
     tokens = options.pop("tokens", random_tokens(model))
     return lambda: build_graph(options.pop("model", model), tokens, progress=False, **options)
 

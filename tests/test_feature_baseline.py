@@ -22,8 +22,9 @@ from known_features import KNOWN_FEATURES
 from oracles import head_by_hand, mlp_by_hand, norm_by_hand, random_tokens, walk_by_hand
 
 
-def make_task(model, n=3, n_pos=5):
-    return Task(random_tokens(model, n, n_pos), random_tokens(model, n, n_pos, seed=7), answers=torch.arange(n)[:, None] + 3, wrong=torch.arange(n)[:, None] + 13)
+def make_task(model, n=3, n_pos=5, same=0):
+    clean, corrupted = random_tokens(model, n, n_pos), random_tokens(model, n, n_pos, seed=7)
+    return Task(clean, torch.cat([clean[:, :same], corrupted[:, same:]], 1), answers=torch.arange(n)[:, None] + 3, wrong=torch.arange(n)[:, None] + 13)
 
 
 def score(model, task, final):
@@ -137,8 +138,9 @@ def stream_edges(model, streams=True):
 @pytest.mark.parametrize("baseline", ["corrupted", "zero"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "gemma2"])
 def test_a_circuit_of_modules_is_its_plain_loop(name, baseline):
+    """Pairs that begin alike: what stands before they differ is not run."""
     model = tiny_model(name)
-    task, dictionaries = make_task(model), all_dictionaries(model, gate="relu")
+    task, dictionaries = make_task(model, same=2), all_dictionaries(model, gate="relu")
     del dictionaries["a1"]
     dictionaries["m0"] = replace(draw(model, "m0", "normed", "relu"), W_skip=None)
     graph = find_feature_circuit(model, task, dictionaries, baseline=baseline, threshold=0.0, batch_size=2, progress=False)
@@ -155,6 +157,15 @@ def test_a_circuit_of_streams_is_its_plain_loop(name):
     assert_circuit(graph, effects, weights | last)
     some = find_feature_circuit(model, task, dictionaries, threshold=0.0, progress=False)
     assert len(some) > len(graph)  # thresholds cut readers
+
+
+def test_a_metric_of_ones_own_is_the_one_with_a_name():
+    """And batches of prompts, or points of the path one by one, are all together."""
+    model = tiny_model("gpt2")
+    task, dictionaries = make_task(model, same=1), all_dictionaries(model, gate="relu")
+    own = replace(task, metric=lambda logits: logits[:, -1].gather(1, task.answers)[:, 0] - logits[:, -1].gather(1, task.wrong)[:, 0])
+    named, *others = (find_feature_circuit(model, t, dictionaries, threshold=0.0, batch_size=size, progress=False) for t, size in ((task, None), (own, None), (own, 4), (task, 2)))
+    assert all(graph.edge_names == named.edge_names and np.allclose(graph.edges["weight"], named.edges["weight"], rtol=1e-9, atol=1e-12) for graph in others)
 
 
 def test_without_error_edges_only_those_are_gone():
@@ -410,7 +421,7 @@ def test_bad_input_is_refused():
     values = build_graph(model, task.clean, dictionaries, progress=False)
     for run, words in [
         (lambda: find_feature_circuit(model, task, dictionaries, baseline="mean"), "baseline must be 'corrupted' or 'zero', got 'mean'"), (lambda: find_feature_circuit(model, task, dictionaries, threshold=-1), "threshold must be at least 0"),
-        (lambda: find_feature_circuit(model, task, dictionaries, n_steps=0), "n_steps must be at least 1"), (lambda: find_feature_circuit(model, task, {"m1": mid}), "name its module 'b1'"),
+        (lambda: find_feature_circuit(model, replace(task, corrupted=task.clean), dictionaries), "corrupted prompts must differ"), (lambda: find_feature_circuit(model, task, dictionaries, n_steps=0), "n_steps must be at least 1"), (lambda: find_feature_circuit(model, task, {"m1": mid}), "name its module 'b1'"),
         (lambda: find_feature_circuit(model, task, {"b0": replace(stream, reads="output")}), "'b0' reads 'stream'"), (lambda: find_feature_circuit(model, task, {"a0.h1": draw(model, "a0.h1")}), "whole modules, got one of the head 'a0.h1'"),
         (lambda: find_feature_circuit(model, replace(task, metric="accuracy"), dictionaries), "metric must be one of"), (lambda: find_feature_circuit(model, replace(task, clean=task.clean + 100), dictionaries), "clean"),
         (lambda: trace_contributions(model, task, {"b0": stream}), "leave out b0"), (lambda: trace_contributions(model, task, dictionaries, threshold=float("nan")), "threshold must be at least 0"),
