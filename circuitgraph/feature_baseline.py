@@ -153,7 +153,7 @@ def pull_decoder(
 ) -> Float[Tensor, "reader place pos feature"]:
     "Gradients at a part's features."
     if part.dictionary is None or not len(some): return grads[..., :0]
-    if part.straight: return grads @ part.structure.W_dec[some].mT
+    if part.structure is not None and part.structure.W_dec is not None: return grads @ part.structure.W_dec[some].mT
     with torch.enable_grad(): out = part.dictionary.decode(at := acts.detach().requires_grad_())
     return torch.autograd.grad(out, at, grads, is_grads_batched=True)[0][..., some]
 

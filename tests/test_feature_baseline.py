@@ -10,7 +10,7 @@ from circuitgraph.ablate import ablation_curve
 from circuitgraph.attribution import Rule
 from circuitgraph.baseline import patch_edges
 from circuitgraph.build import build_graph
-from circuitgraph.dictionary import Gate, LinearDictionary
+from circuitgraph.dictionary import FunctionDictionary, Gate, LinearDictionary
 from circuitgraph.feature_baseline import ablate_circuit_nodes, find_feature_circuit, list_feature_methods, random_features, trace_contributions, weigh_interactions
 from circuitgraph.feature_general import score_task
 from circuitgraph.model import embed_tokens, list_readers, run_logits, tiny_model
@@ -166,6 +166,16 @@ def test_a_metric_of_ones_own_is_the_one_with_a_name():
     own = replace(task, metric=lambda logits: logits[:, -1].gather(1, task.answers)[:, 0] - logits[:, -1].gather(1, task.wrong)[:, 0])
     named, *others = (find_feature_circuit(model, t, dictionaries, threshold=0.0, batch_size=size, progress=False) for t, size in ((task, None), (own, None), (own, 4), (task, 2)))
     assert all(graph.edge_names == named.edge_names and np.allclose(graph.edges["weight"], named.edges["weight"], rtol=1e-9, atol=1e-12) for graph in others)
+
+
+def test_dictionaries_that_are_functions_give_the_same_circuits():
+    """What is known of a dictionary (its directions, its gate) makes circuits faster, not different."""
+    model = tiny_model("llama")
+    task, dictionaries = make_task(model), all_dictionaries(model, gate="relu")
+    functions = {name: FunctionDictionary(name, d.reads, d.d_dict, d.encode, lambda acts, d=d: d.decode(acts.to(d.W_dec))) for name, d in dictionaries.items()}
+    for make in (find_feature_circuit, trace_contributions):
+        known, unknown = (make(model, task, some, threshold=0.0, progress=False) for some in (dictionaries, functions))
+        assert known.edge_names == unknown.edge_names and np.allclose(known.edges["weight"], unknown.edges["weight"], rtol=1e-9, atol=1e-12)
 
 
 def test_without_error_edges_only_those_are_gone():
