@@ -5,11 +5,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 from sklearn.metrics import adjusted_mutual_info_score
 
 from circuitgraph.build import build_graph, complete_graph
-from circuitgraph.community import MEASURES, compare_patterns, confirm_communities, consensus, find_communities, judge_communities, judge_patterns, leave_out, levels_of, nest_communities, profile_resolutions, quality, read_patterns, rewire, share_weights, shuffle_patterns
-from circuitgraph.dictionary import read_places
+from circuitgraph.community import MEASURES, cluster_patterns, compare_patterns, confirm_communities, consensus, count_tokens, find_communities, judge_communities, judge_patterns, leave_out, levels_of, nest_communities, other_groupings, profile_resolutions, quality, read_directions, read_patterns, rewire, share_weights, shuffle_patterns
+from circuitgraph.dictionary import FunctionDictionary, LinearDictionary, read_places
 from circuitgraph.graph import Graph
 from circuitgraph.model import tiny_model, trace_modules
 from feature_oracles import all_dictionaries
@@ -85,6 +86,27 @@ def test_no_single_move_improves_what_the_search_returns():
             moved = member.copy()
             moved[i] = c
             assert quality(Graph(graph.nodes.assign(community=moved), graph.edges, graph.meta), weight="abs_weight") < best + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_communities_are_connected_and_nodes_without_an_edge_change_nothing(seed):
+    """Noise, sparse: moves alone leave communities in two parts here now and then."""
+    graph, _, _ = draw(8, 40, 4, 700, within=0.0, seed=seed)
+    member, more = communities(graph, "layered"), Graph(pd.concat([graph.nodes, graph.nodes.iloc[:50].assign(name=[f"m9/{i}" for i in range(50)])], ignore_index=True), graph.edges.astype({"source": str, "target": str}), graph.meta)
+    whole = nx.Graph(zip(graph.edges["source"].cat.codes, graph.edges["target"].cat.codes, strict=True))
+    assert member.max() > 5 and all(nx.is_connected(whole.subgraph(np.flatnonzero(member == c).tolist())) for c in range(member.max() + 1))
+    assert communities(more, "layered").tolist() == [*member, *[-1] * 50]
+
+
+def test_the_constant_potts_model_tells_cliques_of_a_ring_apart_which_modularity_merges():
+    """Thirty cliques of five, one edge from each to the next. By hand: joining neighbours changes modularity by 2 (1 - 22^2 / (2 * 330)) / 660 > 0; at resolution one half the Potts model loses 1 - 25 / 2."""
+    n, size = 30, 5
+    pairs = [(size * c + i, size * c + j) for c in range(n) for i in range(size) for j in range(i + 1, size)] + [tuple(sorted((size * c, (size * c + size + 1) % (n * size)))) for c in range(n)]
+    graph, cliques = make_graph(*np.array(pairs).T, np.ones(len(pairs)), np.zeros(n * size, dtype=int)), np.arange(n * size) // size
+    potts, usual = communities(graph, "cpm", resolution=0.5), communities(graph, "leiden")
+    assert adjusted_mutual_info_score(cliques, potts) == 1 and potts.max() == n - 1
+    assert usual.max() < n - 1 and all(len(set(usual[cliques == c])) == 1 for c in range(n))  # whole cliques, some of them joined
+    assert communities(graph, "cpm", resolution=0.03).max() < n - 1  # below 1 / 25 they are joined here too
 
 
 def test_rewiring_keeps_what_the_null_holds_fixed():
@@ -305,6 +327,98 @@ def test_joint_communities_need_both():
     likeness = compare_patterns(sp.csr_array((generator.random((1_000, n)) < np.where(group % 2 == topic[:, None], 0.3, 0.02)).astype(float)), n_neighbours=20)
     assert adjusted_mutual_info_score(group, communities(graph, "joint", likeness=likeness, resolution=1.2)) > 0.95
     assert adjusted_mutual_info_score(group % 2, communities(graph, "activation", likeness=likeness)) == 1 == adjusted_mutual_info_score(group < 2, communities(graph, "leiden"))
+
+
+# Other ways to group nodes
+
+
+def test_clusters_of_patterns():
+    generator, n = np.random.default_rng(0), 120
+    topic, group = generator.integers(4, size=1_500), np.arange(n) % 4
+    x = (generator.random((1_500, n)) < np.where(group == topic[:, None], 0.3, 0.02)) * generator.exponential(size=(1_500, n))
+    x[:, 7] = 0
+    on = np.arange(n) != 7
+    for method in ("nmf", "cocluster"):
+        found = cluster_patterns(sp.csr_array(x), 4, method, seed=1)
+        assert adjusted_mutual_info_score(group[on], found[on]) > 0.9 and found[7] == -1 and (found == cluster_patterns(sp.csr_array(x), 4, method, seed=1)).all(), method
+        assert cluster_patterns(shuffle_patterns(sp.csr_array(x), 1), 4, method).max() == 3  # in noise as many, for they are asked for
+        scaled = cluster_patterns(sp.csr_array(x * np.where(np.arange(n) % 3, 1, 5)), 4, method)  # nodes in other units
+        assert adjusted_mutual_info_score(group[on], scaled[on]) > 0.9, method
+    for run, words in [(lambda: cluster_patterns(sp.csr_array(x), 4, "kmeans"), "method must be"), (lambda: cluster_patterns(sp.csr_array(x), 120), r"n must lie in \[2, 119\]"), (lambda: cluster_patterns(sp.csr_array(-x), 4), "not negative"), (lambda: cluster_patterns(sp.csr_array(x[:3]), 4), "n must lie")]:
+        with pytest.raises(ValueError, match=words): run()
+
+
+def test_tables_may_be_dense():
+    x = np.random.default_rng(0).normal(size=(30, 12))
+    for measure in MEASURES: assert np.allclose(compare_patterns(x, measure, least=1e-9).toarray(), compare_patterns(sp.csr_array(x), measure, least=1e-9).toarray())
+    with pytest.raises(ValueError, match="finite"): compare_patterns(0 * x)
+
+
+def test_directions_by_definition():
+    model = tiny_model("gpt2")
+    tokens, dictionaries = random_tokens(model, 5, 8), all_dictionaries(model)
+    graph = build_graph(model, tokens, dictionaries, progress=False)
+    found, nodes = read_directions(model, graph, dictionaries=dictionaries), graph.nodes
+    for i, row in nodes.iterrows():
+        if row["kind"] != "feature":
+            assert not found[:, i].any()
+            continue
+        dictionary = dictionaries[row["module"]]
+        alone = torch.eye(dictionary.d_dict, dtype=torch.float64)[row["index"]] * row["mean_activation"]
+        written = (dictionary.decode(alone) - dictionary.decode(0 * alone)).numpy()
+        if np.linalg.norm(written) > 1e-6: assert np.isclose(written @ found[:, i] / np.linalg.norm(written) / np.linalg.norm(found[:, i]), 1, atol=1e-5), row["name"]
+    heads, writes = complete_graph(model), trace_modules(model, tokens, "head").writes.detach().numpy()[:, 1:]
+    mean, row = read_directions(model, heads, tokens, batch_size=2), {name: i for i, name in enumerate(heads.nodes["name"])}
+    assert np.allclose(mean[:, row["a1.h1"]], np.mean([y / np.linalg.norm(y) for y in writes[:, :, list(heads.nodes["name"]).index("a1.h1")].reshape(-1, 16)], axis=0), atol=1e-5)
+    assert not mean[:, [row["const"], row["logits"]]].any()
+    with pytest.raises(ValueError, match="corpus must be given"): read_directions(model, heads)
+    with pytest.raises(ValueError, match="is missing"): read_directions(model, graph, tokens, {})
+
+
+def test_a_decoder_that_is_not_linear_has_directions():
+    model = tiny_model("llama")
+    W = torch.randn(6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens, bent = random_tokens(model, 3, 8), FunctionDictionary("m0", "output", 6, lambda y: y[..., :6].relu(), lambda acts: torch.tanh(acts @ W.to(acts)))
+    graph = build_graph(model, tokens, {"m0": bent}, progress=False)
+    found, mean = read_directions(model, graph, None, {"m0": bent}), graph.nodes["mean_activation"]
+    features = graph.nodes.index[graph.nodes["kind"] == "feature"]
+    assert len(features) and all(np.allclose(found[:, i], np.tanh(mean[i] * W[graph.nodes["index"][i]].numpy()), atol=1e-6) for i in features)
+
+
+def test_sums_by_token():
+    corpus = torch.tensor([[3, 5, 3], [5, 5, 9]])
+    x = np.array([[0, 0], [1, 2], [3, 0], [0, 0], [4, 1], [0, 2.0]])  # the first and the fourth position are idle
+    assert count_tokens(sp.csr_array(x), corpus).toarray().tolist() == [[3, 0], [5, 3], [0, 2]]
+    assert np.allclose(count_tokens(sp.csr_array(x), corpus, excess=True).toarray(), np.array([[3, 0], [5, 3], [0, 2]]) - np.outer([1, 2, 1], [2, 1.25]))
+    with pytest.raises(ValueError, match="6 positions, got 3"): count_tokens(sp.csr_array(x), corpus[:1])
+
+
+def test_other_groupings_of_heads_and_features():
+    model = tiny_model("llama")
+    tokens, toward = random_tokens(model, 8, 12), np.arange(40) % 4
+    generator = torch.Generator().manual_seed(0)
+    axes, random = torch.randn(4, 16, dtype=torch.float64, generator=generator), torch.randn(2, 16, 40, dtype=torch.float64, generator=generator)
+    dictionaries = {name: LinearDictionary(name, "output", random[k, :, :20], axes[toward[20 * k : 20 * k + 20]] + 0.2 * random[k, :, 20:].mT, torch.zeros(20).double(), torch.zeros(16).double()) for k, name in enumerate(("m0", "m1"))}
+    fine = find_communities(leave_out(build_graph(model, tokens, dictionaries, keep=None, progress=False), ["embed", "logits", "error"]), "layered", resolution=1.0)
+    heads = find_communities(leave_out(build_graph(model, tokens, "head", progress=False), ["embed", "logits"]), "layered")
+    for graph, given in ((fine, dictionaries), (heads, None)):
+        others, again = (other_groupings(model, graph, tokens, given, seed=2) for _ in range(2))
+        own = graph.nodes["community"].to_numpy()
+        assert list(others) == ["rewired", "directions", "tokens"] and all(others[name] == again[name] and others[name].edges.equals(graph.edges) for name in others)
+        for name, other in others.items():
+            member = other.nodes["community"].to_numpy()
+            assert (member[own < 0] == -1).all() and set(member[member >= 0]) == set(range(member.max() + 1)) and (name != "rewired" or ((member >= 0) == (own >= 0)).all())
+    on, directions = (fine.nodes["kind"] == "feature").to_numpy(), other_groupings(model, fine, tokens, dictionaries)["directions"].nodes
+    assert adjusted_mutual_info_score(toward[directions["index"][on] + 20 * (directions["module"][on] == "m1")], directions["community"][on]) > 0.9
+    with pytest.raises(ValueError, match="find_communities first"): other_groupings(model, build_graph(model, tokens, "head", progress=False), tokens)
+    with pytest.raises(ValueError, match="is missing"): other_groupings(model, fine, tokens)
+    with pytest.raises(ValueError, match="resolution must be above 0"): other_groupings(model, heads, tokens, resolutions=(0.0,))
+    with pytest.raises(ValueError, match="method must be"): other_groupings(model, heads, tokens, method="louvain")
+
+
+def test_groups_of_rewired_edges_are_not_those_that_were_planted():
+    graph, planted, _ = draw(within=0.85)
+    assert adjusted_mutual_info_score(planted, communities(graph, "layered")) > 0.8 > 0.1 > adjusted_mutual_info_score(planted, communities(rewire(graph, 1), "layered"))
 
 
 # Bad input
