@@ -21,7 +21,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 import circuitgraph.behaviour as behaviour
 from circuitgraph.behaviour import class_behaviours, loss_behaviours, match_behaviours, summarise_matches, task_behaviours
 from circuitgraph.build import build_graph
-from circuitgraph.community import compare_patterns, confirm_communities, find_communities, judge_communities, judge_patterns, leave_out, levels_of, profile_resolutions, read_patterns, rewire, share_weights
+from circuitgraph.community import compare_patterns, confirm_communities, find_communities, judge_communities, judge_patterns, leave_out, levels_of, other_groupings, profile_resolutions, read_patterns, rewire, share_weights
 from circuitgraph.data import load_corpus
 from circuitgraph.dictionary import load_dictionaries
 from circuitgraph.graph import Graph, load_graph
@@ -36,7 +36,8 @@ TASKS = ("ioi", "greater-than", "agreement-attractor", "capitals")  # prompts of
 def remember(cut):
     "Cuts kept on disk: each is made once, however many kinds of behaviours it is looked at for, and a stopped run goes on."
     def again(model, graph, tokens, cuts, **options):
-        folder = KEPT / hashlib.sha256(tokens.numpy().tobytes() + repr((graph.meta["nodes"], len(graph), graph.meta["history"])).encode()).hexdigest()[:16]
+        said = [tokens.numpy(), *(graph.edges[column].cat.codes.to_numpy() for column in ("source", "target", "port")), np.array([repr(options.get("value"))])]
+        folder = KEPT / hashlib.sha256(b"".join(part.tobytes() for part in said)).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / f"{hashlib.sha256(np.packbits(row).tobytes()).hexdigest()[:16]}.npy" for row in cuts]
         missing = [i for i, file in enumerate(files) if not file.exists()]
@@ -130,27 +131,27 @@ def compare_network(graph: Graph, args) -> dict[str, pd.DataFrame]:
         tables[null] = pd.DataFrame({"graph": own, "null": chance.mean(), "null_sd": chance.std(ddof=1)}).assign(z=lambda t: (t["graph"] - t["null"]) / t["null_sd"])
     share, nodes = share_weights(graph), graph.nodes
     ends = {end: graph.edges[end].cat.codes.to_numpy() for end in ("source", "target")}
-    hubs = pd.DataFrame({"node": nodes["name"], "kind": nodes["kind"], "out": np.bincount(ends["source"], share, len(nodes)) / share.sum(), "degree": simple.degree(), "community": find_communities(graph, "layered", n_seeds=5).nodes["community"]})
+    hubs = pd.DataFrame({"node": nodes["name"], "kind": nodes["kind"], "out": np.bincount(ends["source"], share, len(nodes)) / share.sum(), "degree": simple.degree(), "community": nodes["community"]})
     return {"network": pd.concat(tables, names=["null", "statistic"]), "hubs": hubs.sort_values("out", ascending=False).reset_index(drop=True)}
 
 
-def limit(graph: Graph, n: int) -> Graph:
-    "Only the largest communities: others are none."
-    member = graph.nodes["community"]
-    return Graph(graph.nodes.assign(community=member.where(member < n, -1)), graph.edges, graph.meta)
-
-
-def match(model, groupings: dict[str, Graph], texts: dict, dictionaries, args) -> dict[str, pd.DataFrame]:
-    "Groups of nodes against behaviours: groupings of one graph, at equal budgets."
+def match(model, groupings: dict[str, Graph], texts: dict, dictionaries, args, n_controls: int) -> dict[str, pd.DataFrame]:
+    "Groups of nodes against behaviours: the largest groups of each grouping of one graph, at equal budgets."
     tables, summaries = {}, {}
-    for name, graph in groupings.items():
+    for name, grouping in groupings.items():
+        member = grouping.nodes["community"]
+        graph = Graph(grouping.nodes.assign(community=member.where(member < args.n_communities, -1)), grouping.edges, grouping.meta)
         for kind, (tokens, masks) in texts.items():
-            start = time.process_time()
-            table = match_behaviours(model, graph, tokens, masks, n_controls=args.n_controls, skip_first=1, dictionaries=dictionaries, progress=False)
-            tables[name, kind], summaries[name, kind] = table, pd.concat([summarise_matches(table), pd.Series({"seconds": time.process_time() - start, "sequences": len(tokens)})])
+            table = match_behaviours(model, graph, tokens, masks, n_controls=n_controls, skip_first=1, dictionaries=dictionaries, progress=False)
+            tables[name, kind], summaries[name, kind] = table, pd.concat([summarise_matches(table), pd.Series({"groups": int(member.max()) + 1, "controls": n_controls, "sequences": len(tokens)})])
             print(name, kind, summaries[name, kind].round(3).to_dict(), flush=True)
     names = ["grouping", "kind"]
     return {"matrix": pd.concat(tables, names=names), "summary": pd.DataFrame(summaries).T.rename_axis(names)}
+
+
+def group(model, found: Graph, activity, measure: str, text, dictionaries) -> dict[str, Graph]:
+    "Communities, and other groups of the same nodes."
+    return {"communities": found, **other_groupings(model, found, text, dictionaries), "activation": find_communities(found, "activation", likeness=compare_patterns(activity, measure))}
 
 
 def text_of(model, args, n_losses: int = 4) -> dict:
@@ -169,11 +170,16 @@ def head_parts(model, args) -> dict:
     "What is measured of the head graph, by part."
     graphs = build_halves(model, "head", None, args)
     halves, text = {name: leave_out(graph, HUBS) for name, graph in graphs.items()}, load_corpus("default", model, args.n_tokens, seq_len=128, seed=1)
-    bare = halves["all"]
-    def behaviours() -> dict[str, pd.DataFrame]:
-        found = find_communities(bare, "layered", resolution=args.resolution, n_seeds=5)
-        return match(model, {"communities": limit(found, args.n_communities)}, task_of(model, args) | text_of(model, args), None, args) | {"members": found.nodes[["name", "layer", "community"]].set_index("name")}
-    return {"communities": lambda: find({"with hubs": graphs, "without hubs": halves}, args) | pattern(halves, read_patterns(model, bare, text, progress=False), "correlation", args), "network": lambda: compare_network(bare, args), "behaviours": behaviours}
+    bare, file = halves["all"], args.out / "communities_head_members.csv"
+    if not file.exists(): find_communities(bare, "layered", n_seeds=5).nodes[["name", "layer", "community"]].to_csv(file, index=False)
+    found = Graph(bare.nodes.assign(community=pd.read_csv(file)["community"].to_numpy()), bare.edges, bare.meta)
+    activity = lambda: read_patterns(model, bare, text, progress=False)  # noqa: E731
+    return {"communities": lambda: find({"with hubs": graphs, "without hubs": halves}, args) | pattern(halves, activity(), "correlation", args), "network": lambda: compare_network(found, args),
+            "behaviours": lambda: match(model, {"communities": found}, task_of(model, args) | text_of(model, args), None, args, args.n_controls),
+            "groupings": lambda: rename(match(model, group(model, found, activity(), "correlation", text, None), text_of(model, args), None, args, args.n_few))}
+
+
+def rename(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]: return {f"groupings_{name}": table for name, table in tables.items()}
 
 
 def largest(graph: Graph, n: int) -> Graph:
@@ -191,18 +197,16 @@ def feature_parts(model, args) -> dict:
     graphs = build_halves(model, "feature", dictionaries, args)
     hubs, text = sorted(set(graphs["all"].nodes["kind"]) - {"feature"}), load_corpus("default", model, min(2_048, args.n_tokens), seq_len=128, seed=1)
     halves = {name: largest(leave_out(graph, hubs), args.n_edges) for name, graph in graphs.items()}
-    bare = halves["all"]
-    def behaviours() -> dict[str, pd.DataFrame]:
-        found = find_communities(bare, "layered", resolution=args.resolution, n_seeds=5)
-        return match(model, {"communities": limit(found, args.n_communities)}, text_of(model, args), dictionaries, args)
-    def communities() -> dict[str, pd.DataFrame]: return find({"with hubs": {name: largest(graph, args.n_edges) for name, graph in graphs.items()}, "without hubs": halves}, args) | pattern(halves, read_patterns(model, bare, text, dictionaries, progress=False), "phi", args)
-    return {"communities": communities, "behaviours": behaviours}
+    found, activity = find_communities(halves["all"], "layered", resolution=args.resolution, n_seeds=5), read_patterns(model, halves["all"], text, dictionaries, progress=False)
+    def communities() -> dict[str, pd.DataFrame]: return find({"with hubs": {name: largest(graph, args.n_edges) for name, graph in graphs.items()}, "without hubs": halves}, args) | pattern(halves, activity, "phi", args)
+    return {"communities": communities, "behaviours": lambda: match(model, {"communities": found}, text_of(model, args), dictionaries, args, args.n_controls),
+            "groupings": lambda: rename(match(model, group(model, found, activity, "phi", text, dictionaries), text_of(model, args), dictionaries, args, args.n_few))}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="head-communities,head-network,head-behaviours,feature-communities,feature-behaviours")
-    for name, value, kind in (("n-tokens", 4_096, int), ("n-null", 20, int), ("n-confirm", 39, int), ("n-controls", 100, int), ("n-prompts", 2, int), ("n-text", 128, int), ("seq-len", 32, int), ("n-communities", 4, int), ("n-edges", 100_000, int), ("resolution", 1.0, float)): parser.add_argument(f"--{name}", type=kind, default=value)
+    parser.add_argument("--parts", default="head-communities,head-network,head-behaviours,head-groupings,feature-communities,feature-behaviours,feature-groupings")
+    for name, value, kind in (("n-tokens", 4_096, int), ("n-null", 20, int), ("n-confirm", 39, int), ("n-controls", 100, int), ("n-few", 39, int), ("n-prompts", 2, int), ("n-text", 128, int), ("seq-len", 32, int), ("n-communities", 4, int), ("n-edges", 100_000, int), ("resolution", 1.0, float)): parser.add_argument(f"--{name}", type=kind, default=value)
     parser.add_argument("--graphs", type=Path, default=ROOT / "graphs")
     parser.add_argument("--dictionaries", type=Path, default=Path.home() / ".cache/circuitgraph/dictionaries/smollm2-135m-layers-8-11")
     parser.add_argument("--out", type=Path, default=ROOT / "nbs/results")
