@@ -59,7 +59,7 @@ def build_halves(model, grain: str, dictionaries, args) -> dict[str, Graph]:
     found = {}
     for name, rows in (("one", corpus[0::2]), ("other", corpus[1::2])):
         folder = args.graphs / f"communities_{grain}_{n}_{name}"
-        if not folder.exists(): build_graph(model, rows, dictionaries or grain).save(folder)
+        if not folder.exists(): build_graph(model, rows, dictionaries or grain, memory=2e9).save(folder)
         found[name] = load_graph(folder)
     both, (a, b) = found["one"].merge(found["other"]), (graph.nodes for graph in found.values())
     if "kept" in a:  # what kept edges hold of a reader, over both halves
@@ -77,7 +77,7 @@ def find(kinds: dict[str, dict[str, Graph]], args) -> dict[str, pd.DataFrame]:
             profiles[kind, method] = profile_resolutions(now["all"], method, (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0))
             confirmed[kind, method] = confirm_communities(now["one"], now["other"], method, n_null=args.n_confirm)
     names = ["graph", "method"]
-    return {"judged": pd.DataFrame(judged).T.rename_axis([*names, "null"]), "profiles": pd.concat(profiles, names=names), "confirmed": pd.concat(confirmed, names=names)}
+    return {"judged": pd.DataFrame(judged).T.rename_axis([*names, "rewired"]), "profiles": pd.concat(profiles, names=names), "confirmed": pd.concat(confirmed, names=names)}
 
 
 def pattern(graphs: dict[str, Graph], activity, measure: str, args) -> dict[str, pd.DataFrame]:
