@@ -19,8 +19,8 @@ _STAGES = {
     "ablate": ("Evaluation", "ablation_curve", "compare_curves", "evaluate", "minimality", "run_ablated"),
     "baseline": ("compare_methods", "learn_masks", "list_methods", "patch_edges", "patch_nodes", "prune_greedily", "random_graph", "read_off", "score_ranks", "trace_flow"),
     "feature_baseline": ("ablate_circuit_nodes", "find_feature_circuit", "list_feature_methods", "random_features", "trace_contributions", "weigh_interactions"),
-    "community": ("compare_patterns", "confirm_communities", "consensus", "find_communities", "judge_communities", "judge_patterns", "leave_out", "nest_communities", "profile_resolutions", "quality", "read_patterns", "rewire", "share_weights", "shuffle_patterns"),
-    "behaviour": ("behaviour_task", "class_behaviours", "draw_controls", "locate_behaviours", "loss_behaviours", "match_behaviours", "summarise_matches", "task_behaviours"),
+    "community": ("cluster_patterns", "compare_patterns", "confirm_communities", "consensus", "count_tokens", "find_communities", "judge_communities", "judge_patterns", "leave_out", "nest_communities", "other_groupings", "profile_resolutions", "quality", "read_directions", "read_patterns", "rewire", "share_weights", "shuffle_patterns"),
+    "behaviour": ("behaviour_task", "class_behaviours", "compare_groupings", "draw_controls", "gradient_behaviours", "locate_behaviours", "loss_behaviours", "loss_gradients", "match_behaviours", "summarise_matches", "task_behaviours"),
     "community_view": ("plot_behaviours", "plot_communities", "plot_community_layers", "plot_flow", "view_communities"),
     "features": ("plot_activations", "plot_quality", "read_features", "show_top", "top_activations", "view_features"),
     "view": ("plot_curve", "plot_layers", "plot_matrix", "plot_strength", "plot_weights", "use_static_renderer", "view", "view_ablation", "write_report"),
@@ -31,9 +31,9 @@ __all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 if TYPE_CHECKING:
     from .ablate import Evaluation, ablation_curve, compare_curves, evaluate, minimality, run_ablated
     from .baseline import compare_methods, learn_masks, list_methods, patch_edges, patch_nodes, prune_greedily, random_graph, read_off, score_ranks, trace_flow
-    from .behaviour import behaviour_task, class_behaviours, draw_controls, locate_behaviours, loss_behaviours, match_behaviours, summarise_matches, task_behaviours
+    from .behaviour import behaviour_task, class_behaviours, compare_groupings, draw_controls, gradient_behaviours, locate_behaviours, loss_behaviours, loss_gradients, match_behaviours, summarise_matches, task_behaviours
     from .build import build_graph, complete_graph
-    from .community import compare_patterns, confirm_communities, consensus, find_communities, judge_communities, judge_patterns, leave_out, nest_communities, profile_resolutions, quality, read_patterns, rewire, share_weights, shuffle_patterns
+    from .community import cluster_patterns, compare_patterns, confirm_communities, consensus, count_tokens, find_communities, judge_communities, judge_patterns, leave_out, nest_communities, other_groupings, profile_resolutions, quality, read_directions, read_patterns, rewire, share_weights, shuffle_patterns
     from .community_view import plot_behaviours, plot_communities, plot_community_layers, plot_flow, view_communities
     from .data import Corpus, load_corpus, read_corpus
     from .dictionary import Dictionary, FunctionDictionary, Gate, LinearDictionary, from_saelens, load_dictionaries, load_dictionary, neuron_basis, principal_components, run_spliced, save_dictionary, whole_module

@@ -8,11 +8,12 @@ import torch
 from sklearn.metrics import adjusted_mutual_info_score
 
 from circuitgraph.ablate import run_ablated
-from circuitgraph.behaviour import behaviour_task, check_behaviours, class_behaviours, community_edges, cut_losses, draw_controls, locate_behaviours, loss_behaviours, match_behaviours, next_loss, summarise_matches, task_behaviours
+from circuitgraph.behaviour import _permute_positions, behaviour_task, check_behaviours, class_behaviours, community_edges, compare_groupings, cut_losses, draw_controls, gradient_behaviours, locate_behaviours, loss_behaviours, loss_gradients, match_behaviours, next_loss, summarise_matches, task_behaviours
 from circuitgraph.build import build_graph, complete_graph
-from circuitgraph.community import compare_patterns, find_communities, leave_out, levels_of, profile_resolutions, read_patterns, share_weights
+from circuitgraph.community import compare_patterns, find_communities, leave_out, levels_of, other_groupings, profile_resolutions, read_patterns, share_weights
+from circuitgraph.dictionary import visit_modules
 from circuitgraph.graph import Graph
-from circuitgraph.model import load_model, tiny_model
+from circuitgraph.model import load_model, run_logits, tiny_model
 from circuitgraph.task import Task
 from feature_oracles import all_dictionaries, every_edge
 from known_features import two_circuits
@@ -31,7 +32,7 @@ def graph(known):
 
 @pytest.fixture(scope="module")
 def found(graph):
-    return find_communities(leave_out(graph, ["embed", "logits", "error"]), "layered", resolution=0.25)
+    return find_communities(leave_out(graph, ["embed", "logits", "error"]), "layered", resolution=0.15)
 
 
 def score(known, graph):
@@ -60,7 +61,7 @@ def test_communities_are_the_circuits(known, graph, found):
     assert set(profile.loc[profile["plateau"], "communities"]) == {2.0} and score(known, found) == 1
     bare = leave_out(graph, ["embed", "logits", "error"])
     likeness = compare_patterns(read_patterns(known.model, bare, known.tokens, known.dictionaries, skip_first=0, progress=False))
-    for method in ("activation", "joint"): assert score(known, find_communities(bare, method, resolution=0.25, likeness=likeness)) == 1, method
+    for method in ("activation", "joint"): assert score(known, find_communities(bare, method, resolution=0.15, likeness=likeness)) == 1, method
 
 
 def test_the_matrix_is_diagonal(known, found):
@@ -69,7 +70,7 @@ def test_the_matrix_is_diagonal(known, found):
     assert table[table["best"]].index.tolist() == [(0, "copying"), (1, "counting")]
     assert np.allclose(table["selectivity"].unstack(), 2 * np.eye(2) - 1, atol=1e-3)
     assert ((table["p_corrected"] < 0.06) == table["best"]).all() and (table["z"].isna() | (table["z"] * np.where(table["best"], 1, -1) > 3)).all()
-    assert summarise_matches(table, p=0.06).tolist() == [1.0, 1.0, 4, 2]
+    assert summarise_matches(table, p=0.06).tolist() == [1.0, 1.0, 4, 2, 1.0]
 
 
 def test_mixed_communities_are_not_said_to_serve_one_behaviour(known, found):
@@ -202,6 +203,73 @@ def test_clusters_of_losses_are_disjoint_and_tell_circuits_apart(known):
     sure = known.behaviours["copying"] | known.behaviours["counting"]
     assert adjusted_mutual_info_score(sure[:, :-1].flatten(), label[:, :-1].flatten()) > 0.5
     with pytest.raises(ValueError, match="n must lie"): loss_behaviours(known.model, known.tokens[:1], 9, skip_first=0)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "attention-only"])
+def test_gradients_of_losses_are_what_scaling_a_module_does(architecture):
+    """Against central differences; gpt2 has biases, which belong to what a module writes."""
+    model = tiny_model(architecture)
+    tokens = random_tokens(model, 3, 7)
+    found, names = loss_gradients(model, tokens, batch_size=2, chunk=3), [f"{kind}{i}" for i in range(2) for kind in ("a" if architecture == "attention-only" else "am")]
+    assert found.shape == (3, 7, len(names)) and found[:, -1].isnan().all() and not found.requires_grad
+    def losses(name, by): return next_loss(run_logits(model, visit_modules(model, tokens, lambda kind, layer, places: by * places["output"] if f"{kind}{layer}" == name else None)), tokens)
+    for m, name in enumerate(names):
+        expected = (losses(name, 1 + 1e-5) - losses(name, 1 - 1e-5)) / 2e-5
+        assert torch.allclose(found[:, :-1, m], expected[:, :-1].detach(), atol=1e-7) and found[:, :-1, m].abs().max() > 1e-3
+    assert torch.allclose(found, loss_gradients(model, tokens), equal_nan=True)
+
+
+def test_clusters_of_gradients_are_the_behaviours(known):
+    found = gradient_behaviours(known.model, known.tokens, 3, skip_first=0, batch_size=60)
+    assert list(found) == ["gradient 0", "gradient 1", "gradient 2"] and all(any((mask == one).all() for one in found.values()) for mask in known.behaviours.values())
+    late = gradient_behaviours(known.model, known.tokens, 3, skip_first=2, batch_size=60)
+    assert (sum(mask.int() for mask in late.values()) == (torch.arange(9) >= 2) & (torch.arange(9) < 8)).all()
+    with pytest.raises(ValueError, match="n must lie"): gradient_behaviours(known.model, known.tokens[:1], 9, skip_first=0)
+
+
+def direct_edge(seed=0):
+    """A model with random weights, and the edge from its embedding straight to the logits as the one community: cut, its loss rises by what the current token is."""
+    model = tiny_model("llama")
+    tokens, whole = torch.randint(12, (40, 20), generator=torch.Generator().manual_seed(seed)), complete_graph(model)
+    graph = Graph(whole.nodes.assign(community=np.where(whole.nodes["name"].isin(["embed", "logits"]), 0, -1)), whole.edges, whole.meta)
+    rise = cut_losses(model, graph, tokens, community_edges(graph), progress=False)[0]
+    mean = pd.Series(rise[:, :-1].ravel()).groupby(tokens[:, :-1].numpy().ravel()).mean()
+    return model, graph, tokens, torch.from_numpy(rise), torch.isin(tokens, torch.from_numpy(mean.nlargest(4).index.to_numpy(copy=True)))
+
+
+def test_a_reaction_to_a_token_is_no_behaviour_within_it():
+    model, graph, tokens, rise, loud = direct_edge()
+    lot, whole = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.5, loud.clone()
+    masks = {"by lot": loud & lot, "where it rises": loud & (rise > rise[:, :-1].median()), "all of them": whole}
+    table = match_behaviours(model, graph, tokens, masks, n_controls=1, n_permutations=199, progress=False).loc[0]
+    assert (table["p_position"] < 0.05).all() and table["p_token"]["by lot"] > 0.2 and table["p_token"]["where it rises"] < 0.05
+    assert table["p_token"]["all of them"] == 1 and table["movable"]["all of them"] == 0  # the behaviour is its tokens: nothing can be permuted
+    token, inside = tokens[:, :-1], masks["by lot"][:, :-1]
+    assert table["movable"]["by lot"] == sum(int(((token == t) & inside).sum()) for t in range(12) if ((token == t) & ~inside).any())
+    assert (table["p"] == table[["p_control", "p_position"]].max(axis=1)).all()
+
+
+def test_permutations_stay_within_groups():
+    """Four positions in two groups: by hand, of the two orders of each group (one moves nothing)."""
+    rise, masks = np.array([[[3.0, 1.0, 0.0, 2.0]]]), np.array([[[True, False, True, False]]])
+    p = _permute_positions(rise, masks, np.array([[0, 0, 1, 1]]), 4_000, 0)[0, 0]  # contrasts (3 + 0) - (1 + 2) = 0 of the orders: 0, -4, 4, 0
+    assert abs(p - 0.75) < 0.03
+    alone = _permute_positions(rise, masks, np.array([[0, 1, 2, 3]]), 50, 0)[0, 0]
+    one = _permute_positions(rise, masks, np.array([[0, 0, 0, 0]]), 6_000, 0)[0, 0]  # six choices of two positions: sums 4, 3, 5, 1, 3, 2 against 3
+    assert alone == 1 and abs(one - 4 / 6) < 0.03
+    late = _permute_positions(np.concatenate([np.full((1, 1, 1), np.nan), rise], 2), np.concatenate([np.zeros((1, 1, 1), dtype=bool), masks], 2), np.array([[0, 0, 0, 1, 1]]), 4_000, 0)[0, 0]
+    assert abs(late - 0.75) < 0.03  # what does not count moves nowhere
+
+
+def test_groupings_side_by_side(known, found):
+    options = {"value": "zero", "dictionaries": known.dictionaries, "n_controls": 3, "n_permutations": 19, "progress": False}
+    tokens, masks = known.tokens[::3], {name: mask[::3] for name, mask in known.behaviours.items()}
+    others = other_groupings(known.model, found, known.tokens, known.dictionaries, skip_first=0, resolutions=(0.1, 0.2, 0.5))
+    summary, tables = compare_groupings(known.model, {"own": found, "tokens": others["tokens"], "directions": others["directions"]}, tokens, masks, **options)
+    assert tables.loc["own"].equals(match_behaviours(known.model, found, tokens, masks, **options)) and summary.loc["own"][3:].tolist() == summarise_matches(tables.loc["own"]).tolist()
+    assert score(known, others["tokens"]) == 1 and np.allclose(tables.loc["tokens"]["effect"], tables.loc["own"]["effect"], atol=1e-3)
+    assert summary["groups"].tolist() == [2, 2, 0] and "directions" not in tables.index.get_level_values(0) and np.isnan(summary["cells"]["directions"])  # directions are orthogonal here: no two nodes write alike
+    with pytest.raises(ValueError, match="nothing can be cut"): compare_groupings(known.model, {"directions": others["directions"]}, tokens, masks, **options)
 
 
 def test_behaviours_may_overlap_and_are_refused_where_they_can_not_be_measured(known, found):
