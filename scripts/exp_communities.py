@@ -135,12 +135,12 @@ def compare_network(graph: Graph, args) -> dict[str, pd.DataFrame]:
     return {"network": pd.concat(tables, names=["null", "statistic"]), "hubs": hubs.sort_values("out", ascending=False).reset_index(drop=True)}
 
 
-def match(model, groupings: dict[str, Graph], texts: dict, dictionaries, args, n_controls: int) -> dict[str, pd.DataFrame]:
+def match(model, groupings: dict[str, Graph], texts: dict, dictionaries, n_controls: int, n_groups: int) -> dict[str, pd.DataFrame]:
     "Groups of nodes against behaviours: the largest groups of each grouping of one graph, at equal budgets."
     tables, summaries = {}, {}
     for name, grouping in groupings.items():
         member = grouping.nodes["community"]
-        graph = Graph(grouping.nodes.assign(community=member.where(member < args.n_communities, -1)), grouping.edges, grouping.meta)
+        graph = Graph(grouping.nodes.assign(community=member.where(member < n_groups, -1)), grouping.edges, grouping.meta)
         for kind, (tokens, masks) in texts.items():
             table = match_behaviours(model, graph, tokens, masks, n_controls=n_controls, skip_first=1, dictionaries=dictionaries, progress=False)
             tables[name, kind], summaries[name, kind] = table, pd.concat([summarise_matches(table), pd.Series({"groups": int(member.max()) + 1, "controls": n_controls, "sequences": len(tokens)})])
@@ -175,8 +175,8 @@ def head_parts(model, args) -> dict:
     found = Graph(bare.nodes.assign(community=pd.read_csv(file)["community"].to_numpy()), bare.edges, bare.meta)
     activity = lambda: read_patterns(model, bare, text, progress=False)  # noqa: E731
     return {"communities": lambda: find({"with hubs": graphs, "without hubs": halves}, args) | pattern(halves, activity(), "correlation", args), "network": lambda: compare_network(found, args),
-            "behaviours": lambda: match(model, {"communities": found}, task_of(model, args) | text_of(model, args), None, args, args.n_controls),
-            "groupings": lambda: rename(match(model, group(model, found, activity(), "correlation", text, None), text_of(model, args), None, args, args.n_few))}
+            "behaviours": lambda: match(model, {"communities": found}, task_of(model, args) | text_of(model, args), None, args.n_controls, args.n_communities),
+            "groupings": lambda: rename(match(model, group(model, found, activity(), "correlation", text, None), text_of(model, args), None, args.n_few, args.n_communities))}
 
 
 def rename(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]: return {f"groupings_{name}": table for name, table in tables.items()}
@@ -197,16 +197,17 @@ def feature_parts(model, args) -> dict:
     graphs = build_halves(model, "feature", dictionaries, args)
     hubs, text = sorted(set(graphs["all"].nodes["kind"]) - {"feature"}), load_corpus("default", model, min(2_048, args.n_tokens), seq_len=128, seed=1)
     halves = {name: largest(leave_out(graph, hubs), args.n_edges) for name, graph in graphs.items()}
-    found, activity = find_communities(halves["all"], "layered", resolution=args.resolution, n_seeds=5), read_patterns(model, halves["all"], text, dictionaries, progress=False)
-    def communities() -> dict[str, pd.DataFrame]: return find({"with hubs": {name: largest(graph, args.n_edges) for name, graph in graphs.items()}, "without hubs": halves}, args) | pattern(halves, activity, "phi", args)
-    return {"communities": communities, "behaviours": lambda: match(model, {"communities": found}, text_of(model, args), dictionaries, args, args.n_controls),
-            "groupings": lambda: rename(match(model, group(model, found, activity, "phi", text, dictionaries), text_of(model, args), dictionaries, args, args.n_few))}
+    found, activity = find_communities(halves["all"], "layered", resolution=args.resolution, n_seeds=3), read_patterns(model, halves["all"], text, dictionaries, progress=False)
+    few = argparse.Namespace(**vars(args) | {"n_null": max(2, args.n_null // 2)})
+    def communities() -> dict[str, pd.DataFrame]: return find({"without hubs": halves}, few) | pattern(halves, activity, "phi", few)
+    return {"communities": communities, "behaviours": lambda: match(model, {"communities": found}, text_of(model, args), dictionaries, args.n_controls, args.n_communities),
+            "groupings": lambda: rename(match(model, group(model, found, activity, "phi", text, dictionaries), text_of(model, args), dictionaries, args.n_few, args.n_communities))}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="head-communities,head-network,head-behaviours,head-groupings,feature-communities,feature-behaviours,feature-groupings")
-    for name, value, kind in (("n-tokens", 4_096, int), ("n-null", 20, int), ("n-confirm", 39, int), ("n-controls", 100, int), ("n-few", 39, int), ("n-prompts", 2, int), ("n-text", 128, int), ("seq-len", 32, int), ("n-communities", 4, int), ("n-edges", 100_000, int), ("resolution", 1.0, float)): parser.add_argument(f"--{name}", type=kind, default=value)
+    for name, value, kind in (("n-tokens", 4_096, int), ("n-null", 20, int), ("n-confirm", 39, int), ("n-controls", 100, int), ("n-few", 39, int), ("n-prompts", 2, int), ("n-text", 64, int), ("seq-len", 16, int), ("n-communities", 4, int), ("n-edges", 30_000, int), ("resolution", 4.0, float)): parser.add_argument(f"--{name}", type=kind, default=value)
     parser.add_argument("--graphs", type=Path, default=ROOT / "graphs")
     parser.add_argument("--dictionaries", type=Path, default=Path.home() / ".cache/circuitgraph/dictionaries/smollm2-135m-layers-8-11")
     parser.add_argument("--out", type=Path, default=ROOT / "nbs/results")
