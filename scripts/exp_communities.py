@@ -75,7 +75,7 @@ def find(kinds: dict[str, dict[str, Graph]], args) -> dict[str, pd.DataFrame]:
         for method, null in (("layered", "layered"), ("leiden", "layered"), ("leiden", "configuration")): judged[kind, method, null] = judge_communities(now["all"], method, null=null, n_null=args.n_null)
         for method in ("layered", "leiden"):
             profiles[kind, method] = profile_resolutions(now["all"], method, (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0))
-            confirmed[kind, method] = confirm_communities(now["one"], now["other"], method, n_null=args.n_confirm)
+            confirmed[kind, method] = confirm_communities(now["one"], now["other"], method, n_null=args.n_confirm).query("nodes >= 5")
     names = ["graph", "method"]
     return {"judged": pd.DataFrame(judged).T.rename_axis([*names, "rewired"]), "profiles": pd.concat(profiles, names=names), "confirmed": pd.concat(confirmed, names=names)}
 
@@ -149,11 +149,6 @@ def match(model, groupings: dict[str, Graph], texts: dict, dictionaries, n_contr
     return {"matrix": pd.concat(tables, names=names), "summary": pd.DataFrame(summaries).T.rename_axis(names)}
 
 
-def group(model, found: Graph, activity, measure: str, text, dictionaries) -> dict[str, Graph]:
-    "Communities, and other groups of the same nodes."
-    return {"communities": found, **other_groupings(model, found, text, dictionaries), "activation": find_communities(found, "activation", likeness=compare_patterns(activity, measure))}
-
-
 def text_of(model, args, n_losses: int = 4) -> dict:
     "A text with classes of tokens, and with clusters of losses."
     text = load_corpus("default", model, args.n_text, seq_len=args.seq_len, seed=2)
@@ -173,10 +168,9 @@ def head_parts(model, args) -> dict:
     bare, file = halves["all"], args.out / "communities_head_members.csv"
     if not file.exists(): find_communities(bare, "layered", n_seeds=5).nodes[["name", "layer", "community"]].to_csv(file, index=False)
     found = Graph(bare.nodes.assign(community=pd.read_csv(file)["community"].to_numpy()), bare.edges, bare.meta)
-    activity = lambda: read_patterns(model, bare, text, progress=False)  # noqa: E731
-    return {"communities": lambda: find({"with hubs": graphs, "without hubs": halves}, args) | pattern(halves, activity(), "correlation", args), "network": lambda: compare_network(found, args),
+    return {"communities": lambda: find({"with hubs": graphs, "without hubs": halves}, args), "patterns": lambda: pattern(halves, read_patterns(model, bare, text, progress=False), "correlation", args), "network": lambda: compare_network(found, args),
             "behaviours": lambda: match(model, {"communities": found}, task_of(model, args) | text_of(model, args), None, args.n_controls, args.n_communities),
-            "groupings": lambda: rename(match(model, group(model, found, activity(), "correlation", text, None), text_of(model, args), None, args.n_few, args.n_communities))}
+            "groupings": lambda: rename(match(model, {"communities": found, **other_groupings(model, found, text)}, text_of(model, args), None, args.n_few, args.n_communities))}
 
 
 def rename(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]: return {f"groupings_{name}": table for name, table in tables.items()}
@@ -197,17 +191,16 @@ def feature_parts(model, args) -> dict:
     graphs = build_halves(model, "feature", dictionaries, args)
     hubs, text = sorted(set(graphs["all"].nodes["kind"]) - {"feature"}), load_corpus("default", model, min(2_048, args.n_tokens), seq_len=128, seed=1)
     halves = {name: largest(leave_out(graph, hubs), args.n_edges) for name, graph in graphs.items()}
-    found, activity = find_communities(halves["all"], "layered", resolution=args.resolution, n_seeds=3), read_patterns(model, halves["all"], text, dictionaries, progress=False)
+    found = find_communities(halves["all"], "layered", resolution=args.resolution, n_seeds=3)
     few = argparse.Namespace(**vars(args) | {"n_null": max(2, args.n_null // 2)})
-    def communities() -> dict[str, pd.DataFrame]: return find({"without hubs": halves}, few) | pattern(halves, activity, "phi", few)
-    return {"communities": communities, "behaviours": lambda: match(model, {"communities": found}, text_of(model, args), dictionaries, args.n_controls, args.n_communities),
-            "groupings": lambda: rename(match(model, group(model, found, activity, "phi", text, dictionaries), text_of(model, args), dictionaries, args.n_few, args.n_communities))}
+    return {"communities": lambda: find({"without hubs": halves}, few), "patterns": lambda: pattern(halves, read_patterns(model, found, text, dictionaries, progress=False), "phi", few), "behaviours": lambda: match(model, {"communities": found}, text_of(model, args), dictionaries, args.n_controls, args.n_feature_communities),
+            "groupings": lambda: rename(match(model, {"communities": found, **other_groupings(model, found, text, dictionaries)}, text_of(model, args), dictionaries, args.n_few, args.n_feature_communities))}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="head-communities,head-network,head-behaviours,head-groupings,feature-communities,feature-behaviours,feature-groupings")
-    for name, value, kind in (("n-tokens", 4_096, int), ("n-null", 20, int), ("n-confirm", 39, int), ("n-controls", 100, int), ("n-few", 39, int), ("n-prompts", 2, int), ("n-text", 64, int), ("seq-len", 16, int), ("n-communities", 4, int), ("n-edges", 30_000, int), ("resolution", 4.0, float)): parser.add_argument(f"--{name}", type=kind, default=value)
+    parser.add_argument("--parts", default=",".join(f"{grain}-{part}" for grain in ("head", "feature") for part in ("communities", "patterns", "network", "behaviours", "groupings") if (grain, part) != ("feature", "network")))
+    for name, value, kind in (("n-tokens", 4_096, int), ("n-null", 20, int), ("n-confirm", 39, int), ("n-controls", 100, int), ("n-few", 39, int), ("n-prompts", 2, int), ("n-text", 64, int), ("seq-len", 16, int), ("n-communities", 4, int), ("n-feature-communities", 2, int), ("n-edges", 30_000, int), ("resolution", 4.0, float)): parser.add_argument(f"--{name}", type=kind, default=value)
     parser.add_argument("--graphs", type=Path, default=ROOT / "graphs")
     parser.add_argument("--dictionaries", type=Path, default=Path.home() / ".cache/circuitgraph/dictionaries/smollm2-135m-layers-8-11")
     parser.add_argument("--out", type=Path, default=ROOT / "nbs/results")
