@@ -337,11 +337,24 @@ def _check_mergeable(a: Graph, b: Graph) -> None:
         if a.meta.get(key) != b.meta.get(key): raise ValueError(f"graphs to merge must agree in {key!r}, got {a.meta.get(key)!r} and {b.meta.get(key)!r}")
 
 
+def _count_positions(graph: Graph, to_logits: Any) -> Any:
+    "Over how many positions the weights into readers are means; the last position has no next token."
+    return sum(t["n_sequences"] * (t["seq_len"] - graph.meta["skip_first"] - to_logits) for t in graph.meta["corpus"])
+
+
+def _merge_kept(a: Graph, b: Graph, edges: pd.DataFrame) -> np.ndarray:
+    "What merged edges hold of all that each reader read in both texts."
+    def into(table: pd.DataFrame) -> np.ndarray: return table.groupby("target", observed=False)["abs_weight"].sum().reindex(a.nodes["name"], fill_value=0).to_numpy()
+    n, m = (_count_positions(g, (a.nodes["name"] == "logits").to_numpy()) for g in (a, b))
+    whole_a, whole_b = (np.divide(into(g.edges), kept := g.nodes["kept"].to_numpy(dtype=float), out=np.zeros(len(kept)), where=kept > 0) for g in (a, b))
+    whole = (n * whole_a + m * whole_b) / (n + m)
+    return np.divide(into(edges), whole, out=a.nodes["kept"].to_numpy(dtype=float).copy(), where=whole > 0)
+
+
 def _merge_sparse(a: Graph, b: Graph) -> pd.DataFrame:
     "Means over both texts of edges that may be missing in one, where they count as zero."
     both = a.edges.merge(b.edges, on=["source", "target", "port"], how="outer", suffixes=("", "_b")).fillna(dict.fromkeys([f"{c}{s}" for c in ("weight", "abs_weight", "rms_weight", "count") for s in ("", "_b")], 0))
-    to_logits = both["target"] == "logits"  # the last position has no next token
-    n, m = (sum(t["n_sequences"] * (t["seq_len"] - g.meta["skip_first"] - to_logits) for t in g.meta["corpus"]) for g in (a, b))
+    n, m = (_count_positions(g, both["target"] == "logits") for g in (a, b))
     mean = lambda column, power: ((n * both[column] ** power + m * both[f"{column}_b"] ** power) / (n + m)) ** (1 / power)  # noqa: E731
     both = both.assign(weight=mean("weight", 1), abs_weight=mean("abs_weight", 1), rms_weight=mean("rms_weight", 2), count=(both["count"] + both["count_b"]).astype(int))
     return pd.DataFrame(both, columns=a.edges.columns).sort_values(["target", "port", "source"])
@@ -376,8 +389,9 @@ def merge_graphs(
         raise ValueError(f"graphs of different texts must have the same edges to be merged, got {len(a)} and {len(b)}; merge before cutting")
     n, m = (sum(t["n_sequences"] * t["seq_len"] for t in g.meta["corpus"]) for g in (a, b))
     nodes = a.nodes.assign(**{c: (n * a.nodes[c] + m * b.nodes[c]) / max(n + m, 1) for c in ("frequency", "mean_activation")})
-    if sparse: return Graph(nodes, _merge_sparse(a, b), meta | {"corpus": [*a.meta["corpus"], *b.meta["corpus"]]})
-    return Graph(nodes, _merge_edges(a.edges, b.edges), meta | {"corpus": [*a.meta["corpus"], *b.meta["corpus"]]})
+    edges = _merge_sparse(a, b) if sparse else _merge_edges(a.edges, b.edges)
+    if "kept" in nodes: nodes = nodes.assign(kept=_merge_kept(a, b, edges))
+    return Graph(nodes, edges, meta | {"corpus": [*a.meta["corpus"], *b.meta["corpus"]]})
 
 # %% ../nbs/06_graph.ipynb #ea6bf77a
 FILES = ("nodes.parquet", "edges.parquet")

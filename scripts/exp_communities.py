@@ -61,11 +61,7 @@ def build_halves(model, grain: str, dictionaries, args) -> dict[str, Graph]:
         folder = args.graphs / f"communities_{grain}_{n}_{name}"
         if not folder.exists(): build_graph(model, rows, dictionaries or grain, memory=2e9).save(folder)
         found[name] = load_graph(folder)
-    both, (a, b) = found["one"].merge(found["other"]), (graph.nodes for graph in found.values())
-    if "kept" in a:  # what kept edges hold of a reader, over both halves
-        often = [(part["frequency"] + 1e-12).to_numpy() for part in (a, b)]
-        both = Graph(both.nodes.assign(kept=(often[0] * a["kept"] + often[1] * b["kept"]) / sum(often)), both.edges, both.meta)
-    return found | {"all": both}
+    return found | {"all": found["one"].merge(found["other"])}
 
 
 def find(kinds: dict[str, dict[str, Graph]], args) -> dict[str, pd.DataFrame]:

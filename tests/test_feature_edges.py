@@ -202,6 +202,10 @@ def test_shards_merge_to_the_whole():
     whole, parts = build(model, tokens, dictionaries, keep=None), [build(model, shard, dictionaries, keep=None) for shard in (tokens[:1], tokens[1:])]
     assert len(parts[0]) < len(whole)
     assert_same(whole, parts[0].merge(parts[1]))
+    into = lambda graph: graph.edges.groupby("target", observed=False)["abs_weight"].sum().reindex(whole.nodes["name"], fill_value=0).to_numpy()  # noqa: E731
+    few = build(model, tokens[:1], dictionaries, keep=3).merge(build(model, tokens[1:], dictionaries, keep=3))
+    read = into(whole) > 0
+    assert np.allclose(few.nodes["kept"][read], into(few)[read] / into(whole)[read]) and few.nodes["kept"][read].min() < 0.7
     with pytest.raises(ValueError, match="must agree in 'dictionaries'"): parts[0].merge(build(model, tokens[1:], {"m0": dictionaries["m0"]}, keep=None))
 
 
