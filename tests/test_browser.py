@@ -148,7 +148,7 @@ SEEN = "() => document.querySelector('.community')?.innerText ?? ''"
 def test_inspector_shows_the_community_that_is_chosen(page, lab, tmp_path):
     known = two_circuits()
     graph = build_graph(known.model, known.tokens, known.dictionaries, keep=None, skip_first=0, progress=False).threshold(1e-9, "abs_weight")
-    found = find_communities(leave_out(graph, ["embed", "logits", "error"]), "layered", resolution=0.25)
+    found = find_communities(leave_out(graph, ["embed", "logits", "error"]), "layered", resolution=0.15)
     options = {"value": "zero", "dictionaries": known.dictionaries, "n_controls": 3, "n_permutations": 3, "progress": False}
     match_behaviours(known.model, found, known.tokens, known.behaviours, **options).to_parquet(tmp_path / "table.parquet")
     found.save(tmp_path / "graph")
