@@ -6,7 +6,7 @@
 
 Each part writes nbs/results/methods_PART.csv, a method at a time; a second run does what is missing. One task at a time with --tasks.
 
-CPU time: `head` 8 minutes a task and seed with 10 prompts, 12 for 4 sequences of text; `layer` 20 minutes a task and seed with 4 prompts (exact patching 7, ACDC 5, 200 steps of masks 3, a run of 0.03 s a prompt for each of 3,691 edges); `feature`, with the eight dictionaries of `make graph`, 8 minutes a task and seed with 10 prompts. Learned masks between heads (14 s a step) and 32 drawn masks there (4 minutes a task) are left out; --methods names them. The tables of the notebook: `head` with --n-seeds 2 for the tasks and --n-prompts 4 --n-seeds 1 for text, `layer` with --n-prompts 4, `feature` with --n-seeds 2."""
+CPU time: `head` 8 minutes a task and seed with 10 prompts, 12 for 4 sequences of text; `layer` 20 minutes a task and seed with 4 prompts (exact patching 7, ACDC 5, 200 steps of masks 3, a run of 0.03 s a prompt for each of 3,691 edges); `feature`, with the eight dictionaries of `make graph`, 8 minutes a task and seed with 10 prompts. Learned masks between heads (14 s a step) and 32 drawn masks there (4 minutes a task) are left out; --methods names them. The tables of the notebook: `head` with --n-seeds 2 for the tasks and --n-prompts 4 --n-seeds 1 for text, `layer` with --n-prompts 4 (exact patching and ACDC on ioi only), `feature` with --n-seeds 2."""
 
 import argparse
 from pathlib import Path
