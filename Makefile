@@ -20,11 +20,12 @@ test: env browser lint  ## every notebook's tests, then tests/
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile  # a core each
 
 test-tl4: .venv-tl4/.stamp  ## the model, build and ablation tests under TransformerLens 4.3.0
-	$(OFFLINE) .venv-tl4/bin/python scripts/test_notebooks.py 02_model 08_build
+	$(OFFLINE) .venv-tl4/bin/python scripts/test_notebooks.py 13_loading 58_build
 	$(OFFLINE) OMP_NUM_THREADS=1 .venv-tl4/bin/python -m pytest tests/test_model.py tests/test_build.py tests/test_ablate.py -n 2 --dist loadfile
 
 lint: env
 	$(BIN)/ruff check circuitgraph tests benchmarks scripts setup.py
+	$(BIN)/ruff format --check nbs/*.ipynb tests benchmarks scripts setup.py
 	$(BIN)/pyright circuitgraph
 
 env: .venv/.stamp
@@ -53,10 +54,11 @@ browser:  ## Chromium for the test that opens the report
 readme: env  ## README.md from nbs/index.ipynb
 	$(BIN)/python scripts/make_readme.py
 
-docs: env  ## the docs site; needs Quarto
-	@command -v quarto >/dev/null || { echo "make docs needs Quarto on the PATH (quarto.org); the workflow in .github installs it"; exit 1; }
-	$(BIN)/python -c "from plotly.offline import get_plotlyjs; open('nbs/plotly.min.js', 'w').write(get_plotlyjs())"
-	$(BIN)/nbdev_docs
+docs: env  ## the docs site in _docs; only the rendering needs Quarto
+	$(OFFLINE) $(BIN)/python scripts/process_notebooks.py
+	@command -v quarto >/dev/null || { echo "nbdev's part is done; to render the pages, make docs needs Quarto on the PATH (quarto.org)"; exit 1; }
+	cd _proc && quarto render --no-cache
+	rm -rf _docs && mv _proc/_docs _docs
 
 clean:
 	rm -rf .venv .venv-tl4 _docs _proc build *.egg-info

@@ -1,44 +1,100 @@
-"""Methods compared on SmolLM2-135M: the tables of nbs/25_exp_methods.ipynb.
+"""Methods compared on SmolLM2-135M: the tables of nbs/95_exp_methods.ipynb.
 
-    python scripts/exp_methods.py                # all three parts; the dictionaries are those that `make graph` trains, another folder with --dictionaries
+    python scripts/exp_methods.py                      # all three parts
     python scripts/exp_methods.py --parts layer --tasks ioi
 
-`head`: every pair of heads and MLPs, 10 prompts and two draws of a task, 4 sequences and one draw of text. `layer`: with learned masks, exact patching and ACDC, 4 prompts. `feature`: 10 prompts. Each part writes nbs/results/methods_PART.csv, a method at a time; a second run does what is missing.
+`head`: every pair of heads and MLPs, 10 prompts and two draws of a task, 4 sequences and one draw of text.
+`layer`: with learned masks, exact patching and ACDC, 4 prompts. `feature`: 10 prompts, with the dictionaries
+that `make graph` trains (--dictionaries names others). Each part writes nbs/results/methods_PART.csv, a
+method at a time, and a second run makes only the rows that are missing.
 
-CPU time: `head` 8 minutes a task and draw, 12 for text; `layer` 20 minutes a task (exact patching 7, ACDC 5, 200 steps of masks 3; the saved table has exact patching and ACDC for ioi only); `feature` 8 minutes a task and draw. Learned masks between heads (14 s a step) and 32 drawn masks there (4 minutes a task) are left out; --methods names them."""
+CPU time: `head` 8 minutes a task and draw, 12 for text; `layer` 20 minutes a task (exact patching 7, ACDC 5,
+200 steps of masks 3; the saved table has exact patching and ACDC for ioi only); `feature` 8 minutes a task
+and draw. Learned masks between heads (14 s a step) and 32 drawn masks there (4 minutes a task) are left out;
+--methods names them.
+"""
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from circuitgraph.cli import compare_methods
+import torch
+
+from circuitgraph.data.corpus import load_corpus
+from circuitgraph.data.task import Task, load_task
+from circuitgraph.dictionary.store import load_dictionaries
+from circuitgraph.graph.graph import Graph
+from circuitgraph.methods.compare import Comparing, compare_methods, list_methods
+from circuitgraph.model.blocks import Model
+from circuitgraph.model.loading import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 DICTIONARIES = Path.home() / ".cache/circuitgraph/dictionaries/smollm2-135m-layers-8-11"
-FAST = "EAP;EAP-IG;mask IG;RelP;LRP;guided backprop;GradCAM;AtP;AtP, exact softmax;AtP*;flow;flow, no checkpoints;IG of values;gradient of values;random"
+FAST = ["EAP", "EAP-IG", "mask IG", "RelP", "LRP", "guided backprop", "GradCAM", "AtP", "AtP, exact softmax"]
+FAST += ["AtP*", "flow", "flow, no checkpoints", "IG of values", "gradient of values", "random"]
+FEATURES = ["IG of values", "metric", "sparse feature circuit", "patch-free circuit", "random"]
 PARTS = {
-    "head": {"n_edges": [100, 300, 1_000, 3_000, 10_000, 30_000], "methods": FAST},
-    "layer": {"nodes": "layer", "n_edges": [10, 30, 100, 300, 1_000, 3_000], "methods": f"{FAST};mask IG, drawn;ACDC;edge pruning", "exact": ROOT / "graphs/exact"},
-    "feature": {"n_edges": [300, 1_000, 3_000, 10_000], "methods": "IG of values;metric;sparse feature circuit;patch-free circuit;random"},
-}
+    "head": ([100, 300, 1_000, 3_000, 10_000, 30_000], FAST),
+    "layer": ([10, 30, 100, 300, 1_000, 3_000], [*FAST, "mask IG, drawn", "ACDC", "edge pruning"]),
+    "feature": ([300, 1_000, 3_000, 10_000], FEATURES),
+}  # budgets and methods
+
+
+def draw(name: str, model: Model, n: int, seed: int) -> torch.Tensor | Task:
+    "Prompts of a task, or sequences of 64 tokens of text."
+    if name == "text":
+        return load_corpus("default", model, n * 64, seq_len=64, seed=seed)
+    return load_task(name, model, n=n, seed=seed)
+
+
+def compare_part(model: Model, part: str, task: str, seed: int, n: int, args: argparse.Namespace) -> None:
+    "Compare the methods of one part on one draw of a task."
+    value = "mean" if task == "text" or part == "feature" else "corrupted"  # text has no corrupted prompts
+    nodes = load_dictionaries(args.dictionaries, model) if part == "feature" else part
+    n_edges, names = PARTS[part]
+    every, names = list_methods(part, value), args.methods.split(";") if args.methods else names
+    found_on, judged_on = (draw(task, model, n, 2 * seed + i) for i in (0, 1))
+
+    def compare(methods: dict[str, Any], exact: Graph | None = None) -> None:
+        comparing = Comparing([seed], exact=exact, out=args.out / f"methods_{part}.csv")
+        options = {"nodes": nodes, "value": value, "comparing": comparing}
+        compare_methods(model, found_on, judged_on, methods, n_edges, **options)
+
+    exact = None
+    if part == "layer":
+        folder = ROOT / f"graphs/exact/{task}-{part}-{value}-{n}-{seed}"
+        if not folder.exists():
+
+            def patch_and_save(*call: Any, **options: Any) -> Graph:
+                graph = every["exact patching"](*call, **options)
+                graph.save(folder)
+                return graph
+
+            compare({"exact patching": patch_and_save})
+        exact = Graph.load(folder)
+    compare({name: every[name] for name in names}, exact)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--tasks", help="by default ioi, greater-than, agreement and, but for layers, text")
-    parser.add_argument("--n-prompts", type=int, help="pairs that graphs are found on, and as many others that they are judged on; of text, sequences of 64 tokens")
+    parser.add_argument("--n-prompts", type=int, help="to find graphs, and as many others to judge them")
     parser.add_argument("--n-seeds", type=int)
     parser.add_argument("--dictionaries", default=DICTIONARIES)
     parser.add_argument("--methods", help="with semicolons; by default those of the part")
     parser.add_argument("--out", type=Path, default=ROOT / "nbs/results")
     args = parser.parse_args()
+    model = load_model("smollm2-135m")
     for part in args.parts.split(","):
-        options = PARTS[part] | ({"methods": args.methods} if args.methods else {}) | ({"nodes": str(args.dictionaries)} if part == "feature" else {})
-        for task in (args.tasks or "ioi,greater-than,agreement" + (",text" if part != "layer" else "")).split(","):
-            text = task == "text"
-            n_prompts, n_seeds = args.n_prompts or (4 if part == "layer" or text and part == "head" else 10), args.n_seeds or (1 if part == "layer" or text else 2)
-            value = "mean" if text or part == "feature" else "corrupted"  # text has no corrupted prompts
-            compare_methods(args.out / f"methods_{part}.csv", tasks=task, value=value, n_prompts=n_prompts, n_seeds=n_seeds, **options)
+        tasks = "ioi,greater-than,agreement" + (",text" if part != "layer" else "")
+        for task in (args.tasks or tasks).split(","):
+            few = part == "layer" or (task == "text" and part == "head")
+            once = part == "layer" or task == "text"
+            for seed in range(args.n_seeds or (1 if once else 2)):
+                compare_part(model, part, task, seed, args.n_prompts or (4 if few else 10), args)
 
 
 if __name__ == "__main__":

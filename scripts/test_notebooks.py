@@ -1,4 +1,11 @@
-"""Run the tests in the notebooks, each in a fresh process, as many at a time as there are cores, and print one counted line for each. Names as arguments choose notebooks; by default all."""
+"""Run the tests in the notebooks and print one counted line for each.
+
+    python scripts/test_notebooks.py                # all
+    python scripts/test_notebooks.py 30_graph       # one
+
+Each notebook runs in a process of its own, as many at a time as there are cores. It imports the package of
+the tree that this script stands in.
+"""
 
 import json
 import os
@@ -6,29 +13,63 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-NBS = Path(__file__).resolve().parent.parent / "nbs"
-RUN = "import sys; from pathlib import Path; from nbdev.test import test_nb; ok, _ = test_nb(Path(sys.argv[1]), skip_flags=['gpu', 'net'], do_print=False); sys.exit(not ok)"
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+RUN = """
+import sys
+from pathlib import Path
+from nbdev.test import test_nb
+
+passed, _ = test_nb(Path(sys.argv[1]), skip_flags=["gpu", "net"], do_print=False)
+sys.exit(not passed)
+"""
 
 
-def test(path: Path) -> tuple[Path, int, int, bool, float]:
-    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
-    asserts = sum("".join(c["source"]).count("assert ") + "".join(c["source"]).count("refused(") for c in cells)
+@dataclass
+class Result:
+    """What came of one notebook."""
+
+    name: str
+    cells: int
+    checks: int
+    passed: bool
+    seconds: float
+
+    def __str__(self) -> str:
+        mark = "ok    " if self.passed else "FAILED"
+        return f"{mark} {self.name}: {self.cells} cells, {self.checks} checks, {self.seconds:.0f} s"
+
+
+def environment() -> dict[str, str]:
+    """The environment of a notebook: one thread, and this tree first on the path."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(path for path in paths if path)
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def test(path: Path) -> Result:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    checks = sum(source.count("assert ") + source.count("refused(") for source in code)
     start = time.time()
-    ok = subprocess.run([sys.executable, "-c", RUN, str(path)], cwd=NBS, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode == 0
-    return path, len(cells), asserts, ok, time.time() - start
+    done = subprocess.run([sys.executable, "-c", RUN, str(path)], cwd=NBS, env=environment())
+    return Result(path.name, len(code), checks, done.returncode == 0, time.time() - start)
 
 
 def main(names: list[str]) -> int:
     paths = [NBS / f"{name}.ipynb" for name in names] or sorted(NBS.glob("*.ipynb"))
-    failed, total = [], 0
+    results = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # a process each, with one thread each
-        for path, cells, asserts, ok, seconds in pool.map(test, paths):
-            total += asserts
-            failed += [] if ok else [path.name]
-            print(f"{'ok    ' if ok else 'FAILED'} {path.name}: {cells} cells, {asserts} checks, {seconds:.0f} s", flush=True)
-    print(f"{len(paths) - len(failed)} of {len(paths)} notebooks passed, {total} checks" + (f"; failed: {', '.join(failed)}" if failed else ""))
+        for result in pool.map(test, paths):
+            results.append(result)
+            print(result, flush=True)
+    failed = [result.name for result in results if not result.passed]
+    checks = sum(result.checks for result in results)
+    failures = f"; failed: {', '.join(failed)}" if failed else ""
+    print(f"{len(paths) - len(failed)} of {len(paths)} notebooks passed, {checks} checks{failures}")
     return bool(failed)
 
 

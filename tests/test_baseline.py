@@ -1,4 +1,5 @@
-"""The other ways to draw a graph: each against the definition of what it computes, on models small enough to do it by hand."""
+"""The other ways to draw a graph: each against the definition of what it computes, on models small enough
+to do it by hand."""
 
 from dataclasses import replace
 from functools import partial
@@ -8,23 +9,55 @@ import pandas as pd
 import pytest
 import torch
 
-from circuitgraph.ablate import run_ablated, run_masks, set_ablation
-from circuitgraph.baseline import compare_methods, integrate_masks, learn_masks, list_methods, patch_edges, patch_nodes, patch_ports, prune_greedily, random_graph, read_off, score_graph, trace_flow
-from circuitgraph.build import build_graph, complete_graph, list_edges
-from circuitgraph.dictionary import visit_modules
-from circuitgraph.feature_general import final_gradients, score_task, write_gradients
-from circuitgraph.model import TINY_MODELS, apply_norm, attention_mask, embed_tokens, list_readers, project_heads, rotary_tables, rotate, run_logits, tiny_model, trace_modules
-from circuitgraph.task import Task
+from circuitgraph.ablation.features import run_selections
+from circuitgraph.ablation.selection import ModuleSelection
+from circuitgraph.ablation.values import AblatedText, read_value
+from circuitgraph.cut import cut_model
+from circuitgraph.methods import compare
+from circuitgraph.methods.compare import Comparing, list_methods
+from circuitgraph.methods.flow import Proximity, trace_flow
+from circuitgraph.methods.masks import MaskConfig, integrate_masks, learn_masks, prune_greedily
+from circuitgraph.methods.patching import patch_edges, patch_nodes, patch_ports, random_graph, logit_lens
+from circuitgraph.methods.patching import score_graph
+from circuitgraph.build.build import complete_graph
+from circuitgraph.build.modules import list_edges
+from circuitgraph.dictionary.places import visit_modules
+from circuitgraph.attribution.metric import final_gradients, score_task, write_gradients
+from circuitgraph.model.blocks import apply_norm, attention_mask, project_heads, rotary_tables, rotate
+from circuitgraph.model.blocks import run_logits
+from circuitgraph.model.loading import TINY_MODELS, tiny_model
+from circuitgraph.model.modules import embed_tokens, list_readers, trace_modules
+from circuitgraph.data.task import Task
 from known import KNOWN
 from known_features import KNOWN_FEATURES
+from circuitgraph.options import Judging, Run
 from oracles import random_tokens
+from short import build_graph, run_ablated
+
+QUIET = Run(progress=False)
+
+
+def judging(metric=None, seed=0, batch_size=None):
+    return Judging(metric=metric, seed=seed, run=Run(batch_size, progress=False))
+
+
+def compare_methods(*args, nodes="head", value="mean", **options):
+    """With few resamples and no progress bar."""
+    comparing = Comparing(**({"n_boot": 20, "progress": False} | options))
+    return compare.compare_methods(*args, nodes=nodes, value=value, comparing=comparing)
 
 
 def make_task(model, n=3, n_pos=6):
-    return Task(random_tokens(model, n, n_pos), random_tokens(model, n, n_pos, seed=7), answers=torch.arange(n)[:, None] + 3, wrong=torch.arange(n)[:, None] + 13)
+    return Task(
+        random_tokens(model, n, n_pos),
+        random_tokens(model, n, n_pos, seed=7),
+        answers=torch.arange(n)[:, None] + 3,
+        wrong=torch.arange(n)[:, None] + 13,
+    )
 
 
-def embed(model, tokens): return torch.stack(list(embed_tokens(model, tokens).values())).sum(0)
+def embed(model, tokens):
+    return torch.stack(list(embed_tokens(model, tokens).values())).sum(0)
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -33,21 +66,39 @@ def embed(model, tokens): return torch.stack(list(embed_tokens(model, tokens).va
 def test_eap_is_the_derivative_of_each_edges_mask(name, grain, value):
     model = tiny_model(name, dtype=torch.float64)
     task, every = make_task(model), complete_graph(model, grain)
-    graph = build_graph(model, task, grain, attribution="eap", target="metric", baseline=value, batch_size=2, progress=False)
+    graph = build_graph(
+        model, task, grain, attribution="eap", target="metric", baseline=value, batch_size=2, progress=False
+    )
     masks = torch.ones(len(every), dtype=torch.float64, requires_grad=True)
-    logits = run_ablated(model, every, task.clean, task.corrupted if value == "corrupted" else None, value, masks=masks)
+    logits = run_ablated(
+        model, every, task.clean, task.corrupted if value == "corrupted" else None, value, masks=masks
+    )
     score = (logits[:, -1].gather(1, task.answers) - logits[:, -1].gather(1, task.wrong)).mean()
     wanted = torch.autograd.grad(score, masks)[0]
     assert graph.edge_names == every.edge_names and graph.meta["attribution"] == "eap"
     assert np.allclose(graph.edges["weight"], wanted, rtol=1e-9, atol=1e-12) and wanted.abs().max() > 1e-3
-    assert np.isclose(graph.nodes["mean_activation"].iloc[-1], float(score.detach())) and (graph.edges["abs_weight"] >= graph.edges["weight"].abs() - 1e-12).all()
+    assert (
+        np.isclose(graph.nodes["mean_activation"].iloc[-1], float(score.detach()))
+        and (graph.edges["abs_weight"] >= graph.edges["weight"].abs() - 1e-12).all()
+    )
 
 
 def test_on_a_linear_model_eap_is_exact_patching():
     known = KNOWN["chain"]()
-    model = replace(known.model, layers=tuple(replace(layer, mlp=replace(layer.mlp, act=lambda x: x)) for layer in known.model.layers))
-    exact, graph = patch_edges(model, known.task, progress=False), build_graph(model, known.task, "head", target="metric", attribution="eap", progress=False)
-    with torch.no_grad(): whole = float(score_task(model, known.task, trace_modules(model, known.task.clean).reads["logits"]).mean()) - float(score_task(model, known.task, trace_modules(model, known.task.corrupted).reads["logits"]).mean())
+    model = replace(
+        known.model,
+        layers=tuple(replace(layer, mlp=replace(layer.mlp, act=lambda x: x)) for layer in known.model.layers),
+    )
+    exact, graph = (
+        patch_edges(model, known.task, judging=judging()),
+        build_graph(model, known.task, "head", target="metric", attribution="eap", progress=False),
+    )
+    with torch.no_grad():
+        whole = float(
+            score_task(model, known.task, trace_modules(model, known.task.clean).reads["logits"]).mean()
+        ) - float(
+            score_task(model, known.task, trace_modules(model, known.task.corrupted).reads["logits"]).mean()
+        )
     assert abs(whole) > 1 and np.allclose(graph.edges["weight"] / whole, exact.edges["weight"], atol=1e-10)
     assert set(exact.keep(exact.edges["weight"].abs().to_numpy() > 0.5).edge_names) == set(known.edges)
 
@@ -57,23 +108,49 @@ def test_on_a_linear_model_eap_is_exact_patching():
 def test_eap_ig_of_the_embeddings_is_patching_them(name):
     model = tiny_model(name, dtype=torch.float64)
     task = make_task(model)
-    whole = sum(s * float(score_task(model, task, trace_modules(model, tokens).reads["logits"]).mean()) for s, tokens in ((1, task.clean), (-1, task.corrupted)))
+    whole = sum(
+        s * float(score_task(model, task, trace_modules(model, tokens).reads["logits"]).mean())
+        for s, tokens in ((1, task.clean), (-1, task.corrupted))
+    )
     errors = []
     for n in (16, 256):
-        edges = build_graph(model, task, "head", target="metric", attribution="eap-ig", n_steps=n, progress=False).edges
+        edges = build_graph(
+            model, task, "head", target="metric", attribution="eap-ig", n_steps=n, progress=False
+        ).edges
         errors.append(abs(edges["weight"][edges["source"].isin(["embed", "pos_embed"])].sum() / whole - 1))
     assert errors[1] < 1e-3 and errors[1] < errors[0] / 10
 
 
 def test_eap_ig_becomes_exact_patching_of_each_edge():
-    """On a smooth chain that bends in its last MLP alone: along the path everything before it moves on a straight line, so that one edge's share is the whole difference."""
+    """On a smooth chain that bends in its last MLP alone: along the path everything before it moves on a
+    straight line, so that one edge's share is the whole difference."""
     known = KNOWN["chain"]()
     acts = (lambda x: x, lambda x: x, torch.tanh)
-    model = replace(known.model, layers=tuple(replace(layer, mlp=replace(layer.mlp, act=act)) for layer, act in zip(known.model.layers, acts, strict=True)))
-    exact = patch_edges(model, known.task, progress=False).edges["weight"].to_numpy()
-    ends = [float(score_task(model, known.task, trace_modules(model, tokens).reads["logits"].detach()).mean()) for tokens in (known.task.clean, known.task.corrupted)]
-    errors = [np.abs(build_graph(model, known.task, target="metric", attribution=name, n_steps=n, progress=False).edges["weight"] / (ends[0] - ends[1]) - exact).max() for name, n in (("eap", 1), ("eap-ig", 2), ("eap-ig", 4), ("eap-ig", 16))]
-    assert np.isclose(exact.max(), 1) and errors[0] > 0.05 and errors[3] < 1e-8 and (np.diff(errors) < 0).all()
+    model = replace(
+        known.model,
+        layers=tuple(
+            replace(layer, mlp=replace(layer.mlp, act=act))
+            for layer, act in zip(known.model.layers, acts, strict=True)
+        ),
+    )
+    exact = patch_edges(model, known.task, judging=judging()).edges["weight"].to_numpy()
+    ends = [
+        float(score_task(model, known.task, trace_modules(model, tokens).reads["logits"].detach()).mean())
+        for tokens in (known.task.clean, known.task.corrupted)
+    ]
+    errors = [
+        np.abs(
+            build_graph(
+                model, known.task, target="metric", attribution=name, n_steps=n, progress=False
+            ).edges["weight"]
+            / (ends[0] - ends[1])
+            - exact
+        ).max()
+        for name, n in (("eap", 1), ("eap-ig", 2), ("eap-ig", 4), ("eap-ig", 16))
+    ]
+    assert (
+        np.isclose(exact.max(), 1) and errors[0] > 0.05 and errors[3] < 1e-8 and (np.diff(errors) < 0).all()
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt-neox", "gemma2", "qwen2"])
@@ -82,65 +159,112 @@ def test_a_dropped_layer_passes_nothing_back(name, drop):
     """Against finite differences of a run in which that layer writes what it wrote on the clean prompts."""
     model = tiny_model(name, dtype=torch.float64)
     task = make_task(model)
-    start, shift = embed(model, task.clean), torch.randn(3, 6, model.d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start, shift = (
+        embed(model, task.clean),
+        torch.randn(3, 6, model.d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+    )
     held = {}
+
     def run(x, keep):
         def visit(kind, layer, places):
-            if kind == "b" or layer != drop: return None
-            if keep: held[kind] = places["output"]
+            if kind == "b" or layer != drop:
+                return None
+            if keep:
+                held[kind] = places["output"]
             return held[kind]
+
         return visit_modules(model, task.clean, visit, start=(0, x))
-    with torch.no_grad(): final = run(start, True)
-    found = float((write_gradients(model, task.clean, final_gradients(model, task, final), drop=drop)["embed"] * shift).sum())
-    with torch.no_grad(): high, low = (float(score_task(model, task, run(start + e * shift, False)).mean()) for e in (1e-5, -1e-5))
+
+    with torch.no_grad():
+        final = run(start, True)
+    found = float(
+        (
+            write_gradients(model, task.clean, final_gradients(model, task, final), drop=drop)["embed"]
+            * shift
+        ).sum()
+    )
+    with torch.no_grad():
+        high, low = (
+            float(score_task(model, task, run(start + e * shift, False)).mean()) for e in (1e-5, -1e-5)
+        )
     assert abs(found - (high - low) / 2e-5) < 1e-7 * max(1, abs(found)) and abs(found) > 1e-3
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "qwen2"])
 def test_patched_queries_and_keys_by_hand(name):
-    """Each head's pattern anew for the other run's queries at all positions, and for its key at each position by itself."""
+    """Each head's pattern anew for the other run's queries at all positions, and for its key at each
+    position by itself."""
     model, layer = tiny_model(name, dtype=torch.float64), 1
     x, x0 = (trace_modules(model, random_tokens(model, 2, 6, seed=s)).reads[f"a{layer}"] for s in (3, 4))
     attn, tables = model.layers[layer].attn, rotary_tables(model, 6, layer)
     grad = torch.randn(2, 6, model.d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     u = torch.einsum("bpd, dhe -> bhpe", grad, attn.W_O)
-    def heads(x, W, b): return project_heads(apply_norm(model.layers[layer].ln1, x), W, b, model.n_heads)
-    q, k, q0, k0 = (rotate(heads(at, W, b), *tables, attn.rotary) for at in (x, x0) for W, b in ((attn.W_Q, attn.b_Q), (attn.W_K, attn.b_K)))
+
+    def heads(x, W, b):
+        return project_heads(apply_norm(model.layers[layer].ln1, x), W, b, model.n_heads)
+
+    q, k, q0, k0 = (
+        rotate(heads(at, W, b), *tables, attn.rotary)
+        for at in (x, x0)
+        for W, b in ((attn.W_Q, attn.b_Q), (attn.W_K, attn.b_K))
+    )
     v = heads(x, attn.W_V, attn.b_V)
     mask = attention_mask(attn, 6, x.device)
-    def z(q, k): return (q @ k.mT * attn.scale).masked_fill(mask, -torch.inf).softmax(-1) @ v
+
+    def z(q, k):
+        return (q @ k.mT * attn.scale).masked_fill(mask, -torch.inf).softmax(-1) @ v
+
     by_query = ((z(q, k) - z(q0, k)) * u).sum((2, 3))
     by_key = 0
     for t in range(6):
         moved = k.clone()
         moved[:, :, t] = k0[:, :, t]
         by_key = by_key + ((z(q, k) - z(q, moved)) * u).sum((2, 3))
-    by_value = (z(q, k) * u).sum((2, 3)) - ((q @ k.mT * attn.scale).masked_fill(mask, -torch.inf).softmax(-1) @ heads(x0, attn.W_V, attn.b_V) * u).sum((2, 3))
-    assert torch.allclose(patch_ports(model, layer, x, x0, grad), torch.stack([by_query, by_key, by_value], 2), atol=1e-12)
+    by_value = (z(q, k) * u).sum((2, 3)) - (
+        (q @ k.mT * attn.scale).masked_fill(mask, -torch.inf).softmax(-1) @ heads(x0, attn.W_V, attn.b_V) * u
+    ).sum((2, 3))
+    assert torch.allclose(
+        patch_ports(model, layer, x, x0, grad), torch.stack([by_query, by_key, by_value], 2), atol=1e-12
+    )
     first, step = patch_ports(model, layer, x, x0, grad, False), 1e-5  # the derivative of the same
     near = (z(q, k) - z(q + step * (q0 - q), k)) / step, (z(q, k) - z(q, k + step * (k0 - k))) / step
-    assert all(torch.allclose(first[:, :, i], (d * u).sum((2, 3)), rtol=1e-3, atol=1e-3) for i, d in enumerate(near)) and torch.allclose(first[:, :, 2], by_value)
+    assert all(
+        torch.allclose(first[:, :, i], (d * u).sum((2, 3)), rtol=1e-3, atol=1e-3) for i, d in enumerate(near)
+    ) and torch.allclose(first[:, :, 2], by_value)
 
 
 @torch.no_grad()
 def test_exact_softmaxes_repair_a_saturated_head():
-    """Induction: the second head's pattern is one-hot, so that its query has no gradient, and yet another query finds another token."""
+    """Induction: the second head's pattern is one-hot, so that its query has no gradient, and yet another
+    query finds another token."""
     known = KNOWN["induction"]()
-    def score(graph, edge): return float(graph.keep([edge]).edges["weight"].iloc[0])
+
+    def score(graph, edge):
+        return float(graph.keep([edge]).edges["weight"].iloc[0])
+
     edge = "embed->a1.h0<q>"
-    whole = score(patch_edges(known.model, known.task, progress=False), edge)
-    first, repaired = (score(patch_nodes(known.model, known.task, exact_softmax=exact, grad_drop=False, progress=False), edge) for exact in (False, True))
-    difference = sum(s * float(score_task(known.model, known.task, trace_modules(known.model, tokens).reads["logits"]).mean()) for s, tokens in ((1, known.task.clean), (-1, known.task.corrupted)))
+    whole = score(patch_edges(known.model, known.task, judging=judging()), edge)
+    first, repaired = (
+        score(patch_nodes(known.model, known.task, exact_softmax=exact, grad_drop=False, run=QUIET), edge)
+        for exact in (False, True)
+    )
+    difference = sum(
+        s
+        * float(
+            score_task(known.model, known.task, trace_modules(known.model, tokens).reads["logits"]).mean()
+        )
+        for s, tokens in ((1, known.task.clean), (-1, known.task.corrupted))
+    )
     assert whole > 0.9 and first < 1e-6 * difference and abs(repaired / difference - whole) < 0.05
 
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_greedy_pruning_finds_the_known_circuit(name):
     known = KNOWN[name]()
-    graph = prune_greedily(known.model, known.task, threshold=0.05, value="mean", progress=False)
+    graph = prune_greedily(known.model, known.task, threshold=0.05, value="mean", judging=judging())
     assert set(graph.edge_names) == set(known.edges) and (graph.edges["weight"] >= 0.05).all()
-    assert len(prune_greedily(known.model, known.task, threshold=1e9, value="mean", progress=False)) == 0
+    assert len(prune_greedily(known.model, known.task, threshold=1e9, value="mean", judging=judging())) == 0
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -148,9 +272,19 @@ def test_greedy_pruning_finds_the_known_circuit(name):
 @pytest.mark.parametrize("checkpoints", [True, False])
 def test_shares_of_flow_sum_to_one(name, grain, checkpoints):
     model = tiny_model(name, dtype=torch.float64)
-    for proximity in ("l1", "inner"):
-        edges = trace_flow(model, random_tokens(model, 3, 6), grain, proximity=proximity, checkpoints=checkpoints, batch_size=2, progress=False).edges
-        assert np.allclose(edges.groupby(["target", "port"], observed=True)["weight"].sum(), 1) and (edges["weight"] >= 0).all()
+    for kind in ("l1", "inner"):
+        edges = trace_flow(
+            model,
+            random_tokens(model, 3, 6),
+            grain,
+            proximity=Proximity(kind),
+            checkpoints=checkpoints,
+            run=Run(2, progress=False),
+        ).edges
+        assert (
+            np.allclose(edges.groupby(["target", "port"], observed=True)["weight"].sum(), 1)
+            and (edges["weight"] >= 0).all()
+        )
 
 
 @torch.no_grad()
@@ -158,7 +292,10 @@ def test_flow_by_hand():
     model = tiny_model("llama", dtype=torch.float64)
     tokens = random_tokens(model, 1, 4)
     trace, names = trace_modules(model, tokens, "layer"), list_readers(model, "layer")[1]
-    def near(part, whole): return max(float(whole.abs().sum() - (whole - part).abs().sum()), 1e-6)
+
+    def near(part, whole):
+        return max(float(whole.abs().sum() - (whole - part).abs().sum()), 1e-6)
+
     whole, apart = {}, {}
     for p in range(1, 4):
         y = dict(zip(names, trace.writes[0, p], strict=True))
@@ -166,13 +303,17 @@ def test_flow_by_hand():
         for name in names[1:]:
             after = stream + y[name]
             both = near(stream, after) + near(y[name], after)
-            shares = {w: s * near(stream, after) / both for w, s in shares.items()} | {name: near(y[name], after) / both}
+            shares = {w: s * near(stream, after) / both for w, s in shares.items()} | {
+                name: near(y[name], after) / both
+            }
             stream = after
-        for w, s in shares.items(): whole[w] = whole.get(w, 0) + s / 3
+        for w, s in shares.items():
+            whole[w] = whole.get(w, 0) + s / 3
         total = sum(near(y[w], stream) for w in names)
-        for w in names: apart[w] = apart.get(w, 0) + near(y[w], stream) / total / 3
+        for w in names:
+            apart[w] = apart.get(w, 0) + near(y[w], stream) / total / 3
     for wanted, checkpoints in ((whole, True), (apart, False)):
-        edges = trace_flow(model, tokens, "layer", checkpoints=checkpoints, progress=False).edges
+        edges = trace_flow(model, tokens, "layer", checkpoints=checkpoints, run=QUIET).edges
         into = edges[edges["target"] == "logits"].set_index("source")["weight"]
         assert all(np.isclose(into[w], s) for w, s in wanted.items())
 
@@ -180,9 +321,20 @@ def test_flow_by_hand():
 @pytest.mark.parametrize("name", ["induction", "chain", "brackets", "gates"])
 def test_masks_are_learned_and_drawn_by_their_seed(name):
     known = KNOWN[name]()
-    graph = learn_masks(known.model, known.task, value="mean", progress=False)
-    assert set(graph.edges.assign(name=graph.edge_names).nlargest(len(known.edges), "weight")["name"]) == set(known.edges)
-    few = [learn_masks(known.model, known.task, value="mean", n_steps=5, batch_size=7, seed=s, progress=False).edges["weight"] for s in (0, 0, 1)]
+    graph = learn_masks(known.model, known.task, value="mean", judging=judging())
+    assert set(graph.edges.assign(name=graph.edge_names).nlargest(len(known.edges), "weight")["name"]) == set(
+        known.edges
+    )
+    few = [
+        learn_masks(
+            known.model,
+            known.task,
+            value="mean",
+            config=MaskConfig(n_steps=5),
+            judging=judging(seed=s, batch_size=7),
+        ).edges["weight"]
+        for s in (0, 0, 1)
+    ]
     assert few[0].equals(few[1]) and not few[0].equals(few[2])
 
 
@@ -191,98 +343,209 @@ def test_masks_are_learned_and_drawn_by_their_seed(name):
 def test_gradients_along_masks_sum_to_what_the_whole_graph_is_worth(name, value):
     model = tiny_model(name, dtype=torch.float64)
     task, every = make_task(model), complete_graph(model, "head")
-    found = integrate_masks(model, task, value=value, n_steps=24, batch_size=2, progress=False).edges["weight"]
-    with torch.no_grad(): own, none = (float(score_task(model, task, score_stream(model, every, task, value, mask)).mean()) for mask in (1.0, 0.0))
+    found = integrate_masks(model, task, value=value, n_steps=24, judging=judging(batch_size=2)).edges[
+        "weight"
+    ]
+    with torch.no_grad():
+        own, none = (
+            float(score_task(model, task, score_stream(model, every, task, value, mask)).mean())
+            for mask in (1.0, 0.0)
+        )
     assert abs(own - none) > 1e-2 and np.isclose(found.sum(), own - none, rtol=1e-3)
     point = torch.full((len(every),), 0.5, dtype=torch.float64, requires_grad=True)
-    wanted = torch.autograd.grad(score_task(model, task, score_stream(model, every, task, value, point)).mean(), point)[0]
-    assert np.allclose(integrate_masks(model, task, value=value, n_steps=1, progress=False).edges["weight"], wanted, rtol=1e-9, atol=1e-12)
+    wanted = torch.autograd.grad(
+        score_task(model, task, score_stream(model, every, task, value, point)).mean(), point
+    )[0]
+    assert np.allclose(
+        integrate_masks(model, task, value=value, n_steps=1, judging=judging()).edges["weight"],
+        wanted,
+        rtol=1e-9,
+        atol=1e-12,
+    )
 
 
 def score_stream(model, every, task, value, masks):
     "What `logits` reads in the graph of some masks."
     masks = masks if torch.is_tensor(masks) else torch.full((len(every),), masks, dtype=torch.float64)
-    setting = set_ablation(model, "head", task.clean, value, corrupted=task.corrupted if value == "corrupted" else None, progress=False)
-    return next(run_masks(model, "head", [masks], task.clean, setting, slice(None)))
+    cut = cut_model(model, "head")
+    values = read_value(value).fix(cut, AblatedText(task.clean, task.corrupted, run=QUIET))
+    return next(iter(run_selections(cut, [ModuleSelection(masks, len(masks))], task.clean, values)))
 
 
 def test_drawn_masks_follow_their_seed():
     model = tiny_model("llama", dtype=torch.float64)
-    one, same, other = (integrate_masks(model, make_task(model), path="drawn", n_steps=3, seed=s, progress=False).edges["weight"] for s in (0, 0, 1))
+    one, same, other = (
+        integrate_masks(model, make_task(model), path="drawn", n_steps=3, judging=judging(seed=s)).edges[
+            "weight"
+        ]
+        for s in (0, 0, 1)
+    )
     assert one.equals(same) and not one.equals(other)
 
 
 @torch.no_grad()
 def test_reading_off():
     known = KNOWN["chain"]()
-    table = read_off(known.model, known.task, batch_size=5)
-    assert table["layer"].tolist() == [-1, 0, 1, 2] and np.isclose(table["share"].iloc[-1], 1) and (table["share"].iloc[:-1].abs() < 1e-6).all()
+    table = logit_lens(known.model, known.task, run=Run(5))
+    assert (
+        table["layer"].tolist() == [-1, 0, 1, 2]
+        and np.isclose(table["share"].iloc[-1], 1)
+        and (table["share"].iloc[:-1].abs() < 1e-6).all()
+    )
     logits = run_logits(known.model, trace_modules(known.model, known.task.clean).reads["logits"])[:, -1]
-    assert np.isclose(table["score"].iloc[-1], float((logits.gather(1, known.task.answers) - logits.gather(1, known.task.wrong)).mean()))
+    assert np.isclose(
+        table["score"].iloc[-1],
+        float((logits.gather(1, known.task.answers) - logits.gather(1, known.task.wrong)).mean()),
+    )
 
 
 def test_refusals():
     model = tiny_model("llama", dtype=torch.float64)
     task, text = make_task(model), random_tokens(model, 2, 6)
     for run, words in [
-        (lambda: build_graph(model, task, "head", target="metric", pattern="frozen"), "pattern is no option"), (lambda: build_graph(model, task, "head", target="metric", ports="merged"), "ports is no option"),
-        (lambda: build_graph(model, text, "head", attribution="eap"), "attribution must be"), (lambda: build_graph(model, task, "head", target="metric", attribution="saliency"), "attribution must be"),
-        (lambda: build_graph(model, task, "neuron", target="metric"), "grain must be"), (lambda: build_graph(model, replace(task, metric="accuracy"), "head", target="metric"), "a step"),
-        (lambda: patch_nodes(model, task, "block"), "must be 'layer' or 'head'"), (lambda: patch_nodes(model, task, value="zero"), "value must be"),
-        (lambda: trace_flow(model, text, proximity="l2"), "proximity must be"), (lambda: trace_flow(model, text, eps=0), "eps must be"), (lambda: trace_flow(model, text, skip_first=6), "skip_first must lie"),
-        (lambda: prune_greedily(model, text, progress=False), "needs a Task"), (lambda: integrate_masks(model, task, path="loop"), "path"), (lambda: integrate_masks(model, task, n_steps=0), "n_steps"), (lambda: learn_masks(model, task, metric="loss"), "metric must be"), (lambda: score_graph(model, "head", np.full(len(list_edges(model)), np.nan), "none"), "must be finite"),
+        (lambda: build_graph(model, task, "head", target="metric", pattern="frozen"), "pattern is no option"),
+        (lambda: build_graph(model, task, "head", target="metric", ports="merged"), "ports is no option"),
+        (lambda: build_graph(model, text, "head", attribution="eap"), "attribution must be"),
+        (
+            lambda: build_graph(model, task, "head", target="metric", attribution="saliency"),
+            "attribution must be",
+        ),
+        (lambda: build_graph(model, task, "neuron", target="metric"), "grain must be"),
+        (lambda: build_graph(model, replace(task, metric="accuracy"), "head", target="metric"), "a step"),
+        (lambda: patch_nodes(model, task, "block"), "must be 'layer' or 'head'"),
+        (lambda: patch_nodes(model, task, value="zero"), "value must be"),
+        (lambda: Proximity("l2"), "proximity must be"),
+        (lambda: Proximity(eps=0), "eps must be"),
+        (lambda: trace_flow(model, text, skip_first=6), "skip_first must lie"),
+        (lambda: prune_greedily(model, text), "give a Task"),
+        (lambda: integrate_masks(model, task, path="loop"), "path"),
+        (lambda: integrate_masks(model, task, n_steps=0), "n_steps"),
+        (lambda: learn_masks(model, task, judging=judging("loss")), "metric must be"),
+        (
+            lambda: score_graph(model, "head", np.full(len(list_edges(model)), np.nan), "none"),
+            "must be finite",
+        ),
         (lambda: random_graph(model, "neuron"), "grain must be"),
     ]:
-        with pytest.raises(ValueError, match=words): run()
+        with pytest.raises(ValueError, match=words):
+            run()
 
 
 def test_a_comparison_goes_on_where_it_stopped(tmp_path):
     known, calls = KNOWN["copy"](), []
-    every = list_methods("mean")
+    every = list_methods()
+
     def counted(name):
         def make(*args, **options):
             calls.append(name)
             return every[name](*args, **options)
+
         return make
-    def compare(names, **options): return compare_methods(known.model, known.task, known.task, {name: counted(name) for name in names}, [4, 1_000], out=tmp_path / "methods.csv", n_boot=20, progress=False, **options)
-    compare(["EAP"])
-    table = compare(["EAP", "ACDC", "random"])
-    assert calls == ["EAP", "ACDC", "random"] and table.equals(pd.read_csv(tmp_path / "methods.csv").astype(table.dtypes)) and not table.duplicated(["method", "ablation", "n_edges"]).any()
+
+    def compare_some(names, **options):
+        return compare_methods(
+            known.model,
+            known.task,
+            known.task,
+            {name: counted(name) for name in names},
+            [4, 1_000],
+            out=tmp_path / "methods.csv",
+            **options,
+        )
+
+    compare_some(["EAP"])
+    table = compare_some(["EAP", "ACDC", "random"])
+    assert (
+        calls == ["EAP", "ACDC", "random"]
+        and table.equals(pd.read_csv(tmp_path / "methods.csv").astype(table.dtypes))
+        and not table.duplicated(["method", "ablation", "n_edges"]).any()
+    )
     faith = table[table["ablation"] == "edge"].set_index(["method", "n_edges"])["faithfulness"]
-    assert np.isclose(faith["EAP", 4], 1, atol=1e-3) and np.isclose(faith["ACDC", 4], 1, atol=1e-3) and np.isclose(faith["EAP", 1_000], 1) and abs(faith["random", 4]) < 0.1
-    compare(["EAP"], seeds=(0, 1))
+    assert (
+        np.isclose(faith["EAP", 4], 1, atol=1e-3)
+        and np.isclose(faith["ACDC", 4], 1, atol=1e-3)
+        and np.isclose(faith["EAP", 1_000], 1)
+        and abs(faith["random", 4]) < 0.1
+    )
+    compare_some(["EAP"], seeds=(0, 1))
     assert calls[3:] == ["EAP"]  # of the second seed
-    with pytest.raises(ValueError, match="at least one"): compare([])
+    with pytest.raises(ValueError, match="at least one"):
+        compare_some([])
+    with pytest.raises(ValueError, match="seeds must hold at least one"):
+        Comparing(seeds=())
     pd.DataFrame({"method": ["EAP"]}).to_csv(tmp_path / "methods.csv")
-    with pytest.raises(ValueError, match="has no column 'nodes'"): compare(["EAP"])
+    with pytest.raises(ValueError, match="has no column 'nodes'"):
+        compare_some(["EAP"])
 
 
 def test_areas_are_means_over_the_range_of_budgets():
     known, budgets = KNOWN["induction"](), [2, 7, 20, 100]
-    compare = lambda n_edges: compare_methods(known.model, known.task, known.task, {name: list_methods()[name] for name in ("EAP-IG", "ACDC")}, n_edges, n_boot=50, progress=False)  # noqa: E731
-    for _, rows in compare(budgets[::-1]).groupby(["method", "ablation"]):
-        assert rows["n_edges"].tolist() == budgets and np.allclose(rows["cpr"], np.trapezoid(rows["faithfulness"], budgets) / 98, atol=1e-4) and np.allclose(rows["cmd"], np.trapezoid((1 - rows["faithfulness"]).abs(), budgets) / 98, atol=1e-4)
-        assert (rows["cpr_low"] <= rows["cpr"]).all() and (rows["cpr"] <= rows["cpr_high"]).all() and 0.5 < rows["cpr"].iloc[0] < 1.01
-        if rows["method"].iloc[0] == "ACDC": assert rows["n_kept"].tolist() == [2, 7, 7, 7]
-    assert compare([7])["cpr"].isna().all()
+    methods = {name: list_methods()[name] for name in ("EAP-IG", "ACDC")}
+
+    def areas(n_edges):
+        return compare_methods(known.model, known.task, known.task, methods, n_edges, n_boot=50)
+
+    for _, rows in areas(budgets[::-1]).groupby(["method", "ablation"]):
+        assert (
+            rows["n_edges"].tolist() == budgets
+            and np.allclose(rows["cpr"], np.trapezoid(rows["faithfulness"], budgets) / 98, atol=1e-4)
+            and np.allclose(
+                rows["cmd"], np.trapezoid((1 - rows["faithfulness"]).abs(), budgets) / 98, atol=1e-4
+            )
+        )
+        assert (
+            (rows["cpr_low"] <= rows["cpr"]).all()
+            and (rows["cpr"] <= rows["cpr_high"]).all()
+            and 0.5 < rows["cpr"].iloc[0] < 1.01
+        )
+        if rows["method"].iloc[0] == "ACDC":
+            assert rows["n_kept"].tolist() == [2, 7, 7, 7]
+    assert areas([7])["cpr"].isna().all()
 
 
 def test_what_a_method_took():
     known = KNOWN["copy"]()
+
     def large(model, data, nodes, progress, seed=0):  # noqa: ARG001  (the shape of all)
         torch.ones(300 * 2**20 // 4).sum()  # 300 MB, gone when the graph is there
         return random_graph(model, nodes, seed)
-    took = compare_methods(known.model, known.task, known.task, {"random": list_methods()["random"], "large": large}, [4], n_boot=20, progress=False).groupby("method")[["seconds", "memory"]].max()
-    assert 250 < took.loc["large", "memory"] - took.loc["random", "memory"] < 400 and (took["seconds"] >= 0).all()
+
+    took = (
+        compare_methods(
+            known.model,
+            known.task,
+            known.task,
+            {"random": list_methods()["random"], "large": large},
+            [4],
+        )
+        .groupby("method")[["seconds", "memory"]]
+        .max()
+    )
+    assert (
+        250 < took.loc["large", "memory"] - took.loc["random", "memory"] < 400
+        and (took["seconds"] >= 0).all()
+    )
 
 
 def test_seeds_draw_prompts_and_go_to_methods_that_draw():
     known, seen = KNOWN["copy"](), []
+
     def method(model, data, nodes, progress, seed):  # noqa: ARG001
         seen.append((seed, data.clean.tolist()))
         return random_graph(model, nodes, seed)
-    draw = lambda seed: KNOWN["copy"](seed=seed).task  # noqa: E731  (weights hold noise of another seed; prompts alone are taken)
-    table = compare_methods(known.model, draw, draw(9), {"mine": method}, [4], seeds=(3, 4), n_boot=20, progress=False)
+
+    # noqa: E731  (weights hold noise of another seed; prompts alone are taken)
+    def draw(seed):
+        return KNOWN["copy"](seed=seed).task
+
+    table = compare_methods(
+        known.model,
+        draw,
+        draw(9),
+        {"mine": method},
+        [4],
+        seeds=(3, 4),
+    )
     assert seen == [(s, draw(s).clean.tolist()) for s in (3, 4)] and sorted(set(table["seed"])) == [3, 4]
 
 
@@ -290,34 +553,90 @@ def test_methods_are_compared_on_text():
     """Every one, and what follows a metric's gradient has the derivative of the cross-entropy."""
     known = KNOWN["chain"]()
     text = known.task.clean
-    table = compare_methods(known.model, text, text.flip(0), list_methods(), [4, 40], truth=known.edges, n_boot=20, progress=False)
+    table = compare_methods(
+        known.model,
+        text,
+        text.flip(0),
+        list_methods(),
+        [4, 40],
+        truth=known.edges,
+    )
     assert set(table["method"]) == set(list_methods()) and set(table["task"]) == {"text"}
     found = table[(table["ablation"] == "edge") & (table["n_edges"] == 4)].set_index("method")
-    assert all(np.isclose(found.loc[name, "faithfulness"], 1, atol=1e-3) and found.loc[name, "average_precision"] == 1 for name in ("exact patching", "EAP", "EAP-IG", "ACDC", "edge pruning"))
+    assert all(
+        np.isclose(found.loc[name, "faithfulness"], 1, atol=1e-3)
+        and found.loc[name, "average_precision"] == 1
+        for name in ("exact patching", "EAP", "EAP-IG", "ACDC", "edge pruning")
+    )
     model = tiny_model("llama", dtype=torch.float64)
     every, tokens = complete_graph(model), random_tokens(model, 3, 6)
     masks = torch.ones(len(every), dtype=torch.float64, requires_grad=True)
     logp = run_ablated(model, every, tokens, value="mean", masks=masks).log_softmax(-1)
     wanted = torch.autograd.grad(logp[:, 1:-1].gather(-1, tokens[:, 2:, None]).mean(), masks)[0]
-    assert np.allclose(list_methods()["EAP"](model, tokens, nodes="head", progress=False).edges["weight"], wanted, rtol=1e-9, atol=1e-12) and wanted.abs().max() > 1e-3
+    assert (
+        np.allclose(
+            list_methods()["EAP"](model, tokens, nodes="head", progress=False).edges["weight"],
+            wanted,
+            rtol=1e-9,
+            atol=1e-12,
+        )
+        and wanted.abs().max() > 1e-3
+    )
 
 
 def test_a_method_that_can_not_is_left_out():
     known = KNOWN["copy"]()
     some = {name: list_methods()[name] for name in ("AtP", "EAP")}
-    with pytest.warns(UserWarning, match="AtP is left out: nodes must be 'layer' or 'head'"): table = compare_methods(known.model, known.task, known.task, some, [4], nodes="block", n_boot=20, progress=False)
+    with pytest.warns(UserWarning, match="AtP is left out: nodes must be 'layer' or 'head'"):
+        table = compare_methods(
+            known.model,
+            known.task,
+            known.task,
+            some,
+            [4],
+            nodes="block",
+        )
     assert set(table["method"]) == {"EAP"}
-    with pytest.warns(UserWarning, match="EAP is left out: all its scores are zero"): compare_methods(known.model, known.task.clean, known.task, {"EAP": list_methods("corrupted")["EAP"]}, [4], progress=False)
-    with pytest.raises(ValueError, match="needs a Task"): compare_methods(known.model, known.task.clean, known.task, some, [4], value="corrupted", progress=False)
-    with pytest.raises(ValueError, match="edges must be among"): compare_methods(known.model, known.task, known.task, some, [4], truth=["a0->a1"], progress=False)
+    with pytest.warns(UserWarning, match="EAP is left out: all its scores are zero"):
+        compare_methods(
+            known.model,
+            known.task.clean,
+            known.task,
+            {"EAP": list_methods(value="corrupted")["EAP"]},
+            [4],
+            progress=False,
+        )
+    with pytest.raises(ValueError, match="needs a Task"):
+        compare_methods(known.model, known.task.clean, known.task, some, [4], value="corrupted")
+    with pytest.raises(ValueError, match="edges must be among"):
+        compare_methods(known.model, known.task, known.task, some, [4], truth=["a0->a1"])
 
 
 def test_methods_of_features_are_compared_by_the_same_function(tmp_path):
     known = KNOWN_FEATURES["renamed over three layers"]()
-    values = lambda model, task, dictionaries, progress, **options: build_graph(model, task.clean, dictionaries, skip_first=0, keep=None, progress=progress, **options)  # noqa: E731
+
+    def values(model, text, dictionaries, progress, attribution="ig"):
+        options = {"skip_first": 0, "keep": None, "progress": progress}
+        return build_graph(model, text, dictionaries, attribution=attribution, **options)
+
     methods = {"ig": values, "gradient": partial(values, attribution="gradient")}
     truth = [f"{source}->{target}" for source, target, _ in known.edges]
-    table = compare_methods(known.model, known.tokens, known.tokens, methods, [8, len(known.edges), 200], nodes=known.dictionaries, truth=truth, n_boot=20, out=tmp_path / "fine.csv", progress=False)
-    assert set(table["method"]) == {"ig", "gradient"} and (table["roc_auc"] > 0.95).all() and table["nodes"].str.fullmatch(r"m0 \w{8}, m1 \w{8}, m2 \w{8}").all()
+    table = compare_methods(
+        known.model,
+        known.tokens,
+        known.tokens,
+        methods,
+        [8, len(known.edges), 200],
+        nodes=known.dictionaries,
+        truth=truth,
+        n_boot=20,
+        out=tmp_path / "fine.csv",
+        progress=False,
+    )
+    assert (
+        set(table["method"]) == {"ig", "gradient"}
+        and (table["roc_auc"] > 0.95).all()
+        and table["nodes"].str.fullmatch(r"m0 \w{8}, m1 \w{8}, m2 \w{8}").all()
+    )
     whole = table[(table["ablation"] == "edge") & (table["n_edges"] == 200)]
     assert np.allclose(whole["faithfulness"], 1, atol=1e-3)

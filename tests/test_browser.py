@@ -13,16 +13,21 @@ import nbformat
 import pytest
 from playwright.sync_api import sync_playwright
 
-from circuitgraph.ablate import ablation_curve
-from circuitgraph.behaviour import match_behaviours
-from circuitgraph.build import build_graph
-from circuitgraph.community import find_communities, leave_out
-from circuitgraph.graph import select_edges
-from circuitgraph.model import tiny_model
-from circuitgraph.view import write_report
+from circuitgraph.ablation.judge import ablation_curve
+from circuitgraph.attribution.method import Attribution
+from circuitgraph.build.build import build_graph
+from circuitgraph.community.behaviour import Matching, match_behaviours
+from circuitgraph.community.links import leave_out
+from circuitgraph.community.search import find_communities
+from circuitgraph.graph.select import select_edges
+from circuitgraph.graph.viewer import write_report
+from circuitgraph.model.loading import tiny_model
+from circuitgraph.options import Budgets, Judging, Pruning, Run
 from known_features import two_circuits
 from oracles import random_tokens
 
+QUIET = Run(progress=False)
+IMPORTS = "import pandas as pd\n\nimport circuitgraph as cg"
 SHOWN = "() => document.querySelector('.js-plotly-plot').layout.title.text"
 VISIBLE = "() => document.querySelector('.js-plotly-plot')._fullData.filter(t => t.visible === true).length"
 
@@ -30,7 +35,7 @@ VISIBLE = "() => document.querySelector('.js-plotly-plot')._fullData.filter(t =>
 @pytest.fixture(scope="module")
 def graph():
     model = tiny_model("llama")
-    return build_graph(model, random_tokens(model), progress=False)
+    return build_graph(model, random_tokens(model), run=QUIET)
 
 
 @pytest.fixture
@@ -41,7 +46,9 @@ def page():
         browser = play.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1300, "height": 1000})
         page.said, page.asked = [], []
-        page.on("console", lambda message: page.said.append(message.text) if message.type == "error" else None)
+        page.on(
+            "console", lambda message: page.said.append(message.text) if message.type == "error" else None
+        )
         page.on("pageerror", lambda error: page.said.append(str(error)))
         page.on("request", lambda request: page.asked.append(request.url))
         yield page
@@ -65,8 +72,14 @@ def test_report_opens_without_a_network_and_its_slider_moves(graph, page, tmp_pa
     page.mouse.move(right["x"] + right["width"] - 1, grip["y"] + grip["height"] / 2, steps=5)
     page.mouse.up()
     page.wait_for_function(f"({SHOWN})() !== {before!r}")
-    assert page.evaluate(SHOWN).startswith(f"{len(graph)} of {len(graph)} edges") and page.evaluate(VISIBLE) > lines
-    assert page.said == [] and [url for url in page.asked if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert (
+        page.evaluate(SHOWN).startswith(f"{len(graph)} of {len(graph)} edges")
+        and page.evaluate(VISIBLE) > lines
+    )
+    assert (
+        page.said == []
+        and [url for url in page.asked if not url.startswith(("file:", "data:", "blob:"))] == []
+    )
 
 
 @pytest.fixture
@@ -75,24 +88,50 @@ def lab(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--IdentityProvider.token=", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={tmp_path}"]
-    env = os.environ | {"JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "IPYTHONDIR": str(tmp_path / "ipython"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"), "PYTHONWARNINGS": "ignore"}
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        f"--port={port}",
+        "--IdentityProvider.token=",
+        "--ServerApp.port_retries=0",
+        f"--ServerApp.root_dir={tmp_path}",
+    ]
+    env = os.environ | {
+        "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+        "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"),
+        "PYTHONWARNINGS": "ignore",
+    }
 
     def open_notebook(page, *cells):
         kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata=kernel), tmp_path / "look.ipynb")
+        nbformat.write(
+            nbformat.v4.new_notebook(
+                cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata=kernel
+            ),
+            tmp_path / "look.ipynb",
+        )
         page.goto(f"http://127.0.0.1:{port}/lab/tree/look.ipynb?reset")
         page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
-        page.get_by_text("| Idle").wait_for(timeout=60_000)  # cells that are run before the kernel is there are lost
+        page.get_by_text("| Idle").wait_for(
+            timeout=60_000
+        )  # cells that are run before the kernel is there are lost
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
         page.wait_for_selector(".jp-OutputArea .js-plotly-plot .main-svg", timeout=120_000)
 
-    with (tmp_path / "lab.log").open("w") as log, subprocess.Popen(command, env=env, stdout=log, stderr=log) as server:
+    with (
+        (tmp_path / "lab.log").open("w") as log,
+        subprocess.Popen(command, env=env, stdout=log, stderr=log) as server,
+    ):
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0: break
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
             assert server.poll() is None, (tmp_path / "lab.log").read_text()
             time.sleep(0.2)
         yield open_notebook
@@ -100,7 +139,8 @@ def lab(tmp_path):
 
 
 def keep_screenshot(page, name):
-    if where := os.environ.get("SCREENSHOTS"): page.screenshot(path=f"{where}/{name}.png")
+    if where := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{where}/{name}.png")
 
 
 def test_widget_draws_anew_when_its_slider_moves(graph, page, lab, tmp_path):
@@ -110,36 +150,70 @@ def test_widget_draws_anew_when_its_slider_moves(graph, page, lab, tmp_path):
     assert before.startswith(f"20 of {len(graph)} edges")
     page.locator(".noUi-handle").first.focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("() => document.querySelector('.js-plotly-plot')?.layout?.title.text.startsWith('50 of ')", timeout=60_000)
+    page.wait_for_function(
+        "() => document.querySelector('.js-plotly-plot')?.layout?.title.text.startsWith('50 of ')",
+        timeout=60_000,
+    )
     assert page.locator("table.edges tr").count() == 11
     keep_screenshot(page, "widget")
 
 
 READING = "() => document.querySelector('.ablation-reading').textContent"
-DRAWN = "() => document.querySelectorAll('.js-plotly-plot')[0]._fullData.filter(t => t.marker?.opacity === 0).flatMap(t => t.text.map(label => label.split('<br>')[0]))"
-MARKED = "() => document.querySelectorAll('.js-plotly-plot')[1]?._fullData?.filter(t => t.name === 'selected').map(t => [Array.from(t.x), Array.from(t.y)])[0]"
+DRAWN = """() => document.querySelectorAll('.js-plotly-plot')[0]._fullData
+    .filter(t => t.marker?.opacity === 0)
+    .flatMap(t => t.text.map(label => label.split('<br>')[0]))"""
+MARKED = """() => document.querySelectorAll('.js-plotly-plot')[1]?._fullData
+    ?.filter(t => t.name === 'selected')
+    .map(t => [Array.from(t.x), Array.from(t.y)])[0]"""
 
 
 def test_reading_mark_and_graph_follow_the_slider_of_a_curve(graph, page, lab, tmp_path):
     model, tokens = tiny_model("llama"), random_tokens(tiny_model("llama"), 8, 20)
-    curve = ablation_curve(model, graph, tokens, [5, 10, 20, 40, 80, len(graph)], method="greedy", by="abs_weight", metric="kl", progress=False)
+    budgets = Budgets([5, 10, 20, 40, 80, len(graph)], "greedy", "abs_weight")
+    curve = ablation_curve(model, graph, tokens, budgets, judging=Judging(metric="kl", run=QUIET))
     graph.save(tmp_path / "graph")
     curve.to_parquet(tmp_path / "curve.parquet")
-    lab(page, "import pandas as pd\n\nimport circuitgraph as cg\nfrom circuitgraph.view import view_ablation", "view_ablation(cg.Graph.load('graph'), pd.read_parquet('curve.parquet'), 20)")
+    lab(
+        page,
+        f"{IMPORTS}\nfrom circuitgraph.graph.viewer import view_ablation",
+        "view_ablation(cg.Graph.load('graph'), pd.read_parquet('curve.parquet'), 20)",
+    )
     page.locator(".noUi-handle").first.focus()
     for n in (20, 40, 80):
-        page.wait_for_function(f"() => ({MARKED})()?.[0][0] === {n} && ({READING})().startsWith('budget {n}:')", timeout=60_000)
-        edge, node = (curve[(curve["ablation"] == ruler) & (curve["n_edges"] == n)].iloc[0] for ruler in ("edge", "node"))
+        page.wait_for_function(
+            f"() => ({MARKED})()?.[0][0] === {n} && ({READING})().startsWith('budget {n}:')", timeout=60_000
+        )
+        edge, node = (
+            curve[(curve["ablation"] == mode) & (curve["n_edges"] == n)].iloc[0] for mode in ("edge", "node")
+        )
         assert page.evaluate(MARKED) == [[n, n], [edge["faithfulness"], node["faithfulness"]]]
         chosen = select_edges(graph, n, "greedy", by="abs_weight")
-        assert sorted(map(html.unescape, page.evaluate(DRAWN))) == sorted(chosen.edge_names) and len(chosen) == edge["n_kept"]
+        assert (
+            sorted(map(html.unescape, page.evaluate(DRAWN))) == sorted(chosen.edge_names)
+            and len(chosen) == edge["n_kept"]
+        )
         numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", page.evaluate(READING))]
-        expected = [n, len(chosen), edge["n_nodes"], *(row[column] for row in (edge, node) for column in ("n_run", "faithfulness", "low", "high", "kl"))]
+        expected = [
+            n,
+            len(chosen),
+            edge["n_nodes"],
+            *(
+                row[column]
+                for row in (edge, node)
+                for column in ("n_run", "faithfulness", "low", "high", "kl")
+            ),
+        ]
         assert numbers == pytest.approx(expected, abs=6e-4)
-        if n == 40: keep_screenshot(page, "ablation")
-        if n < 80: page.keyboard.press("ArrowRight")
+        if n == 40:
+            keep_screenshot(page, "ablation")
+        if n < 80:
+            page.keyboard.press("ArrowRight")
     boxes = [plot.bounding_box() for plot in page.locator(".js-plotly-plot").all()]
-    assert len(boxes) == 2 and boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"] and abs(boxes[0]["y"] - boxes[1]["y"]) < 5  # side by side
+    assert (
+        len(boxes) == 2
+        and boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
+        and abs(boxes[0]["y"] - boxes[1]["y"]) < 5
+    )  # side by side
 
 
 SEEN = "() => document.querySelector('.community')?.innerText ?? ''"
@@ -147,23 +221,43 @@ SEEN = "() => document.querySelector('.community')?.innerText ?? ''"
 
 def test_inspector_shows_the_community_that_is_chosen(page, lab, tmp_path):
     known = two_circuits()
-    graph = build_graph(known.model, known.tokens, known.dictionaries, keep=None, skip_first=0, progress=False).threshold(1e-9, "abs_weight")
+    rule, pruning = Attribution("ig", skip_first=0), Pruning(None)
+    options = {"attribution": rule, "pruning": pruning, "run": QUIET}
+    graph = build_graph(known.model, known.tokens, known.dictionaries, **options)
+    graph = graph.threshold(1e-9, "abs_weight")
     found = find_communities(leave_out(graph, ["embed", "logits", "error"]), "layered", resolution=0.15)
-    options = {"value": "zero", "dictionaries": known.dictionaries, "n_controls": 3, "n_permutations": 3, "progress": False}
-    match_behaviours(known.model, found, known.tokens, known.behaviours, **options).to_parquet(tmp_path / "table.parquet")
+    options = {"value": "zero", "dictionaries": known.dictionaries, "run": QUIET}
+    options["matching"] = Matching(n_controls=3, n_permutations=3)
+    table = match_behaviours(known.model, found, known.tokens, known.behaviours, **options)
+    table.to_parquet(tmp_path / "table.parquet")
     found.save(tmp_path / "graph")
-    lab(page, "import pandas as pd\n\nimport circuitgraph as cg\nfrom circuitgraph.community_view import view_communities", "view_communities(cg.Graph.load('graph'), table=pd.read_parquet('table.parquet'), n=40)")
+    lab(
+        page,
+        f"{IMPORTS}\nfrom circuitgraph.community.figures import view_communities",
+        "view_communities(cg.Graph.load('graph'), table=pd.read_parquet('table.parquet'), n=40)",
+    )
     sizes = found.nodes["community"].value_counts()
     page.wait_for_function(f"() => ({SEEN})().includes('{sizes[0]} nodes')", timeout=60_000)
-    assert "m2/5" in page.evaluate(SEEN) and "m2/6" not in page.evaluate(SEEN) and "copying" in page.evaluate(SEEN)
+    assert (
+        "m2/5" in page.evaluate(SEEN)
+        and "m2/6" not in page.evaluate(SEEN)
+        and "copying" in page.evaluate(SEEN)
+    )
     page.locator(".widget-dropdown select").first.select_option(index=1)
     page.wait_for_function(f"() => ({SEEN})().includes('{sizes[1]} nodes')", timeout=60_000)
     assert "m2/6" in page.evaluate(SEEN) and "m2/5" not in page.evaluate(SEEN)
     keep_screenshot(page, "community")
     edges = page.locator("table.within tr").count()
     page.locator(".noUi-handle").nth(1).focus()  # the threshold
-    for _ in range(6): page.keyboard.press("ArrowRight")
-    page.wait_for_function(f"() => document.querySelectorAll('table.within tr').length < {edges}", timeout=60_000)
+    for _ in range(6):
+        page.keyboard.press("ArrowRight")
+    page.wait_for_function(
+        f"() => document.querySelectorAll('table.within tr').length < {edges}", timeout=60_000
+    )
     page.locator(".noUi-handle").nth(0).focus()  # the resolution
     page.keyboard.press("End")
-    page.wait_for_function(f"() => document.querySelectorAll('.widget-dropdown option').length > 2 && ({SEEN})().includes('not measured')", timeout=60_000)
+    page.wait_for_function(
+        "() => document.querySelectorAll('.widget-dropdown option').length > 2"
+        f" && ({SEEN})().includes('not measured')",
+        timeout=60_000,
+    )

@@ -1,26 +1,43 @@
-"""What holds for the project as a whole: notebooks and package agree, pages refer to what exists, the package stands alone."""
+"""What holds for the project: notebooks and package agree, code is short, the package stands alone."""
 
 import ast
 import importlib.util
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, PACKAGE = ROOT / "nbs", ROOT / "circuitgraph"
 NOTEBOOKS = sorted(NBS.glob("*.ipynb"))
-MODULES = sorted(p for p in PACKAGE.glob("*.py") if p.stem not in ("__init__", "_modidx"))
+NUMBERED = [path for path in NOTEBOOKS if path.stem[0].isdigit()]
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem not in ("__init__", "_modidx"))
+DEVELOPMENT = {"nbdev", "fastcore", "execnb", "matplotlib", "pytest", "sae_lens", "captum"}
 
 
 def cells(path, kind):
-    return ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+    book = json.loads(path.read_text(encoding="utf-8"))
+    return ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == kind]
+
+
+def module_name(path):
+    """The dotted name of a module within the package: graph/graph.py is graph.graph."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def public_names():
+    """The module of each public name, and how often each is listed in the stub."""
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
+    listed = [(name.name, node.module) for node in tree.body for name in node.names]
+    return dict(listed), [name for name, _ in listed]
 
 
 def run(*args, cwd=ROOT):
@@ -31,152 +48,342 @@ def run(*args, cwd=ROOT):
 def copy(tmp_path_factory):
     """The project's files, and none that it makes."""
     target = tmp_path_factory.mktemp("copy")
-    for name in ("nbs", "circuitgraph", "scripts"): shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "graphs", "report.html", ".ipynb_checkpoints"))
-    for name in ("settings.ini", "setup.py", "_quarto.yml", "README.md"): shutil.copy(ROOT / name, target / name)
+    ignored = shutil.ignore_patterns("__pycache__", "graphs", "report.html", ".ipynb_checkpoints")
+    for name in ("nbs", "circuitgraph", "scripts"):
+        shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=ignored)
+    for name in ("settings.ini", "setup.py", "_quarto.yml", "README.md"):
+        shutil.copy(ROOT / name, target / name)
     return target
 
 
-# Notebooks and package
+# The order of notebooks
 
 
-def imported_stages(source):
-    """The modules of this package that a notebook imports, lazily imported names of the package resolved to theirs."""
-    from circuitgraph import _HOME
-    found, tree = set(), ast.parse(source)
-    package = {a.asname or "circuitgraph" for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names if a.name.split(".")[0] == "circuitgraph"}
+def read_code(path):
+    """All code of a notebook, without magics."""
+    return re.sub(r"^[%!].*$", "", "\n".join(cells(path, "code")), flags=re.M)
+
+
+def exported_modules(paths):
+    """The notebook that exports each module; an experiment exports none."""
+    found = {path: re.search(r"#\|\s*default_exp ([\w.]+)", read_code(path)) for path in paths}
+    return {match[1]: path for path, match in found.items() if match}
+
+
+def imported_modules(source, modules):
+    """Modules of this package that code uses; public names count for the module that they come from."""
+    public, _ = public_names()
+    tree, used, aliases = ast.parse(source), set(), set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in package and node.attr in {*_HOME, *(p.stem for p in MODULES)}: found.add(_HOME.get(node.attr, node.attr))
-        if isinstance(node, ast.Import): found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("circuitgraph.")} | ({"view", "cli"} & {a.name for a in node.names})
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("circuitgraph")):
-            parts = (node.module or "").removeprefix("circuitgraph").strip(".").split(".")
-            found |= {parts[0]} if parts[0] else {_HOME.get(a.name, a.name) for a in node.names}
-    return found
+        if isinstance(node, ast.Import):
+            ours = [name for name in node.names if name.name.split(".")[0] == "circuitgraph"]
+            used |= {name.name.removeprefix("circuitgraph.") for name in ours if "." in name.name}
+            aliases |= {name.asname or "circuitgraph" for name in ours}
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "circuitgraph":
+            package = node.module.removeprefix("circuitgraph").strip(".")
+            for name in node.names:
+                inner = f"{package}.{name.name}".strip(".")
+                used.add(inner if inner in modules else package or public.get(name.name, name.name))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in aliases:
+            used.add(public.get(node.attr, node.attr))
+    return used & set(modules)
 
 
-def stages_too_high(paths):
-    exported = {p: re.search(r"#\|\s*default_exp (\w+)", "\n".join(cells(p, "code"))) for p in paths if p.stem[0].isdigit()}  # an experiment exports nothing
-    number = {found[1]: int(p.stem[:2]) for p, found in exported.items() if found}
-    code = {p: re.sub(r"^[%!].*$", "", "\n".join(cells(p, "code")), flags=re.M) for p in paths if p.stem[0].isdigit()}
-    return [(p.stem, stage) for p, source in code.items() for stage in imported_stages(source) if number[stage] > int(p.stem[:2])]
+def imports_from_above(paths):
+    """Notebooks that import a module of a notebook with a higher number."""
+    exported = exported_modules(paths)
+    return [
+        (path.stem, module)
+        for path in paths
+        for module in sorted(imported_modules(read_code(path), exported))
+        if exported[module].stem > path.stem
+    ]
 
 
-def test_a_notebook_imports_lower_stages_only(tmp_path):
-    assert stages_too_high(NOTEBOOKS) == []
-    for path in NOTEBOOKS: shutil.copy(path, tmp_path)
-    for planted in ("from circuitgraph.view import view", "from .view import view", "from circuitgraph import view", "import circuitgraph.view", "import circuitgraph as cg\ncg.plot_layers"):
-        book = json.loads((NBS / "06_graph.ipynb").read_text())
-        book["cells"].append({"cell_type": "code", "source": [planted], "metadata": {}, "outputs": [], "execution_count": None})
-        (tmp_path / "06_graph.ipynb").write_text(json.dumps(book))
-        assert stages_too_high(sorted(tmp_path.glob("*.ipynb"))) == [("06_graph", "view")], planted
+def test_a_notebook_imports_lower_numbers_only():
+    assert imports_from_above(NUMBERED) == []
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "from circuitgraph.graph.viewer import view",
+        "from circuitgraph.graph import viewer",
+        "from circuitgraph import view",
+        "import circuitgraph.graph.viewer",
+        "import circuitgraph as cg\ncg.write_report",
+    ],
+)
+def test_an_import_from_a_higher_number_is_seen(tmp_path, planted):
+    for path in NUMBERED:
+        shutil.copy(path, tmp_path)
+    book = json.loads((NBS / "30_graph.ipynb").read_text(encoding="utf-8"))
+    cell = {"cell_type": "code", "source": [planted], "metadata": {}, "outputs": [], "execution_count": None}
+    book["cells"].append(cell)
+    (tmp_path / "30_graph.ipynb").write_text(json.dumps(book), encoding="utf-8")
+    above = imports_from_above(sorted(tmp_path.glob("*.ipynb")))
+    assert ("30_graph", "graph.viewer") in above
+
+
+def test_numbers_and_names_of_notebooks_are_unique():
+    numbers = [path.stem.split("_")[0] for path in NUMBERED]
+    names = [path.stem.split("_", 1)[1] for path in NUMBERED]
+    assert [path.stem for path in NOTEBOOKS if path not in NUMBERED] == ["index"]
+    assert all(len(number) == 2 for number in numbers) and len(set(numbers)) == len(numbers)
+    assert len(set(names)) == len(names), "pages are named without the number"
+
+
+def test_every_module_has_a_notebook_and_is_kept_by_git():
+    exported = exported_modules(NUMBERED)
+    assert set(exported) == {module_name(path) for path in MODULES}
+    assert len(exported) == sum("default_exp" in read_code(path) for path in NUMBERED)
+    files = [str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")]
+    command = ["git", "check-ignore", "--no-index", *files]
+    ignored = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert ignored == []
+
+
+def test_the_sidebar_follows_the_numbers():
+    assert (NBS / "_quarto.yml").is_symlink()
+    text = (ROOT / "_quarto.yml").read_text(encoding="utf-8")
+    assert (NBS / "_quarto.yml").read_text(encoding="utf-8") == text
+    listed = []
+    for entry in yaml.safe_load(text)["website"]["sidebar"]["contents"]:
+        if isinstance(entry, dict):
+            listed += entry.get("contents", []) or [entry["href"]]
+        else:
+            listed.append(entry)
+    assert listed == ["index.ipynb", *[path.name for path in NUMBERED]], "run scripts/make_sidebar.py"
+    maker = load_script("make_sidebar")
+    assert text.endswith(maker.START + maker.render([path.stem for path in NOTEBOOKS]))
+
+
+# Notebooks
 
 
 def contents(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    files = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
 def test_exporting_and_cleaning_change_nothing(copy):
     before = contents(copy)
-    assert {p.relative_to(ROOT) for p in [*NOTEBOOKS, *PACKAGE.glob("*.py")]} <= set(before) and (copy / "nbs" / "_quarto.yml").is_symlink()
-    for module, command in (("doclinks", "nbdev_export"), ("clean", "nbdev_clean")): run("-c", f"from nbdev.{module} import {command}; {command}()", cwd=copy)
+    assert {path.relative_to(ROOT) for path in [*NOTEBOOKS, *PACKAGE.rglob("*.py")]} <= set(before)
+    for module, command in (("doclinks", "nbdev_export"), ("clean", "nbdev_clean")):
+        run("-c", f"from nbdev.{module} import {command}; {command}()", cwd=copy)
     after = contents(copy)
-    assert [str(p) for p in sorted({*before, *after}) if before.get(p) != after.get(p)] == []
+    assert [str(path) for path in sorted({*before, *after}) if before.get(path) != after.get(path)] == []
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_small_and_clean(path):
-    book = json.loads(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    book = json.loads(text)
     hidden = sum(bool(re.search(r"^#\|\s*hide\b", source, re.M)) for source in cells(path, "code"))
     assert path.stat().st_size < 1e6 and len(book["cells"]) <= 60 and hidden <= len(book["cells"]) / 5
     assert "widgets" not in book["metadata"]
-    assert not [o for c in book["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
-    assert "application/vnd.jupyter.widget-view+json" not in path.read_text(encoding="utf-8")
+    outputs = [output for cell in book["cells"] for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert "application/vnd.jupyter.widget-view+json" not in text
 
 
 def mixes_imports(source):
-    """Whether a cell that a reader sees and that is not exported holds imports and other code: nbdev runs such cells again when it makes the pages."""
-    if re.search(r"^#\|\s*(hide|export|exporti|exports)\b", source, re.M): return False
-    return len({isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.M)).body}) == 2
+    """Whether a cell that a reader sees holds imports and other code; nbdev runs such cells again."""
+    if re.search(r"^#\|\s*(hide|export|exporti|exports)\b", source, re.M):
+        return False
+    body = ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.M)).body
+    return len({isinstance(node, ast.Import | ast.ImportFrom) for node in body}) == 2
 
 
 def test_imports_stand_alone():
-    assert mixes_imports("import torch\ntorch.ones(2)") and not mixes_imports("import torch\nfrom torch import nn") and not mixes_imports("torch.ones(2)")
-    assert [(path.stem, source[:60]) for path in NOTEBOOKS for source in cells(path, "code") if mixes_imports(source)] == []
+    assert mixes_imports("import torch\ntorch.ones(2)")
+    assert not mixes_imports("import torch\nfrom torch import nn") and not mixes_imports("torch.ones(2)")
+    code = [(path.stem, source) for path in NOTEBOOKS for source in cells(path, "code")]
+    assert [(name, source[:60]) for name, source in code if mixes_imports(source)] == []
 
 
-def test_readme_is_made_from_index():
-    spec = importlib.util.spec_from_file_location("make_readme", ROOT / "scripts" / "make_readme.py")
-    maker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(maker)
-    assert (ROOT / "README.md").read_text(encoding="utf-8") == maker.render(NBS / "index.ipynb")
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_quickstart_has_at_most_ten_lines():
-    assert sum(bool(line.strip()) and not line.startswith("#|") for source in cells(NBS / "index.ipynb", "code") for line in source.splitlines()) <= 10
+def test_the_quickstart_has_at_most_ten_lines():
+    code = [source for source in cells(NBS / "index.ipynb", "code") if not source.startswith("#| hide")]
+    lines = [line for source in code for line in source.splitlines()]
+    assert sum(bool(line.strip()) and not line.startswith("#|") for line in lines) <= 10
 
 
-def test_functions_are_short_and_documented():
-    for path in [PACKAGE / "__init__.py", *MODULES]:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef): assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
-        if path.stem == "__init__": continue  # its public names are those of the other modules
-        public = set(ast.literal_eval(next(n.value for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__")))
-        for node in tree.body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in public: assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
+# The size of the code
 
 
-# Pages
+def decorators(node):
+    return " ".join(ast.unparse(decorator) for decorator in node.decorator_list)
 
 
-def test_the_site_lists_every_notebook():
-    assert (NBS / "_quarto.yml").is_symlink() and (NBS / "_quarto.yml").read_bytes() == (ROOT / "_quarto.yml").read_bytes()
-    contents = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]
-    listed = [entry if isinstance(entry, str) else entry["href"] for entry in contents]
-    assert listed == ["index.ipynb", *[p.name for p in NOTEBOOKS if p.name != "index.ipynb"]]
+def is_kernel(node):
+    """Compiled by numba: it takes plain arrays, and is written for speed."""
+    return "njit" in decorators(node) or "numba" in decorators(node)
 
 
-def test_references_and_links_resolve():
-    keys = re.findall(r"^@\w+\{([\w-]+),", (NBS / "references.bib").read_text(encoding="utf-8"), re.M)
-    labels, cited = [], set()
-    for path in NOTEBOOKS:
-        code, prose = "\n".join(cells(path, "code")), "\n".join(cells(path, "markdown"))
-        labels += re.findall(r"^#\|\s*label:\s*([\w-]+)", code, re.M) + re.findall(r"\{#([\w-]+)[^}]*\}", prose)
-        prose = re.sub(r"```.*?```|`[^`]*`|\$\$.*?\$\$", "", prose, flags=re.S)
-        here = set(re.findall(r"(?<![\w.])@([\w-]+)", prose + "\n".join(re.findall(r"fig-cap:(.*)", code))))
-        cited |= {key for key in here if not re.match(r"(fig|eq|sec|tbl)-", key)}
-        for reference in here - cited: assert labels.count(reference) == 1, f"{path.name}: @{reference}"
-        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", prose): assert (NBS / link).exists(), f"{path.name}: {link}"
-    assert len(labels) == len(set(labels)) and cited <= set(keys), cited - set(keys)
-    assert set(keys) <= cited and len(keys) == len(set(keys)), set(keys) - cited
+def is_command(node):
+    """A command of the shell, whose parameters are its options."""
+    return "app.command" in decorators(node)
+
+
+def functions_of(text):
+    return [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+
+
+def split_docstring(node):
+    first = node.body[0]
+    has_docstring = isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str)
+    return node.body[1:] if has_docstring else node.body
+
+
+def count_statements(node):
+    return sum(isinstance(inner, ast.stmt) for body in split_docstring(node) for inner in ast.walk(body))
+
+
+def count_lines(node):
+    return node.end_lineno - node.lineno + 1
+
+
+def count_nodes_per_line(node, text):
+    """Syntax nodes of the body divided by its lines, without docstring, comments and empty lines."""
+    body = split_docstring(node)
+    if not body:
+        return 0.0
+    lines = text.splitlines()[body[0].lineno - 1 : node.end_lineno]
+    code = [line for line in lines if line.strip() and not line.strip().startswith("#")]
+    return sum(1 for inner in body for _ in ast.walk(inner)) / len(code)
+
+
+def count_parameters(node):
+    return len(node.args.posonlyargs) + len(node.args.args) + len(node.args.kwonlyargs)
+
+
+def oversized(text):
+    """Functions with more than 30 statements, 8 parameters or 60 lines."""
+    faults = []
+    for node in functions_of(text):
+        if is_kernel(node):
+            continue
+        if count_statements(node) > 30:
+            faults.append(f"{node.name}: {count_statements(node)} statements")
+        if count_lines(node) > 60:
+            faults.append(f"{node.name}: {count_lines(node)} lines")
+        if count_parameters(node) > 8 and not is_command(node):
+            faults.append(f"{node.name}: {count_parameters(node)} parameters")
+    return faults
+
+
+def long_lines(text):
+    """Lines over 110 columns; the list of names that nbdev writes is wrapped by nbdev."""
+    written = re.sub(r"^__all__ = \[.*?\]$", "", text, count=1, flags=re.M | re.S)
+    return [line for line in written.splitlines() if len(line) > 110]
+
+
+def test_an_oversized_function_is_seen():
+    many = ", ".join(f"x{i}" for i in range(9))
+    statements = "\n".join(f"    y{i} = {i}" for i in range(31))
+    assert oversized(f"def f({many}):\n    pass") == ["f: 9 parameters"]
+    assert oversized(f"@app.command()\ndef f({many}):\n    pass") == []
+    assert oversized(f"def f():\n{statements}") == ["f: 31 statements"]
+    assert oversized(f"@njit(cache=True)\ndef f({many}):\n{statements}") == []
+    empty = "\n" * 59
+    assert oversized(f"def f():\n    y = (1,{empty}    2)") == ["f: 61 lines"]
+    assert long_lines(f"x = '{'a' * 110}'") and not long_lines("x = 1")
+    dense, plain = "def f():\n    return g(a[0], b[1])", "def f():\n    x = 1\n    return x"
+    nodes = [count_nodes_per_line(functions_of(text)[0], text) for text in (dense, plain)]
+    assert nodes == [14, 3.5]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_code_is_short_and_documented(path):
+    text = path.read_text(encoding="utf-8")
+    assert oversized(text) == [] and long_lines(text) == []
+    tree = ast.parse(text)
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    listed = [node for node in assigned if getattr(node.targets[0], "id", "") == "__all__"]
+    public = set(ast.literal_eval(listed[0].value))
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in public:
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
+
+
+def test_functions_are_short_on_the_whole():
+    texts = [path.read_text(encoding="utf-8") for path in MODULES]
+    functions = [(node, text) for text in texts for node in functions_of(text)]
+    lines = [count_lines(node) for node, _ in functions]
+    density = [count_nodes_per_line(node, text) for node, text in functions if split_docstring(node)]
+    assert statistics.median(lines) <= 12 and np.quantile(lines, 0.9) <= 35
+    assert statistics.median(density) <= 13
 
 
 # The package
 
 
-def test_it_imports_without_the_tools_of_development():
-    block = ("import sys\nclass Block:\n    def find_spec(self, name, path=None, target=None):\n        if name.split('.')[0] in {'nbdev', 'fastcore', 'execnb', 'matplotlib', 'pytest', 'sae_lens', 'captum'}: raise ModuleNotFoundError(name)\n"
-             "sys.meta_path.insert(0, Block())\nimport circuitgraph\nassert 'torch' not in sys.modules\n")
-    run("-W", "ignore", "-c", block + "\n".join(f"import circuitgraph.{p.stem}" for p in MODULES) + "\nfor name in circuitgraph.__all__: getattr(circuitgraph, name)")
+def test_public_names_are_few_and_each_is_there_once():
+    import circuitgraph
 
-
-@pytest.mark.parametrize("first", ["import circuitgraph.view", "from circuitgraph.view import plot_layers", "from circuitgraph import view", "import circuitgraph as cg; cg.view; import circuitgraph.view", "import circuitgraph.cli"])
-def test_view_is_the_function_in_any_order_of_imports(first):
-    run("-W", "ignore", "-c", f"{first}\nimport types, circuitgraph as cg\nassert isinstance(cg.view, types.FunctionType)\nfrom circuitgraph import view\nassert view is cg.view\nfrom circuitgraph.view import write_report\nassert cg.write_report is write_report")
+    modules, listed = public_names()
+    assert len(listed) <= 48 and len(set(listed)) == len(listed)
+    assert set(circuitgraph.__all__) == set(listed) <= set(dir(circuitgraph))
+    for name, module in modules.items():
+        home = importlib.import_module(f"circuitgraph.{module}")
+        assert getattr(circuitgraph, name) is getattr(home, name)
+        made_in = getattr(getattr(circuitgraph, name), "__module__", None)  # a table has none
+        assert made_in in (None, f"circuitgraph.{module}"), "listed where it is made"
 
 
 def test_an_unknown_name_is_refused_as_usual():
     import circuitgraph
-    with pytest.raises(AttributeError, match="no attribute 'load_modle'"): circuitgraph.load_modle  # noqa: B018
-    assert set(circuitgraph.__all__) <= set(dir(circuitgraph))
+
+    with pytest.raises(AttributeError, match="attribute.* load_modle|attribute 'load_modle'"):
+        circuitgraph.load_modle  # noqa: B018
+
+
+def test_no_module_is_called_like_a_public_name():
+    packages = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    top = packages | {path.stem for path in PACKAGE.glob("*.py")}
+    assert top & set(public_names()[0]) == set()
+
+
+BLOCK = f"""
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {DEVELOPMENT}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Block())
+import circuitgraph
+assert "torch" not in sys.modules
+"""
+
+
+def test_it_imports_without_the_tools_of_development():
+    modules = [f"import circuitgraph.{module_name(path)}" for path in MODULES]
+    names = "for name in circuitgraph.__all__: getattr(circuitgraph, name)"
+    run("-W", "ignore", "-c", "\n".join([BLOCK, *modules, names]))
 
 
 def test_the_wheel_holds_modules_and_texts(copy, tmp_path):
-    run("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(copy))
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    run("-m", "pip", "wheel", *options, str(copy))
     names = zipfile.ZipFile(next(tmp_path.glob("transformer_circuitgraph-*.whl"))).namelist()
-    assert {"circuitgraph/texts/default.jsonl.gz", "circuitgraph/texts/LICENSES.md", *(f"circuitgraph/{p.name}" for p in PACKAGE.glob("*.py"))} <= set(names)
-    assert not [n for n in names if n.startswith(("tests", "nbs"))]
+    files = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
+    texts = {"circuitgraph/texts/default.jsonl.gz", "circuitgraph/texts/LICENSES.md"}
+    assert files | texts | {"circuitgraph/__init__.pyi"} <= set(names)
+    assert not [name for name in names if name.startswith(("tests", "nbs"))]
 
 
 def test_no_file_is_large():
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert listed and all((ROOT / name).stat().st_size < 5e6 for name in listed if (ROOT / name).exists())
+    command = ["git", "ls-files"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    sizes = {name: (ROOT / name).stat().st_size for name in listed if (ROOT / name).exists()}
+    assert sizes and [name for name, size in sizes.items() if size >= 5e6] == []
