@@ -430,7 +430,9 @@ class ListedSources:
 
     def split(self, sources: tuple[int, ...]) -> tuple[list[int], list[int]]:
         "Columns of features, and nodes that write vectors, among a group's sources."
-        return [self.column[i] for i in sources if i in self.column], [i for i in sources if i in self.dense]
+        columns = [self.column[i] for i in sources if i in self.column]
+        nodes = [i for i in sources if i in self.dense]
+        return columns, nodes
 
 
 def list_sources(run: FeatureRun, maps: AffineMaps, groups: list[InputGroup]) -> ListedSources:

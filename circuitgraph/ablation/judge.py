@@ -630,4 +630,6 @@ def minimality(
 
 def _loss(lacking: Tensor, own: Tensor, whole: Tensor, none: Tensor) -> Tensor:
     "Faithfulness of a graph less that of the graph that lacks an edge."
-    return (own.mean(-1) - lacking.mean(-1)) / (whole.mean(-1) - none.mean(-1))
+    lost = own.mean(-1) - lacking.mean(-1)
+    reach = whole.mean(-1) - none.mean(-1)
+    return lost / reach

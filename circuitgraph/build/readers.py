@@ -229,7 +229,8 @@ class Writers:
     @property
     def vectors(self) -> Float[Tensor, "n writer d_model"]:
         "The vectors that they write, in the order of `nodes`."
-        return torch.cat([self.value[..., None] * self.table[self.index], self.dense, self.nonlinear], 1)
+        features = self.value[..., None] * self.table[self.index]
+        return torch.cat([features, self.dense, self.nonlinear], 1)
 
     def rows(self, rows: slice, stream: Float[Tensor, "pos d_model"]) -> "Writers":
         "The writers of some positions."

@@ -114,7 +114,10 @@ class Task:
     @property
     def last(self) -> Int[Tensor, " prompt"]:
         "The position whose logits predict the answer."
-        return torch.full((len(self),), self.clean.shape[1] - 1) if self.lengths is None else self.lengths - 1
+        if self.lengths is not None:
+            return self.lengths - 1
+        n_prompts, n_pos = self.clean.shape
+        return torch.full((n_prompts,), n_pos - 1)
 
 # %% ../../nbs/15_task.ipynb #664a893f
 def score_answers(
