@@ -36,6 +36,7 @@ class _Write(torch.autograd.Function):
         first: int,
         base: Tensor | None,
     ) -> Tensor:
+        "Fill the writer's rows of the buffer, and hand the order on."
         ctx.grads, ctx.span = grads, slice(first, first + y.shape[2])
         rows = buffer[:, :, ctx.span]
         if base is None:
@@ -47,6 +48,7 @@ class _Write(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_order: Tensor) -> tuple[Tensor | None, ...]:
+        "Take the gradient that later readers have added for these rows."
         d_y = None
         if ctx.grads:
             d_y = ctx.grads[0][:, :, ctx.span]
@@ -65,6 +67,7 @@ class _Mix(torch.autograd.Function):
         grads: list[Tensor],
         first: int,
     ) -> Tensor:
+        "Mix what earlier writers wrote."
         ctx.save_for_backward(mask)
         ctx.buffer = buffer
         ctx.grads = grads
@@ -74,6 +77,7 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_x: Tensor) -> tuple[Tensor | None, ...]:
+        "Add to the writers' gradients, and return that of the mask."
         (mask,) = ctx.saved_tensors
         if not ctx.grads:
             ctx.grads.append(torch.zeros_like(ctx.buffer))
