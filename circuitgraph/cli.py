@@ -8,14 +8,15 @@ __all__ = ['HELP', 'app', 'ModelName', 'CorpusName', 'NodesName', 'SeqLen', 'Bat
 
 # %% ../nbs/90_cli.ipynb #5f4f8c90
 import math
+import os
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ HELP = "The whole graph of computation of a transformer."
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 # %% ../nbs/90_cli.ipynb #847d44dc
-_MODEL = "smollm2-135m (embedded), a name TransformerLens knows, or a Hugging Face folder."
+_MODEL = "smollm2-135m, gemma3-270m (packages), a name TransformerLens knows, or a Hugging Face folder."
 _CORPUS = "default (embedded text), a text file, a folder, or a dataset's name."
 _VALUE = "What ablated edges carry: mean, zero, resample"
 _KIND = "topk, batchtopk, matryoshka, gated, jumprelu, mlp, gradient, or lib (a chain of modules)."
@@ -124,7 +125,7 @@ def build(  # noqa: PLR0913
     Example: circuitgraph build --nodes head --n-tokens 4096 --out graphs/smollm2-head"""
     with _plain_errors(debug):
         from circuitgraph.attribution.method import Attribution
-        from circuitgraph.build.build import build_graph
+        from circuitgraph.build.build import build_graph, clear_checkpoint
         from circuitgraph.cut import cut_model
         from circuitgraph.data.corpus import load_corpus
         from circuitgraph.graph.tables import check_output_folder
@@ -132,9 +133,10 @@ def build(  # noqa: PLR0913
         from circuitgraph.options import Pruning, Run
 
         check_output_folder(out)
-        partial = out.with_name(f".{out.name}.partial")
+        place = Path(os.path.abspath(out))  # it has a name where out is "."
+        partial = place.with_name(f".{place.name}.partial")
         if fresh:
-            shutil.rmtree(partial, ignore_errors=True)
+            clear_checkpoint(partial)
         start, loaded = time.time(), load_model(model, device=device)
         options = {"norm": norm, "pattern": pattern, "ports": ports, "skip_first": skip_first}
         rule = Attribution(attribution, n_steps, baseline or "zero", **options)
@@ -144,7 +146,7 @@ def build(  # noqa: PLR0913
         with _say_where_it_stopped(partial, "the same command goes on from there, --fresh starts anew"):
             graph = build_graph(loaded, tokens, cut, attribution=rule, pruning=pruning, run=run)
         graph.save(out)
-        shutil.rmtree(partial)
+        clear_checkpoint(partial)
         _say_summary(graph, time.time() - start, out)
 
 # %% ../nbs/90_cli.ipynb #6dd35b43
@@ -190,6 +192,7 @@ def train(  # noqa: PLR0913
         from circuitgraph.data.corpus import load_corpus
         from circuitgraph.dictionary.measure import measure_dictionaries
         from circuitgraph.dictionary.train import choose_settings
+        from circuitgraph.graph.tables import replace_file
         from circuitgraph.model.loading import load_model
 
         loaded = load_model(model, device=device)
@@ -207,7 +210,8 @@ def train(  # noqa: PLR0913
             typer.echo(repr(dictionary))
         if test is not None:
             table = measure_dictionaries(loaded, trained, test, skip_first=skip_first)
-            table.to_csv(out / "report.csv", index_label="module")
+            with replace_file(out / "report.csv") as partial_table:
+                table.to_csv(partial_table, index_label="module")
             typer.echo(table.to_string(float_format="{:.3f}".format))
         typer.echo(f"saved to {out}")
 
@@ -238,9 +242,10 @@ def evaluate(  # noqa: PLR0913
     with _plain_errors(debug):
         from circuitgraph.ablation.judge import ablation_curve
         from circuitgraph.data.corpus import load_corpus
-        from circuitgraph.data.task import load_task
+        from circuitgraph.data.prompts import load_task
         from circuitgraph.dictionary.store import load_dictionaries
         from circuitgraph.graph.graph import Graph
+        from circuitgraph.graph.tables import replace_file
         from circuitgraph.model.loading import load_model
         from circuitgraph.options import Budgets, Judging, Run
 
@@ -259,7 +264,8 @@ def evaluate(  # noqa: PLR0913
         shown = curve.drop(columns=["n_run", "metric"])
         typer.echo(shown.to_string(index=False, float_format="{:.3f}".format))
         if out is not None:
-            curve.to_csv(out, index=False)
+            with replace_file(out) as partial_table:
+                curve.to_csv(partial_table, index=False)
             typer.echo(f"wrote {out}")
 
 # %% ../nbs/90_cli.ipynb #74be42cd
@@ -275,31 +281,31 @@ def _choose_methods(names: str | None, available: dict[str, Any]) -> dict[str, A
         raise ValueError(f"methods must be among {'; '.join(available)}; got {unknown[0]!r}")
     return {name: available[name] for name in chosen}
 
+# %% ../nbs/90_cli.ipynb #0230drac
+def _draw(task: str, model: Any, *, corpus: str, n_prompts: int, seq_len: int, seed: int) -> Any:
+    'Prompts of a task; of the task "text", sequences of a corpus.'
+    from circuitgraph.data.corpus import load_corpus
+    from circuitgraph.data.prompts import load_task
+
+    if task == "text":
+        return load_corpus(corpus, model, n_prompts * seq_len, seq_len=seq_len, seed=seed)
+    return load_task(task, model, n=n_prompts, seed=seed)
+
 # %% ../nbs/90_cli.ipynb #c1bcad96
 def _patch_once(folder: Path, patch: Callable[..., Any], compare: Callable[..., Any]) -> Any:
     "The graph of exact patching in a folder; measured and compared like any other where it is missing."
     from circuitgraph.graph.graph import Graph
+    from circuitgraph.graph.tables import check_output_folder
 
     def patch_and_save(*args: Any, **options: Any) -> Graph:
         graph = patch(*args, **options)
         graph.save(folder)
         return graph
 
-    if not folder.exists():
+    check_output_folder(folder)
+    if not (folder / "meta.json").exists():
         compare({"exact patching": patch_and_save})
     return Graph.load(folder)
-
-# %% ../nbs/90_cli.ipynb #89958560
-def _list_rounds(tasks: str, seeds: range) -> list[tuple[str, int]]:
-    "Each task with each seed, from names with commas."
-    return [(task.strip(), seed) for task in tasks.split(",") for seed in seeds]
-
-# %% ../nbs/90_cli.ipynb #climeth1
-def _say_methods(table: Any, out: Path) -> None:
-    "Print the faithfulness of each method at each budget."
-    columns = {"index": ["task", "method"], "columns": ["ablation", "n_edges"], "values": "faithfulness"}
-    typer.echo(table.pivot_table(**columns).to_string(float_format="{:.2f}".format))
-    typer.echo(f"wrote {out}")
 
 # %% ../nbs/90_cli.ipynb #03209154
 @app.command()
@@ -324,8 +330,6 @@ def compare_methods(  # noqa: PLR0913
 
     Example: circuitgraph compare-methods --tasks ioi,text --methods "EAP;random" --out methods.csv"""
     with _plain_errors(debug):
-        from circuitgraph.data.corpus import load_corpus
-        from circuitgraph.data.task import load_task
         from circuitgraph.methods.compare import Comparing, compare_methods, list_methods
         from circuitgraph.model.loading import load_model
         from circuitgraph.model.modules import GRAINS
@@ -339,13 +343,9 @@ def compare_methods(  # noqa: PLR0913
         loaded = load_model(model, device=device)
         grain, budgets = _read_nodes(nodes, loaded), n_edges or [100, 300, 1_000, 3_000, 10_000]
 
-        def draw(task: str, number: int) -> Any:
-            if task == "text":
-                return load_corpus(corpus, loaded, n_prompts * seq_len, seq_len=seq_len, seed=number)
-            return load_task(task, loaded, n=n_prompts, seed=number)
-
-        for task, number in _list_rounds(tasks, range(seed, seed + n_seeds)):
-            found_on, judged_on = draw(task, 2 * number), draw(task, 2 * number + 1)
+        sizes = {"corpus": corpus, "n_prompts": n_prompts, "seq_len": seq_len}
+        for task, number in product(map(str.strip, tasks.split(",")), range(seed, seed + n_seeds)):
+            found_on, judged_on = (_draw(task, loaded, seed=2 * number + half, **sizes) for half in (0, 1))
             options = {"n_edges": budgets, "nodes": grain, "value": value}
             compare = partial(compare_methods, loaded, found_on, judged_on, **options)
             comparing = Comparing(seeds=[number], out=out)
@@ -355,7 +355,9 @@ def compare_methods(  # noqa: PLR0913
                 graph = _patch_once(folder, available["exact patching"], compare_patching)
                 comparing = replace(comparing, exact=graph)
             table = compare(chosen, comparing=comparing)
-        _say_methods(table, out)
+        columns = {"index": ["task", "method"], "columns": ["ablation", "n_edges"], "values": "faithfulness"}
+        typer.echo(table.pivot_table(**columns).to_string(float_format="{:.2f}".format))
+        typer.echo(f"wrote {out}")
 
 # %% ../nbs/90_cli.ipynb #57add8b5
 @app.command()
@@ -375,8 +377,11 @@ def communities(
         from circuitgraph.community.nulls import judge_communities
         from circuitgraph.community.search import find_communities
         from circuitgraph.graph.graph import Graph
+        from circuitgraph.graph.tables import check_output_folder
 
         _check_parent(out)
+        if out is not None:
+            check_output_folder(out)
         options = {"resolution": resolution, "seed": seed}
         grouped = find_communities(Graph.load(graph), method, **options)
         if out is not None:

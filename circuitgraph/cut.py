@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Part', 'list_parts', 'part_ports', 'node_slots', 'node_ports', 'hash_dictionary', 'part_bias', 'part_output',
-           'visit_parts', 'FeatureTrace', 'trace_features', 'Activity', 'read_activity', 'list_directions',
-           'trace_mean', 'mean_features', 'Cut', 'ModuleCut', 'FeatureCut', 'cut_model', 'open_cut']
+           'visit_parts', 'FeatureTrace', 'trace_features', 'Activity', 'read_activity', 'trace_mean', 'mean_features',
+           'Cut', 'ModuleCut', 'FeatureCut', 'cut_model', 'open_cut']
 
 # %% ../nbs/50_cut.ipynb #3a4c297f
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -339,9 +339,8 @@ def read_activity(model: Model, tokens: Int[Tensor, "batch pos"], parts: Sequenc
     scales: dict[str, Tensor | None] = {}
 
     def visit(part: Part, places: Mapping[str, Tensor], output: Tensor, codes: Tensor | None) -> None:
-        x = places["input"]
+        x, place = places["input"], part.place
         module = part.module
-        place = part.place
         if place not in scales:
             scales[place] = _scale_after(model, part.kind, part.layer, x)
         activity.reads[module] = x
@@ -354,17 +353,6 @@ def read_activity(model: Model, tokens: Int[Tensor, "batch pos"], parts: Sequenc
 
     activity.reads["logits"] = visit_parts(model, parts, tokens, visit)
     return activity
-
-# %% ../nbs/50_cut.ipynb #6fbe20f4
-def list_directions(parts: Sequence[Part], n_nodes: int, like: Tensor) -> Float[Tensor, "node d_model"]:
-    "Directions of all features, by node; zero for nodes that write vectors of their own."
-    table = like.new_zeros(n_nodes, like.shape[-1])
-    for part in parts:
-        structure = part.structure
-        if structure is not None and structure.W_dec is not None:
-            stop = part.first + len(structure.W_dec)
-            table[part.first : stop] = structure.W_dec
-    return table
 
 # %% ../nbs/50_cut.ipynb #cut22
 def _real_positions(text: Tensor, lengths: Tensor | None) -> Bool[Tensor, "seq pos"]:
@@ -455,7 +443,7 @@ class Cut:
         "One row a node: name, module, kind, layer (-1 for none), index (of a head or feature, else -1)."
         raise NotImplementedError
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         "The names of all nodes."
         return self.nodes["name"].tolist()
@@ -544,11 +532,6 @@ class FeatureCut(Cut):
         return self._listed[1]
 
     @cached_property
-    def names(self) -> list[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        "The names of all nodes."
-        return self.nodes["name"].tolist()
-
-    @cached_property
     def const(self) -> int:
         "The node of all biases."
         return self.names.index("const")
@@ -556,8 +539,13 @@ class FeatureCut(Cut):
     @cached_property
     def table(self) -> Float[Tensor, "node d_model"]:
         "Directions of features; zero for nodes that write vectors of their own."
-        n_nodes = len(self.names)
-        return list_directions(self.parts, n_nodes, self.model.W_U)
+        table = self.model.W_U.new_zeros(len(self.names), self.model.d_model)
+        for part in self.parts:
+            structure = part.structure
+            if structure is not None and structure.W_dec is not None:
+                stop = part.first + len(structure.W_dec)
+                table[part.first : stop] = structure.W_dec
+        return table
 
     @cached_property
     def biases(self) -> list[Float[Tensor, " d_model"]]:
@@ -604,41 +592,33 @@ def cut_model(
     return FeatureCut(model, nodes, others, rule=rule)
 
 # %% ../nbs/50_cut.ipynb #cut29
-def _check_same_model(model: Model, meta: Mapping[str, Any]) -> None:
-    "Refuse a graph of other weights."
-    stated = meta.get("model", {}).get("weights_hash")
-    if stated not in (None, model.weights_hash):
-        raise ValueError(
-            f"graph must be one of {model.name} (weights {model.weights_hash[:12]}), got a graph of "
-            f"{meta['model'].get('name')} (weights {stated[:12]}): load the model it was built on"
-        )
-
-
-def _check_same_dictionaries(meta: Mapping[str, Any], dictionaries: Mapping[str, Dictionary] | None) -> None:
-    "Refuse dictionaries that are not those of a graph."
-    wanted, given = meta.get("dictionaries", {}), dictionaries or {}
-    if set(given) != set(wanted):
+def _open_features(
+    model: Model, meta: Mapping[str, Any], dictionaries: Mapping[str, Dictionary], rule: Attribution
+) -> FeatureCut:
+    "The cut of a graph of features, all positions together, with the dictionaries that it was built with."
+    if meta.get("positions", "sum") != "sum":
+        raise ValueError(f"graph must be one over all positions, got positions={meta['positions']!r}")
+    wanted = meta.get("dictionaries", {})
+    if set(dictionaries) != set(wanted):
         raise ValueError(
             f"dictionaries must be those that the graph of features was built with, of "
-            f"{', '.join(wanted)}; got {', '.join(given) or 'none'}"
+            f"{', '.join(wanted)}; got {', '.join(dictionaries) or 'none'}"
         )
-    for name, dictionary in given.items():
+    for name, dictionary in dictionaries.items():
         digest = hash_dictionary(dictionary)
         if digest != wanted[name]:
             raise ValueError(
                 f"the dictionary of {name} must be the one that the graph was built with "
                 f"(hash {wanted[name][:12]}), got another (hash {digest[:12]})"
             )
-
-
-def _check_decoders(cut: FeatureCut) -> None:
-    "Refuse dictionaries whose features bring no direction that an edge could carry or lack."
+    cut = FeatureCut(model, dictionaries, meta.get("others", "layer"), rule=rule)
     for part in cut.parts:
         if part.dictionary is not None and not part.affine_decoder:
             raise ValueError(
                 f"{part.dictionary!r} must have an affine decoder: without one, a feature brings no "
                 "direction that an edge could carry or lack"
             )
+    return cut
 
 # %% ../nbs/50_cut.ipynb #cut30
 def open_cut(
@@ -648,10 +628,16 @@ def open_cut(
 ) -> Cut:
     "The cut that a graph was built on. Raises ValueError for another model's graph, and other dictionaries."
     meta = graph.meta
-    _check_same_model(model, meta)
+    built_on = meta.get("model", {})
+    stated = built_on.get("weights_hash")
+    if stated not in (None, model.weights_hash):
+        raise ValueError(
+            f"graph must be one of {model.name} (weights {model.weights_hash[:12]}), got a graph of "
+            f"{built_on.get('name')} (weights {stated[:12]}): load the model it was built on"
+        )
     rule = Attribution(ports=meta.get("ports", "split"), pattern=meta.get("pattern", "live"))
     if meta.get("nodes") == "feature":
-        cut = _open_features(model, meta, dictionaries, rule)
+        cut = _open_features(model, meta, dictionaries or {}, rule)
     elif meta.get("nodes") not in GRAINS:
         raise ValueError(
             f"the graph's grain (meta['nodes']) must be one of {', '.join(GRAINS)}, got {meta.get('nodes')!r}"
@@ -666,16 +652,4 @@ def open_cut(
     unknown = [name for name in graph.nodes["name"] if name not in known]
     if unknown:
         raise ValueError(f"nodes of the graph must be nodes of {model.name}, but {unknown[0]!r} is not")
-    return cut
-
-
-def _open_features(
-    model: Model, meta: Mapping[str, Any], dictionaries: Mapping[str, Dictionary] | None, rule: Attribution
-) -> FeatureCut:
-    "The cut of a graph of features, all positions together."
-    if meta.get("positions", "sum") != "sum":
-        raise ValueError(f"graph must be one over all positions, got positions={meta['positions']!r}")
-    _check_same_dictionaries(meta, dictionaries)
-    cut = FeatureCut(model, dictionaries or {}, meta.get("others", "layer"), rule=rule)
-    _check_decoders(cut)
     return cut

@@ -37,7 +37,7 @@ from circuitgraph.community.nulls import judge_communities, rewire
 from circuitgraph.community.patterns import compare_patterns, judge_patterns, read_patterns
 from circuitgraph.community.search import find_communities
 from circuitgraph.data.corpus import load_corpus
-from circuitgraph.data.task import load_task
+from circuitgraph.data.prompts import load_task
 from circuitgraph.dictionary.store import load_dictionaries
 from circuitgraph.graph.graph import Graph
 from circuitgraph.model.loading import load_model
@@ -55,7 +55,7 @@ def build_halves(model, grain: str, dictionaries, args) -> dict[str, Graph]:
     graphs = {}
     for name, rows in (("one", corpus[0::2]), ("other", corpus[1::2])):
         folder = args.graphs / f"communities_{grain}_{n}_{name}"
-        if not folder.exists():
+        if not (folder / "meta.json").exists():
             build_graph(model, rows, dictionaries or grain, run=Run(memory=2e9)).save(folder)
         graphs[name] = Graph.load(folder)
     return graphs | {"all": graphs["one"].merge(graphs["other"])}

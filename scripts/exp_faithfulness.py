@@ -22,7 +22,8 @@ from circuitgraph.graph.graph import Graph
 from circuitgraph.model.blocks import Model
 from circuitgraph.model.loading import load_model
 from circuitgraph.options import Budgets
-from circuitgraph.data.task import Task, load_task
+from circuitgraph.data.prompts import load_task
+from circuitgraph.data.task import Task
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = ["data", "value", "method"]

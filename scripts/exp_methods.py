@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from circuitgraph.data.corpus import load_corpus
-from circuitgraph.data.task import Task, load_task
+from circuitgraph.data.prompts import load_task
+from circuitgraph.data.task import Task
 from circuitgraph.dictionary.store import load_dictionaries
 from circuitgraph.graph.graph import Graph
 from circuitgraph.methods.compare import Comparing, compare_methods, list_methods
@@ -63,7 +64,7 @@ def compare_part(model: Model, part: str, task: str, seed: int, n: int, args: ar
     exact = None
     if part == "layer":
         folder = ROOT / f"graphs/exact/{task}-{part}-{value}-{n}-{seed}"
-        if not folder.exists():
+        if not (folder / "meta.json").exists():
 
             def patch_and_save(*call: Any, **options: Any) -> Graph:
                 graph = every["exact patching"](*call, **options)

@@ -1092,7 +1092,7 @@ def find_smollm_behaviours() -> dict[str, Any]:
     prompts, behaviours = call("task_behaviours", tasks)
     losses = call("loss_behaviours", smollm(), tokens[:2], 2)
     return {
-        "tasks": {"prompts": prompts, "where": behaviours},
+        "tasks": {"prompts": getattr(prompts, "tokens", prompts), "where": behaviours},
         "classes": call("class_behaviours", smollm(), tokens),
         "losses": losses,
     }

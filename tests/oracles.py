@@ -9,13 +9,29 @@ import torch
 from torch import Tensor
 
 from circuitgraph.attribution.method import Attribution
-from circuitgraph.model.blocks import Model, Norm, freeze_block, norm_scale, rotary_tables, run_attention
-from circuitgraph.model.blocks import run_block, run_logits, run_mlp, write_heads
+from circuitgraph.model.blocks import Model, Norm, apply_norm, freeze_block, head_scales, norm_scale
+from circuitgraph.model.blocks import (
+    rotary_tables,
+    run_attention,
+    run_block,
+    run_logits,
+    run_mlp,
+    write_heads,
+)
 from circuitgraph.model.modules import Reader, Trace, embed_tokens
 
 
 def random_tokens(model: Model, n_seq: int = 2, n_pos: int = 10, seed: int = 1) -> Tensor:
     return torch.randint(model.d_vocab, (n_seq, n_pos), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def written_tokens(model: Model, n_seq: int, n_pos: int, seed: int = 1) -> Tensor:
+    "Sequences that the model itself would write, so that it predicts them better than anything ablated."
+    tokens = random_tokens(model, n_seq, 1, seed)
+    while tokens.shape[1] < n_pos:
+        tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
+    return tokens
 
 
 def reader_values(
@@ -69,7 +85,8 @@ def attention_output(
     if scale is not None and xs[0].ndim == 4:
         scale = scale[:, :, None]
     pattern = freeze_block(model, i, clean)["pattern"] if rule.pattern == "frozen" else None
-    z = run_attention(model, i, *xs, scale=scale, pattern=pattern)
+    scales = head_scales(model, i, apply_norm(model.layers[i].ln1, clean)) if frozen else (None, None)
+    z = run_attention(model, i, *xs, scale=scale, pattern=pattern, head_scales=scales)
     if model.layers[i].ln1_post.kind != "none" and not frozen and len(reader.names) > 1:
         return heads_one_by_one(model, i, clean, z)
     out = write_heads(model, i, z, post_scale=trace.post_scale[f"a{i}"] if frozen else None)[0]
@@ -140,25 +157,43 @@ def turn_by_hand(model: Model, layer: int, x: Tensor) -> Tensor:
     return out
 
 
+WINDOWS = {"gemma2": (4, None), "gemma3": (4, None)}  # of the tiny models, by layer, as they were configured
+
+
+def project_by_hand(model: Model, layer: int, port: str, head: int, x: Tensor) -> Tensor:
+    """Queries, keys or values of one head, with the original's own norm of queries and keys."""
+    attn = model.layers[layer].attn
+    h = norm_by_hand(model.layers[layer].ln1, x)
+    W, b = {"q": (attn.W_Q, attn.b_Q), "k": (attn.W_K, attn.b_K), "v": (attn.W_V, attn.b_V)}[port]
+    if port == "v" or attn.q_norm is None:
+        return h @ W[head].T + (0 if b is None else b[head])
+    original = model.bridge.blocks[layer].attn
+    projected = h @ getattr(original, port).original_component.weight.T
+    norm = getattr(original, f"{port}_norm").original_component
+    weight = norm.weight + (model.name == "gemma3")
+    own = slice(head * model.d_head, (head + 1) * model.d_head)
+    eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    if weight.numel() > model.d_head:  # one norm for all heads
+        return (projected / (projected.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight)[..., own]
+    projected = projected[..., own]
+    return projected / (projected.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
 def head_by_hand(
     model: Model, layer: int, head: int, x_q: Tensor, x_k: Tensor, x_v: Tensor, pattern: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """What one head writes before any norm after it, and its pattern, query by query over visible keys."""
     attn, shared, n_pos = model.layers[layer].attn, head // (model.n_heads // model.n_kv_heads), x_v.shape[1]
-    q, k, v = (
-        norm_by_hand(model.layers[layer].ln1, x) @ W[h].T + (0 if b is None else b[h])
-        for x, W, b, h in (
-            (x_q, attn.W_Q, attn.b_Q, head),
-            (x_k, attn.W_K, attn.b_K, shared),
-            (x_v, attn.W_V, attn.b_V, shared),
-        )
-    )
+    window = WINDOWS[model.name][layer] if model.name in WINDOWS else None
+    q = project_by_hand(model, layer, "q", head, x_q)
+    k = project_by_hand(model, layer, "k", shared, x_k)
+    v = project_by_hand(model, layer, "v", shared, x_v)
     if pattern is None:
         q, k = turn_by_hand(model, layer, q), turn_by_hand(model, layer, k)
         pattern = torch.zeros(len(v), n_pos, n_pos, dtype=v.dtype)
         for i in range(n_pos):
             last = i if attn.causal else n_pos - 1
-            seen = [j for j in range(last + 1) if attn.window is None or i - j < attn.window]
+            seen = [j for j in range(last + 1) if window is None or i - j < window]
             scores = (k[:, seen] * q[:, i : i + 1]).sum(-1) * attn.scale
             if attn.softcap is not None:
                 scores = attn.softcap * torch.tanh(scores / attn.softcap)

@@ -24,7 +24,7 @@ from circuitgraph.model.loading import TINY_MODELS, load_model, tiny_model
 from circuitgraph.model.modules import GRAINS, trace_modules
 from circuitgraph.data.task import Task
 from known import KNOWN
-from oracles import ablate_by_hand, mean_by_hand, random_tokens, writes_by_hand
+from oracles import ablate_by_hand, mean_by_hand, random_tokens, written_tokens, writes_by_hand
 from short import ablation_curve, build_graph, compare_curves, evaluate, minimality, run_ablated
 
 pytestmark = pytest.mark.filterwarnings(
@@ -580,7 +580,7 @@ def scores_by_hand(logits, own, tokens, skip_first=1):
 def test_scores_of_text_are_those_of_the_logits(name, ablation):
     model, every = tiny(name), every_edge(name, "head")
     tokens, graph = (
-        draw_tokens(model, 4),
+        written_tokens(model, 4, 7),
         every.keep(
             torch.rand(len(every), generator=torch.Generator().manual_seed(2)).numpy()
             < (0.5 if ablation == "edge" else 0.02)
@@ -672,7 +672,7 @@ def test_padding_of_prompts_counts_for_nothing(value):
         some_task(model, lengths),
         every.keep(torch.rand(len(every), generator=torch.Generator().manual_seed(2)).numpy() < 0.7),
     )
-    padded = torch.where(torch.arange(8) < torch.tensor(lengths)[:, None], task.clean, 0)
+    padded = torch.where(torch.arange(8) < torch.tensor(lengths)[:, None], task.clean, 7)
     found, other = (
         evaluate(
             model,
@@ -708,7 +708,7 @@ def test_padding_of_prompts_counts_for_nothing(value):
 
 def test_options_of_scores_reach_the_runs():
     """Means over another text and by position, frozen patterns, corpora, and intervals."""
-    model, tokens = tiny("llama"), random_tokens(tiny("llama"), 6, 10)
+    model, tokens = tiny("llama"), written_tokens(tiny("llama"), 6, 10)
     corpus = Corpus(
         tokens,
         torch.zeros_like(tokens),
@@ -779,7 +779,7 @@ def weighed(graph, seed=0):
 @pytest.mark.parametrize("method", ["top", "greedy"])
 def test_a_curve_is_its_graphs_judged_one_by_one(method):
     model, graph = tiny("llama"), weighed(every_edge("llama", "head"))
-    tokens, budgets, state = draw_tokens(model, 5), [5, 20, 60, len(graph)], torch.get_rng_state()
+    tokens, budgets, state = written_tokens(model, 5, 7), [5, 20, 60, len(graph)], torch.get_rng_state()
     areas, curves = compare_curves(
         model,
         {"a": graph, "b": weighed(graph, 1)},
@@ -831,7 +831,7 @@ def test_a_curve_is_its_graphs_judged_one_by_one(method):
 
 def test_minimality_is_the_difference_of_two_evaluations():
     model, graph = tiny("llama"), weighed(every_edge("llama", "layer"))
-    small, tokens = select_edges(graph, 12), draw_tokens(model, 4)
+    small, tokens = select_edges(graph, 12), written_tokens(model, 4, 7)
     table = minimality(model, small, tokens, None, progress=False)
     whole = evaluate(model, small, tokens, progress=False).faithfulness
     assert set(table["edge"]) == set(small.edge_names) and table["loss"].is_monotonic_decreasing

@@ -133,6 +133,8 @@ def test_eap_ig_becomes_exact_patching_of_each_edge():
             for layer, act in zip(known.model.layers, acts, strict=True)
         ),
     )
+    for block, act in zip(model.bridge.blocks, acts, strict=True):
+        block.mlp.original_component.act = act  # judging compares with the original, which bends alike
     exact = patch_edges(model, known.task, judging=judging()).edges["weight"].to_numpy()
     ends = [
         float(score_task(model, known.task, trace_modules(model, tokens).reads["logits"].detach()).mean())

@@ -374,7 +374,9 @@ def test_tasks_become_one_text():
         torch.tensor([[1, 1, 1, 1]]), torch.tensor([[1, 1, 1, 2]]), answers=torch.tensor([[3]]), metric="ce"
     )
     tokens, behaviours = task_behaviours({"one": one, "other": other})
-    assert tokens.tolist() == [[1, 2, 7, 7, 7], [4, 5, 6, 9, 9], [1, 1, 1, 1, 3]]
+    assert tokens.tokens.tolist() == [[1, 2, 7, 0, 0], [4, 5, 6, 9, 0], [1, 1, 1, 1, 3]]
+    assert tokens.lengths.tolist() == [3, 4, 5] and tokens.documents.n_tokens.tolist() == [7, 5]
+    assert tokens.real.sum() == 12 and len(tokens) == 3
     assert {name: mask.nonzero().tolist() for name, mask in behaviours.items()} == {
         "one": [[0, 1], [1, 2]],
         "other": [[2, 3]],

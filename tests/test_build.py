@@ -77,6 +77,7 @@ def test_integrated_gradients_are_complete(name, setup):
 
     Over 32 sequences: with two, single kinks of a ReLU are seen."""
     tolerance = 1e-2 if "relu" in name or setup[1] == "live" else 1e-3
+    tolerance *= 2 if name == "gemma3" else 1  # normed queries and keys make its patterns sharp
     for grain in GRAINS:
         for model, reader, trace, tokens, rule, x, x0, _, weights in every_reader(
             name, grain, setup, "ig", 16, n_seq=32

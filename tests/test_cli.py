@@ -327,7 +327,7 @@ def test_methods_are_ranked_against_exact_patching_measured_once(tmp_path, monke
         return patch_edges(*args, **options)
 
     monkeypatch.setattr("circuitgraph.model.loading.load_model", lambda *_, **__: model)
-    monkeypatch.setattr("circuitgraph.data.task.load_task", lambda *_, **__: task)
+    monkeypatch.setattr("circuitgraph.data.prompts.load_task", lambda *_, **__: task)
     monkeypatch.setattr("circuitgraph.methods.compare.patch_edges", count_patches)
     compare = ["compare-methods", "--tasks", "own", "--nodes", "layer", "--n-edges", 5, "--n-seeds", 2]
     for methods in ("EAP;exact patching", "EAP;random"):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from circuitgraph.data import corpus as data
 from circuitgraph.data.corpus import Document, Texts, check_tokens, hash_tokens, load_corpus, open_texts
 from circuitgraph.data.corpus import read_corpus, register_mask
-from circuitgraph.model.loading import load_model
+from circuitgraph.model.loading import load_model, tiny_model
 
 
 class WordTokenizer:
@@ -334,9 +334,10 @@ def test_a_dataset_that_can_not_be_reached_is_refused(model, monkeypatch):
 
 
 def test_tokens_of_another_model_are_refused(model):
-    mute, narrow = dataclasses.replace(model, tokenizer=None), dataclasses.replace(model, W_U=model.W_U[:100])
+    mute = dataclasses.replace(model, tokenizer=None)
+    narrow = dataclasses.replace(tiny_model("llama"), tokenizer=model.tokenizer)
     refuse(["model", "has none"], load_corpus, "default", mute)
-    refuse(["vocabulary", "[0, 100)"], load_corpus, "default", narrow)
+    refuse(["vocabulary", "[0, 50)"], load_corpus, "default", narrow, seq_len=16)
     refuse(["documentation", "'poetry'"], register_mask, read_corpus("default", model, 1_000), "poetry")
     too_long, top = torch.ones(1, model.n_ctx + 1, dtype=torch.int64), model.d_vocab
     refuse(["tokens", "list"], check_tokens, [[1, 2]], model)

@@ -12,10 +12,11 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from circuitgraph.dictionary.formats import fit_dictionary, from_saelens, hook_place, move_to_stream
+from circuitgraph.dictionary.formats import from_saelens, hook_place
 from circuitgraph.dictionary.look import plot_activations, read_features, show_top, top_activations
-from circuitgraph.dictionary.places import encoder_input, identity_dictionary, neuron_basis
-from circuitgraph.dictionary.places import principal_components, read_places, run_spliced
+from circuitgraph.dictionary.places import encoder_input, fit_dictionary, identity_dictionary
+from circuitgraph.dictionary.places import move_to_stream, neuron_basis, principal_components
+from circuitgraph.dictionary.places import read_places, run_spliced
 from circuitgraph.dictionary.protocol import FunctionDictionary, Gate, LinearDictionary, PursuitDictionary
 from circuitgraph.dictionary.protocol import find_structure, reconstruct
 from circuitgraph.dictionary.store import load_dictionaries, load_dictionary, save_dictionary
@@ -67,6 +68,7 @@ KINDS = {
     "mlp, another centre": linear(Gate(), b_in=draw(D, seed=8)),
     "topk": linear(Gate("topk", k=9)),
     "abstopk": linear(Gate("abstopk", k=9)),
+    "groupmax": linear(Gate("groupmax", k=8)),
     "jumprelu": linear(Gate("jumprelu", threshold=draw(K, seed=5).abs())),
     "gated": linear(GATED, b_enc=torch.zeros(K)),
     "gated, biased": linear(GATED),
@@ -112,7 +114,7 @@ def test_every_kind(kind, tmp_path):
     if known.W_dec is not None:
         assert torch.allclose(recon, acts @ known.W_dec + known.b_dec, atol=1e-5)
     save_dictionary(d, tmp_path / "d", d_in, TINY.weights_hash)
-    back = load_dictionary(tmp_path / "d", TINY)
+    back = load_dictionary(tmp_path / "d", TINY, trust=True)
     assert (back.module, back.reads, back.d_dict) == (d.module, d.reads, d.d_dict)
     assert torch.equal(back.encode(x), acts) and torch.equal(reconstruct(back, x), reconstruct(d, x))
     for name in ("W_enc", "W_dec", "b_enc", "b_dec", "W_skip", "b_in"):
@@ -263,6 +265,8 @@ def release(tmp_path, monkeypatch, model):
 
 
 def test_a_release_is_fetched_by_saelens(tmp_path, monkeypatch):
+    import sae_lens
+
     release(tmp_path, monkeypatch, TINY)
     found = load_dictionaries("tiny-release", TINY)
     assert (
@@ -272,6 +276,14 @@ def test_a_release_is_fetched_by_saelens(tmp_path, monkeypatch):
     )
     assert list(load_dictionaries("tiny-release", TINY, places={"id 1": None})) == ["m1"]
     assert list(load_dictionaries("tiny-release", TINY, places={"id 1": ("a0", "output")})) == ["a0"]
+    fetched, fetch = [], sae_lens.SAE.from_pretrained
+
+    def count(release, sae_id):
+        fetched.append(sae_id)
+        return fetch(release, sae_id)
+
+    monkeypatch.setattr(sae_lens.SAE, "from_pretrained", count)
+    assert list(load_dictionaries("tiny-release", TINY, modules=["m1"])) == ["m1"] and fetched == ["id 1"]
     with pytest.raises(ValueError, match="a folder or a release that SAELens knows, got 'nothing'"):
         load_dictionaries("nothing", TINY)
 

@@ -31,7 +31,7 @@ from feature_oracles import (
     writes_by_hand,
 )
 from known_features import KNOWN_FEATURES, name_triples
-from oracles import random_tokens
+from oracles import random_tokens, written_tokens
 from short import ablation_curve, build_graph, compare_curves, evaluate, minimality, run_ablated
 
 pytestmark = pytest.mark.filterwarnings("ignore", "error:::circuitgraph")
@@ -319,7 +319,7 @@ def test_linearised_features_move_by_their_gradients(name, options):
 @pytest.fixture(scope="module")
 def case():
     model = tiny("llama")
-    dictionaries, text = all_dictionaries(model), random_tokens(model, 5, 8)
+    dictionaries, text = all_dictionaries(model), written_tokens(model, 5, 8)
     return (
         model,
         dictionaries,

@@ -16,8 +16,8 @@ from circuitgraph.dictionary.protocol import FunctionDictionary, Gate, LinearDic
 from circuitgraph.build.features import weigh_features
 from circuitgraph.cut import cut_model, list_parts, part_ports, read_activity
 from circuitgraph.attribution.autodiff import readers_vjp
-from circuitgraph.model.blocks import apply_norm, norm_scale, run_attention, run_logits, run_mlp
-from circuitgraph.model.blocks import write_heads
+from circuitgraph.model.blocks import apply_norm, head_scales, norm_scale, run_attention, run_logits
+from circuitgraph.model.blocks import run_mlp, write_heads
 from circuitgraph.model.loading import TINY_MODELS, load_model, tiny_model
 from circuitgraph.model.modules import embed_tokens
 from circuitgraph.data.task import Task
@@ -149,7 +149,13 @@ def norm_of(model, part, read):
     )
 
 
-def run_part(model, part, xs, scale, post_scale):
+def attend(model, part, xs, read, scale):
+    """What the heads of a part mix, all its scales frozen where it reads `read`."""
+    scales = head_scales(model, part.layer, apply_norm(model.layers[part.layer].ln1, read)[None])
+    return run_attention(model, part.layer, *(x[None] for x in xs[:3]), scale=scale[None], head_scales=scales)
+
+
+def run_part(model, part, xs, read, scale, post_scale):
     layer = model.layers[part.layer]
     if part.kind == "mlp":
         out, post = run_mlp(model, part.layer, xs[0][None], scale=scale[None], post_scale=post_scale)
@@ -157,7 +163,7 @@ def run_part(model, part, xs, scale, post_scale):
     out, post = write_heads(
         model,
         part.layer,
-        run_attention(model, part.layer, *(x[None] for x in xs[:3]), scale=scale[None]),
+        attend(model, part, xs, read, scale),
         post_scale=post_scale,
     )
     if part.head >= 0:
@@ -169,11 +175,7 @@ def place_value(model, part, read, xs, scale, y):
     norm = model.layers[part.layer].ln1 if part.kind == "attn" else model.layers[part.layer].ln2
     reads = part.dictionary.reads
     if reads == "z":
-        return (
-            run_attention(model, part.layer, *(x[None] for x in xs), scale=scale[None])
-            .transpose(1, 2)
-            .flatten(2)[0]
-        )
+        return attend(model, part, xs, read, scale).transpose(1, 2).flatten(2)[0]
     bare = type(norm)(norm.kind, None, None, norm.eps)
     return {
         "output": lambda: y,
@@ -189,10 +191,10 @@ def module_values(model, part, read):
 
     The last port is the encoder's own; None where there is no reader."""
     scale, d = norm_of(model, part, read), part.dictionary
-    y, post = run_part(model, part, [read] * 3, scale, None)
+    y, post = run_part(model, part, [read] * 3, read, scale, None)
 
     def out(xs):
-        return run_part(model, part, xs, scale, post)[0]
+        return run_part(model, part, xs, read, scale, post)[0]
 
     if d is None:
         bias = (
@@ -423,7 +425,7 @@ def test_completeness_on_a_real_model(layer):
             return (
                 torch.cat(
                     [
-                        run_part(model, part, [x] * 3, norm_of(model, part, clean), None)[0]
+                        run_part(model, part, [x] * 3, clean, norm_of(model, part, clean), None)[0]
                         for x, clean in zip(xs, read, strict=True)
                     ]
                 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from circuitgraph.attribution.closed_form import _project_back, attention_vjp, project_qkv
+from circuitgraph.attribution.closed_form import _project_back, attention_vjp
 from circuitgraph.attribution.method import Attribution
 from circuitgraph.dictionary.places import neuron_basis, visit_modules
 from circuitgraph.dictionary.protocol import FunctionDictionary, Gate, LinearDictionary, PursuitDictionary
@@ -16,7 +16,15 @@ from circuitgraph.attribution.autodiff import contributions, neuron_contribution
 from circuitgraph.attribution.autodiff import VjpOptions, freeze_readers, heads_vjp, readers_vjp
 from circuitgraph.attribution.autodiff import reader_values, sources_to_stream
 from circuitgraph.attribution.metric import metric_gradients, value_effects
-from circuitgraph.model.blocks import Norm, apply_norm, attention_mask, norm_scale, run_attention
+from circuitgraph.model.blocks import (
+    Norm,
+    apply_norm,
+    attention_mask,
+    head_scales,
+    norm_scale,
+    project_qkv,
+    run_attention,
+)
 from circuitgraph.model.blocks import run_logits, run_mlp, write_heads
 from circuitgraph.model.loading import TINY_MODELS, tiny_model
 from circuitgraph.model.modules import trace_modules
@@ -79,7 +87,8 @@ def run_whole(model, module, dictionary, x, ports):
             return run_mlp(model, layer, q[None], scale=scale, post_scale=run_mlp(model, layer, x[None])[1])[
                 0
             ][0] + (0 if weights.mlp.b_out is None else weights.mlp.b_out), None
-        z = run_attention(model, layer, q[None], k[None], v[None], scale=scale)
+        scales = head_scales(model, layer, apply_norm(norm, x)[None])
+        z = run_attention(model, layer, q[None], k[None], v[None], scale=scale, head_scales=scales)
         post = write_heads(model, layer, run_attention(model, layer, x[None], x[None], x[None]))[1]
         out = write_heads(model, layer, z, post_scale=post)[0][0]
         return out[:, head] if head >= 0 else out.sum(1) + (
@@ -229,7 +238,9 @@ def test_closed_forms_of_affine_encoders(name, gate):
 def assert_attention_is_closed_form(model, part, x, readers, grads, rule, on):
     layer, n = model.layers[part.layer], x.shape[1]
     scale = norm_scale(layer.ln1, x)
-    start, end = (project_qkv(model, part.layer, apply_norm(layer.ln1, at, scale), n) for at in (0 * x, x))
+    normed = [apply_norm(layer.ln1, at, scale) for at in (0 * x, x)]
+    scales = head_scales(model, part.layer, normed[1])
+    start, end = (project_qkv(model, part.layer, h, n, scales) for h in normed)
     for p in range(n):
         u = torch.zeros(readers.inner.shape[1], model.n_heads, n, model.d_head, dtype=x.dtype)
         u[:, :, p] = readers.inner[p]
@@ -245,7 +256,7 @@ def assert_attention_is_closed_form(model, part, x, readers, grads, rule, on):
                 )
             ]
         wanted = (
-            _project_back(model, part.layer, tuple(total), scale.expand(len(u), -1, -1), None).sum(2)
+            _project_back(model, part.layer, tuple(total), x.expand(len(u), -1, -1), live=False).sum(2)
             * on[p][:, None, None]
         )
         for i, port in enumerate("qkv"):

@@ -15,7 +15,7 @@ from circuitgraph import minimality, run_ablated
 from circuitgraph.ablation.values import FixedValues, Mean
 from circuitgraph.model.loading import tiny_model
 from feature_oracles import all_dictionaries, every_edge, gap
-from oracles import random_tokens
+from oracles import random_tokens, written_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore", "error:::circuitgraph")
 
@@ -46,7 +46,7 @@ class FirstMean(AblatedValue):
 @pytest.mark.parametrize("grain", ["head", "feature"])
 def test_a_kind_of_ablated_value(grain):
     model = tiny_model("llama")
-    text = random_tokens(model, 4, 8)
+    text = written_tokens(model, 4, 8)
     dictionaries = all_dictionaries(model) if grain == "feature" else None
     graph = every_edge(model, text, dictionaries) if dictionaries else complete_graph(model)
     options = {"dictionaries": dictionaries}

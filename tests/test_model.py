@@ -9,7 +9,7 @@ import transformers
 
 from circuitgraph.model.blocks import apply_norm, run_attention
 from circuitgraph.model.decompose import UnsupportedModel, check_decomposition, decompose
-from circuitgraph.model.loading import TINY_MODELS, _embedded_folder, load_model, tiny_model
+from circuitgraph.model.loading import _PACKAGES, TINY_MODELS, _packaged_folder, load_model, tiny_model
 from circuitgraph.model.modules import (
     GRAINS,
     list_nodes,
@@ -109,7 +109,6 @@ def test_folder_round_trip(tmp_path):
     "family, options, words",
     [
         ("Mixtral", {"num_local_experts": 2}, ["mixtures of experts"]),
-        ("Qwen3", {"head_dim": 8}, ["norm"]),
         ("Mamba", {"state_size": 4}, ["state-space"]),
     ],
 )
@@ -160,7 +159,7 @@ def test_unknown_sources(tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "weights_hash.json", "edited"])
 def test_a_damaged_cache_is_unpacked_anew(tmp_path, monkeypatch, name):
-    good = _embedded_folder()
+    good = _packaged_folder(_PACKAGES["smollm2-135m"])
     folder = tmp_path / "smollm2-135m"
     shutil.copytree(good, folder)
     path = folder / ("weights_hash.json" if name == "edited" else name)
@@ -170,7 +169,7 @@ def test_a_damaged_cache_is_unpacked_anew(tmp_path, monkeypatch, name):
         else path.read_bytes()[:-10]
     )
     monkeypatch.setattr(
-        "circuitgraph.model.loading._embedded_folder", lambda: folder if folder.exists() else good
+        "circuitgraph.model.loading._packaged_folder", lambda _package: folder if folder.exists() else good
     )  # unpacking itself takes half a minute
     with pytest.warns(UserWarning, match="unpacked anew"):
         model = load_model("smollm2-135m")

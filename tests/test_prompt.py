@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from circuitgraph.attribution.method import Attribution
+from circuitgraph.build.build import build_graph as build_prompt
+from circuitgraph.build.prompt import Prompt
 from circuitgraph.dictionary.places import identity_dictionary
 from circuitgraph.cut import list_parts, part_ports
 from circuitgraph.graph.graph import Graph
@@ -19,6 +21,7 @@ from circuitgraph.model.loading import TINY_MODELS, tiny_model
 from circuitgraph.model.modules import embed_tokens
 from circuitgraph.graph.influence import add_influence, prune_by_influence, save_attribution_graph
 from circuitgraph.graph.influence import score_prompt
+from circuitgraph.options import Pruning, Run
 from oracles import random_tokens
 from short import build_graph
 from test_feature_edges import all_dictionaries, draw, module_values
@@ -239,6 +242,40 @@ def test_edges_are_the_gradients_of_single_readers_and_sum_to_their_values(name)
         assert_into(
             graph, f"logits/{token}@{last}", *differentiate(pick, x, writers, ("logits",), rule), tolerance
         )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])  # without and with a soft cap
+def test_targets_are_explained_as_asked(name):
+    model = tiny_model(name, dtype=torch.float64)
+    tokens, dictionaries = random_tokens(model, 1, 4), all_dictionaries(model)
+
+    def explain(targets):
+        quiet, every = Run(progress=False), Pruning(None, 0.0)
+        return build_prompt(model, Prompt(tokens, targets=targets), dictionaries, pruning=every, run=quiet)
+
+    def into(graph, output):
+        edges = graph.edges[graph.edges["target"] == output]
+        return edges.set_index(["source", "port"])["weight"]
+
+    graph = explain([7, 3, (7, 3)])
+    outputs = graph.nodes[graph.nodes["kind"] == "logits"].set_index("name")
+    assert outputs.index.tolist() == ["logits/7@3", "logits/3@3", "logits/7-3@3"]
+    assert graph.meta["targets"] == [7, 3, [7, 3]]
+    logits = model(tokens)[0, -1]
+    assert outputs.activation["logits/7-3@3"] == pytest.approx((logits[7] - logits[3]).item(), abs=1e-5)
+    assert outputs.activation["logits/7@3"] == pytest.approx((logits[7] - logits.mean()).item(), abs=1e-5)
+    assert outputs.probability["logits/3@3"] == pytest.approx(logits.softmax(0)[3].item(), abs=1e-5)
+    one, other, contrast = (into(graph, name) for name in outputs.index)
+    assert len(contrast) > 10 and np.allclose(contrast, one.sub(other, fill_value=0)[contrast.index])
+    for words, targets in {
+        "targets must be a list": [],
+        r"targets must lie in \[0, 50\)": [50],
+        "must differ, but token 7 stands twice": [7, 7],
+        "a contrast must be a pair": [(1, 2, 3)],
+        "must be texts of one token each, but ' a' is": [" a"],
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            explain(targets)
 
 
 @pytest.fixture(scope="module")

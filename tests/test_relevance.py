@@ -1,5 +1,6 @@
 """Attribution methods against captum, the authors' definitions, and brute force."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -21,7 +22,7 @@ from circuitgraph.attribution.autodiff import VjpOptions, open_sequence, readers
 from circuitgraph.attribution.closed_form import open_reader, reader_gradients, value_cotangent
 from circuitgraph.attribution.method import Attribution
 from circuitgraph.attribution.method import METHODS
-from circuitgraph.attribution.relevance import DetachedNorm, grad_cam, guided_average
+from circuitgraph.attribution.relevance import DetachedHeadNorm, DetachedNorm, grad_cam, guided_average
 from circuitgraph.attribution.relevance import value_function as value_of
 from circuitgraph.model.blocks import apply_norm, attention_mask, norm_scale, run_logits
 from circuitgraph.model.loading import TINY_MODELS, tiny_model
@@ -133,6 +134,11 @@ def test_closed_forms_agree_with_automatic_differentiation_through_the_changed_m
         }
         for key, layer in enumerate(model.layers)
     }
+
+    def detach_heads(attn):
+        norms = {n: getattr(attn, n) for n in ("q_norm", "k_norm") if getattr(attn, n) is not None}
+        return replace(attn, **{n: DetachedHeadNorm(**vars(norm)) for n, norm in norms.items()})
+
     for pattern in ("live", "frozen") if grain != "block" else ("live",):
         rule = Attribution(method, skip_first=0, pattern=pattern)
         changed = change_backward(model, rule)
@@ -140,7 +146,8 @@ def test_closed_forms_agree_with_automatic_differentiation_through_the_changed_m
             **{
                 **vars(changed),
                 "layers": tuple(
-                    layer.__class__(**{**vars(layer), **held[i]}) for i, layer in enumerate(changed.layers)
+                    replace(layer, **held[i], attn=detach_heads(layer.attn))
+                    for i, layer in enumerate(changed.layers)
                 ),
             }
         )
@@ -440,17 +447,13 @@ def softmax_remainder(model, trace, layer, cotangent):
 
     `cotangent [batch pos head d_model]` is on what heads write.
     """
-    x, attn, block = trace.reads[f"a{layer}"], model.layers[layer].attn, model.layers[layer]
-    h, kept = apply_norm(block.ln1, x), []
+    x, attn = trace.reads[f"a{layer}"], model.layers[layer].attn
+    kept = []
     for head in range(model.n_heads):
         shared = head // (model.n_heads // model.n_kv_heads)
         q, k, v = (
-            F.linear(h, W[i], None if b is None else b[i])
-            for W, b, i in (
-                (attn.W_Q, attn.b_Q, head),
-                (attn.W_K, attn.b_K, shared),
-                (attn.W_V, attn.b_V, shared),
-            )
+            oracles.project_by_hand(model, layer, port, i, x)
+            for port, i in (("q", head), ("k", shared), ("v", shared))
         )
         q, k = (oracles.turn_by_hand(model, layer, t) for t in (q, k))
         u = cotangent[:, :, head] @ attn.W_O[:, head]

@@ -1,5 +1,6 @@
 """Tasks: every template and seed on the embedded model, other tokenizers, files of one's own, refusals."""
 
+import copy
 import dataclasses
 import json
 import random
@@ -7,11 +8,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from circuitgraph.model.loading import load_model
-from circuitgraph.data.task import METRICS, TASKS, Task, load_task, score_answers
+from circuitgraph.data.prompts import TASKS, chat_prompt, load_task, show_prompts
+from circuitgraph.data.task import METRICS, Task, check_task, score_answers
+from circuitgraph.model.loading import load_model, tiny_model
 
 # transformers and TransformerLens warn while they boot a model; what this package causes is an error.
 pytestmark = pytest.mark.filterwarnings("ignore", "error:::circuitgraph")
@@ -253,3 +255,153 @@ def test_padding_of_answers_is_left_out_of_scores(metric):
     assert score_answers(logits, answers, wrong, metric).tolist() == pytest.approx(alone)
     with pytest.raises(ValueError, match="metric must be one of"):
         score_answers(logits, answers, wrong, "f1")
+
+
+def test_padding_of_prompts_has_one_form():
+    "The side, the amount and the token of the padding are gone once a task is made."
+    rows, other = [[5, 6, 7], [8, 9]], [[5, 6, 3], [4, 9]]
+    answers, wrong = torch.tensor([[1], [2]]), torch.tensor([[2], [1]])
+
+    def padded(prompts, side, width, token):
+        out, mask = torch.full((2, width), token), torch.zeros(2, width, dtype=torch.long)
+        for i, prompt in enumerate(prompts):
+            place = slice(0, len(prompt)) if side == "right" else slice(width - len(prompt), width)
+            out[i, place] = torch.tensor(prompt)
+            mask[i, place] = 1
+        return out, mask
+
+    for side, width, token in [("right", 3, 0), ("right", 6, 17), ("left", 3, 4), ("left", 7, 0)]:
+        clean, mask = padded(rows, side, width, token)
+        task = Task(clean, padded(other, side, width, token)[0], answers=answers, wrong=wrong, mask=mask)
+        assert task.clean.tolist() == [[5, 6, 7], [8, 9, 0]]
+        assert task.corrupted.tolist() == [[5, 6, 3], [4, 9, 0]]
+        assert task.lengths.tolist() == [3, 2] and task.last.tolist() == [2, 1]
+        assert torch.equal(dataclasses.replace(task, name="again").clean, task.clean)
+    full = Task(clean[:, -2:], clean[:, -2:], answers=answers, wrong=wrong, lengths=torch.tensor([2, 2]))
+    assert full.lengths is None
+    holes = torch.tensor([[1, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+    for words, mask in {"one run of tokens": holes, "the shape of clean": holes[:, :3]}.items():
+        with pytest.raises(ValueError, match=words):
+            Task(clean, clean, answers=answers, wrong=wrong, mask=mask)
+
+
+@pytest.mark.parametrize("bad", [[[1], [2]], torch.tensor([[1.0], [2.0]])])
+def test_answers_must_be_a_tensor_of_tokens(bad):
+    ids = torch.ones(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="answers must be an integer tensor .* padded with -1"):
+        Task(ids, ids, "ce", answers=bad)
+
+
+def test_a_task_must_fit_the_model():
+    causal, ahead = tiny_model("llama"), tiny_model("bidirectional")
+    ids, one = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 1, dtype=torch.long)
+    check_task(Task(ids, ids, "ce", one, lengths=torch.tensor([3, 2])), causal)
+    for words, task, model in [
+        (r"answers must lie in \[0, 50\)", Task(ids, ids, "ce", 50 * one), causal),
+        ("corrupted must lie in", Task(ids, 77 * ids, "ce", one), causal),
+        ("must have one length", Task(ids, ids, "ce", one, lengths=torch.tensor([3, 2])), ahead),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            check_task(task, model)
+
+
+LONG = [
+    ("The name of the city is", "The name of the child is", [" Llanfairpwll"], []),
+    ("The sea is", "The sky is", [" deep"], []),
+]
+
+
+def test_answers_of_several_tokens_have_a_rule(model, tmp_path):
+    path = write(tmp_path, ".jsonl", LONG)
+    with pytest.raises(ValueError, match="line 1: .* of one token each, but ' Llanfairpwll' has"):
+        load_task(path, model)
+    first = load_task(path, model, multi_token="first", check=False)
+    joint = load_task(path, model, multi_token="joint", check=False)
+    assert first.metric == "ce" and first.clean.shape[1] < joint.clean.shape[1]
+    with torch.no_grad():
+        scores = joint.metric(model(joint.clean))
+    for (prompt, _, (answer,), _), score in zip(LONG, scores, strict=True):
+        ids = torch.tensor(model.tokenizer(prompt + answer).input_ids)
+        n_prompt = len(model.tokenizer(prompt).input_ids)
+        with torch.no_grad():
+            log_p = model(ids[None])[0].log_softmax(-1)
+        by_hand = sum(log_p[i - 1, ids[i]] for i in range(n_prompt, len(ids)))
+        assert score.item() == pytest.approx(by_hand.item(), abs=1e-3)
+    assert joint.accuracy in (0, 0.5, 1) and 0 < joint.chance < 1e-4
+    with pytest.raises(ValueError, match="'joint' is a metric of its own"):
+        load_task("ioi", model, multi_token="joint")
+    with pytest.raises(ValueError, match="multi_token must be one of"):
+        load_task(path, model, multi_token="last")
+    with pytest.raises(ValueError, match="one answer and no wrong ones, got 1 and 1"):
+        load_task(write(tmp_path, ".jsonl", [(*LONG[0][:3], [" Rome"])]), model, multi_token="joint")
+
+
+def set_bos(model):
+    "The model with a tokenizer that begins every text with BOS by itself."
+    tokenizer = copy.deepcopy(model.tokenizer)
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos[0]} $A", special_tokens=[bos]
+    )
+    assert tokenizer("a").input_ids[0] == bos[1] != model.tokenizer("a").input_ids[0]
+    return dataclasses.replace(model, tokenizer=tokenizer)
+
+
+def test_a_bos_of_the_text_is_not_set_twice(model, tmp_path):
+    bos = model.tokenizer.bos_token
+    with_bos = set_bos(model)
+    rows = [(bos + LONG[1][0], bos + LONG[1][1], [" deep"], [])]
+    with pytest.warns(UserWarning, match="1 prompts begin with .* themselves"):
+        task = load_task(write(tmp_path, ".jsonl", rows), with_bos, check=False)
+    plain = load_task(write(tmp_path, ".jsonl", LONG[1:]), model, check=False)
+    assert task.clean[0].tolist() == [model.tokenizer.bos_token_id, *plain.clean[0].tolist()]
+    shown = show_prompts(task, model)
+    assert shown.clean[0] == f"{bos}·The· sea· is" and shown.answers[0] == " deep" and shown.wrong[0] == ""
+
+
+QUESTIONS = ["What is the capital of France?", "What is the capital of Italy?"]
+
+
+def test_a_chat_prompt_is_the_template_with_one_message(model, tmp_path):
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    by_hand = (
+        f"<|im_start|>system\n{system}<|im_end|>\n"
+        f"<|im_start|>user\n{QUESTIONS[0]}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert chat_prompt(model, QUESTIONS[0]) == by_hand
+    clean, corrupted = (chat_prompt(model, question, "It is") for question in QUESTIONS)
+    assert clean == by_hand + "It is"
+    with pytest.warns(UserWarning, match="1 prompts begin with .* themselves"):
+        task = load_task(write(tmp_path, ".jsonl", [(clean, corrupted, [" Paris"], [" Rome"])]), model)
+    for tokens, question in ((task.clean[0], QUESTIONS[0]), (task.corrupted[0], QUESTIONS[1])):
+        message = [{"role": "user", "content": question}]
+        theirs = model.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        assert tokens.tolist() == theirs + model.tokenizer("It is").input_ids
+    assert task.answers.tolist() == [model.tokenizer(" Paris").input_ids] and task.accuracy == 1
+
+
+@pytest.mark.parametrize("writes_bos", [True, False])
+def test_the_bos_of_a_chat_stands_there_once(model, tmp_path, writes_bos):
+    chatty = set_bos(model)
+    start = "{{ bos_token }}" if writes_bos else ""
+    chatty.tokenizer.chat_template = (
+        start + "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ ' Answer:' }}{% endif %}"
+    )
+    clean, corrupted = (chat_prompt(chatty, question) for question in QUESTIONS)
+    bos = chatty.tokenizer.bos_token
+    assert clean == (bos if writes_bos else "") + f"{QUESTIONS[0]} Answer:"
+    task = load_task(write(tmp_path, ".jsonl", [(clean, corrupted, [" Paris"], [])]), chatty, check=False)
+    plain = model.tokenizer(f"{QUESTIONS[0]} Answer:").input_ids
+    assert task.clean[0].tolist() == [chatty.tokenizer.bos_token_id, *plain]
+
+
+def test_a_chat_without_a_template_is_refused(model):
+    bare = dataclasses.replace(model, tokenizer=digit_pairs())
+    for asked in (bare, dataclasses.replace(model, tokenizer=None)):
+        with pytest.raises(ValueError, match="model must have a tokenizer with a chat template"):
+            chat_prompt(asked, "The war lasted")
+    with pytest.raises(ValueError, match="text must be a text, got list: call it for each message"):
+        chat_prompt(model, QUESTIONS)
+    with pytest.raises(ValueError, match="answer_start must be a text, got NoneType"):
+        chat_prompt(model, QUESTIONS[0], None)

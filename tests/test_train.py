@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from circuitgraph.data.corpus import load_corpus
-from circuitgraph.dictionary.formats import fit_dictionary
+from circuitgraph.dictionary.places import fit_dictionary
 from circuitgraph.dictionary.interaction import BasisConfig, interaction_basis, train_interaction_bases
 from circuitgraph.dictionary.measure import measure_dictionaries
 from circuitgraph.dictionary.places import read_places, visit_modules

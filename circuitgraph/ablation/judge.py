@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TEXT_METRICS', 'Metric', 'SHARES', 'run_ablated', 'run_in_batches', 'score_text', 'score_prompts', 'JudgedData',
-           'open_data', 'Judge', 'open_judge', 'measure', 'faithfulness', 'bootstrap', 'Evaluation', 'evaluate',
-           'list_budgets', 'area_between', 'compare_curves', 'ablation_curve', 'minimality']
+           'Judge', 'open_judge', 'measure', 'faithfulness', 'bootstrap', 'Evaluation', 'evaluate', 'list_budgets',
+           'area_between', 'compare_curves', 'ablation_curve', 'minimality']
 
 # %% ../../nbs/63_judging.ipynb #01e272b9
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +25,12 @@ from .selection import leave_one_out, select
 from .values import AblatedText, AblatedValue, FixedValues, Mean, read_value
 from ..cut import Cut, open_cut
 from ..data.corpus import Corpus, check_tokens
-from ..data.task import METRICS, Task, score_answers
+from ..data.task import METRICS, Task, check_task, score_answers
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph
 from ..graph.select import select_edges
 from ..graph.tables import name_edges
 from ..model.blocks import Model, run_logits
-from ..model.modules import trace_modules
 from ..options import Budgets, Judging, Run
 
 # %% ../../nbs/63_judging.ipynb #c80a7923
@@ -57,13 +57,11 @@ def run_ablated(
     graphs = [graph] if isinstance(graph, Graph) else list(graph)
     cut = open_cut(model, graphs[0], dictionaries)
     check_tokens(tokens, model)
-    fixed = _read_values(value, corrupted, reference).fix(cut, AblatedText(tokens, corrupted, run=_QUIET))
+    text = AblatedText(tokens, corrupted, run=Run(progress=False))
+    fixed = _read_values(value, corrupted, reference).fix(cut, text)
     kept = [select(cut, one, ablation) for one in graphs]
     logits = run_logits(model, run_in_batches(cut, kept, tokens, fixed))
     return logits[0] if isinstance(graph, Graph) else logits
-
-
-_QUIET = Run(progress=False)
 
 
 def _read_values(
@@ -92,7 +90,7 @@ def run_in_batches(
     exact: bool = True,  # False, for features: they move by their gradients at the model's own run
 ) -> Float[Tensor, "selection seq pos d_model"]:  # what `logits` reads
     "Run selections on a text, about 512 tokens at a time. Gradients flow back to masks that ask for them."
-    size = _QUIET.sequences_at_a_time(tokens)
+    size = Run().sequences_at_a_time(tokens)
     streams = []
     for start in range(0, len(tokens), size):
         rows = slice(start, start + size)
@@ -158,25 +156,20 @@ class JudgedData:
             return self.metric
         return "own"
 
-    def at_answer(self, stream: Tensor, rows: slice) -> Float[Tensor, "prompt d_model"]:
-        "The stream at the position that predicts the answer."
-        last = torch.tensor([-1]) if self.task is None else self.task.last[rows].to(stream.device)
-        return stream[torch.arange(len(stream), device=stream.device), last]
-
-    def model_logp(self, stream: Tensor, rows: slice, model: Model) -> Tensor:
-        "Log-probabilities of the model itself where they are scored."
-        if self.task is not None:
-            stream = self.at_answer(stream, rows)
-        return run_logits(model, stream).log_softmax(-1)
-
-    def score(self, stream: Tensor, model_logp: Tensor, rows: slice, model: Model) -> dict[str, Tensor]:
-        'Scores of what `logits` read; "metric" is among them unless it is a function of all logits.'
+    def where_scored(self, x: Float[Tensor, "input pos any"], rows: slice) -> Float[Tensor, "input *pos any"]:
+        "A stream or logits at all positions of a text, or at those that predict a task's answers."
         if self.task is None:
-            scores = score_text(run_logits(model, stream), model_logp, self.tokens[rows], self.skip_first)
+            return x
+        last = self.task.last[rows].to(x.device)
+        return x[torch.arange(len(x), device=x.device), last]
+
+    def score(self, logits: Tensor, model_logp: Tensor, rows: slice) -> dict[str, Tensor]:
+        'Scores of logits where they are scored; no "metric" where it is a function of all logits.'
+        if self.task is None:
+            scores = score_text(logits, model_logp, self.tokens[rows], self.skip_first)
         else:
             given = (self.task.answers, self.task.wrong)
-            answers, wrong = (None if t is None else t[rows].to(stream.device) for t in given)
-            logits = run_logits(model, self.at_answer(stream, rows))
+            answers, wrong = (None if t is None else t[rows].to(logits.device) for t in given)
             scores = score_prompts(logits, model_logp, answers, wrong)
         if not isinstance(self.metric, str):
             return scores
@@ -184,37 +177,6 @@ class JudgedData:
         if self.metric in ("ce", "kl"):
             score = -score
         return scores | {"metric": score}
-
-# %% ../../nbs/63_judging.ipynb #jdg07
-def _allowed_metrics(task: Task | None) -> tuple[str, ...]:
-    "The metrics that the data have answers for."
-    if task is None:
-        return TEXT_METRICS
-    if task.answers is None:
-        return ("kl",)
-    return ("ce", "accuracy", "kl") if task.wrong is None else ("kl", *METRICS)
-
-# %% ../../nbs/63_judging.ipynb #jdg08
-def open_data(model: Model, data: Int[Tensor, "seq pos"] | Corpus | Task, judging: Judging) -> JudgedData:
-    "Check what graphs are judged on. Raises ValueError for bad tokens and unknown metrics."
-    task = data if isinstance(data, Task) else None
-    tokens = data.tokens if isinstance(data, Corpus) else data.clean if isinstance(data, Task) else data
-    check_tokens(tokens, model, "data")
-    metric = judging.metric or ("ce" if task is None else task.metric)
-    allowed = _allowed_metrics(task)
-    if isinstance(metric, str) and metric not in allowed:
-        names, of = ", ".join(map(repr, allowed)), "text" if task is None else "this task"
-        raise ValueError(
-            f"metric must be one of {names} for {of}, or a function of the logits, got {metric!r}"
-        )
-    if task is not None:
-        check_tokens(task.corrupted, model, "corrupted")
-    elif tokens.shape[1] < judging.skip_first + 2:
-        raise ValueError(
-            f"data needs sequences of at least skip_first + 2 = {judging.skip_first + 2} tokens, "
-            f"got {tokens.shape[1]}"
-        )
-    return JudgedData(tokens, task, metric, judging.skip_first)
 
 # %% ../../nbs/63_judging.ipynb #7512a5db
 @dataclass(frozen=True, eq=False)
@@ -236,15 +198,18 @@ class Judge:
     def run(self, selections: Iterable[Any], rows: slice) -> Iterator[Float[Tensor, "input pos d_model"]]:
         "What `logits` reads on some rows, one selection after another."
         tokens = self.data.tokens[rows].to(self.cut.model.device)
-        values = self.values.of_rows(rows)
-        return run_selections(self.cut, selections, tokens, values, self.judging.exact)
+        return run_selections(self.cut, selections, tokens, self.values.of_rows(rows), self.judging.exact)
 
-    def own_stream(self, rows: slice) -> Float[Tensor, "input pos d_model"]:
-        "What `logits` reads in the model itself."
-        model = self.cut.model
-        tokens = self.data.tokens[rows].to(model.device)
-        trace = trace_modules(model, tokens, "block")
-        return trace.reads["logits"]
+    @torch.no_grad()
+    def own_logits(self, rows: slice) -> Float[Tensor, "input pos d_vocab_out"]:
+        "Logits of the model itself, run by its own library: what every graph is compared with."
+        tokens = self.data.tokens[rows].to(self.cut.model.device)
+        return self.cut.model(tokens)
+
+    def score(self, stream: Tensor, model_logp: Tensor, rows: slice) -> dict[str, Tensor]:
+        "Scores of what `logits` reads."
+        logits = run_logits(self.cut.model, self.data.where_scored(stream, rows))
+        return self.data.score(logits, model_logp, rows)
 
     def interval(
         self, statistic: Callable[..., Tensor], *scores: Float[Tensor, "*graph input"]
@@ -260,10 +225,31 @@ def open_judge(
     judging: Judging = Judging(),
 ) -> Judge:
     "Check the request, and fix what ablated edges carry. Raises ValueError for bad data and options."
-    judged, known = open_data(cut.model, data, judging), read_value(value, judging.seed)
-    task = judged.task
+    task = data if isinstance(data, Task) else None
+    tokens = data.whole() if isinstance(data, Corpus) else data.clean if isinstance(data, Task) else data
+    check_tokens(tokens, cut.model, "data")
+    if task is not None:
+        check_task(task, cut.model)
+    metric = judging.metric or ("ce" if task is None else task.metric)
+    allowed = TEXT_METRICS
+    if task is not None and task.answers is None:
+        allowed = ("kl",)
+    elif task is not None:
+        allowed = ("ce", "accuracy", "kl") if task.wrong is None else ("kl", *METRICS)
+    if isinstance(metric, str) and metric not in allowed:
+        names, of = ", ".join(map(repr, allowed)), "text" if task is None else "this task"
+        raise ValueError(
+            f"metric must be one of {names} for {of}, or a function of the logits, got {metric!r}"
+        )
+    if task is None and tokens.shape[1] < judging.skip_first + 2:
+        raise ValueError(
+            f"data needs sequences of at least skip_first + 2 = {judging.skip_first + 2} tokens, "
+            f"got {tokens.shape[1]}"
+        )
+    known = read_value(value, judging.seed)
     corrupted, lengths = (None, None) if task is None else (task.corrupted, task.lengths)
-    values = known.fix(cut, AblatedText(judged.tokens, corrupted, lengths, judging.run))
+    values = known.fix(cut, AblatedText(tokens, corrupted, lengths, judging.run))
+    judged = JudgedData(tokens, task, metric, judging.skip_first)
     return Judge(cut, judged, values, known.name, judging)
 
 # %% ../../nbs/63_judging.ipynb #jdg12
@@ -275,15 +261,18 @@ def measure(
 ) -> dict[str, Float[Tensor, "graph input"]]:  # by score; row 0 is the model, then a row for each selection
     "Score the model and each selection on every input."
     data, model = judge.data, judge.cut.model
-    by_batch, streams = [], []
+    by_batch, streams, all_logits = [], [], []
     n_runs = len(data.tokens) * len(selections)
     with tqdm(total=n_runs, unit="run", desc=desc, disable=not judge.judging.run.progress) as bar:
         for rows in judge.batches:
-            own = judge.own_stream(rows)
-            model_logp = data.model_logp(own, rows, model)
-            scores, kept = [data.score(own, model_logp, rows, model)], [own]
+            logits = judge.own_logits(rows)
+            own = data.where_scored(logits, rows)
+            model_logp = own.log_softmax(-1)
+            scores, kept = [data.score(own, model_logp, rows)], []
+            if not isinstance(data.metric, str):
+                all_logits.append(logits)
             for stream in judge.run(selections, rows):
-                scores.append(data.score(stream, model_logp, rows, model))
+                scores.append(judge.score(stream, model_logp, rows))
                 if not isinstance(data.metric, str):
                     kept.append(stream)
                 bar.update(len(own))
@@ -294,14 +283,17 @@ def measure(
     table = {name: torch.cat([batch[name] for batch in by_batch], 1) for name in by_batch[0]}
     if isinstance(data.metric, str):
         return table
-    return table | {"metric": _score_own(model, data.metric, streams)}
+    return table | {"metric": _score_own(model, data.metric, all_logits, streams)}
 
 
-def _score_own(model: Model, metric: Metric, streams: list[list[Tensor]]) -> Float[Tensor, "graph input"]:
-    "A metric of one's own, which takes the logits of all inputs at once."
-    runs = [torch.cat(batches) for batches in zip(*streams, strict=True)]
-    rows = [metric(run_logits(model, stream)).double().cpu() for stream in runs]
-    n_inputs = len(runs[0])
+def _score_own(
+    model: Model, metric: Metric, all_logits: list[Tensor], streams: list[list[Tensor]]
+) -> Float[Tensor, "graph input"]:
+    "A metric of one's own, which takes the logits of all inputs at once: of the model, then of each run."
+    rows = [metric(torch.cat(all_logits)).double().cpu()]
+    for batches in zip(*streams, strict=True):
+        rows.append(metric(run_logits(model, torch.cat(batches))).double().cpu())
+    n_inputs = sum(map(len, all_logits))
     if any(row.shape != (n_inputs,) for row in rows):
         raise ValueError(
             f"metric must return one number for each of the {n_inputs} inputs, "
@@ -316,10 +308,11 @@ def faithfulness(
     none: Float[Tensor, " input"],  # metric with nothing kept
 ) -> Float[Tensor, "*graph"]:  # NaN where the model is no better than nothing kept
     "How far graphs bring the mean metric from that of nothing kept (0) to that of the model (1)."
-    floor = none.mean(-1)
+    floor, ceiling = none.mean(-1), model.mean(-1)
     gained = graph.mean(-1) - floor
-    possible = model.mean(-1) - floor
-    return gained / possible
+    possible = ceiling - floor
+    rounding = 1e-6 * (ceiling.abs() + floor.abs())
+    return torch.where(possible > rounding, gained / possible, torch.nan)
 
 
 def bootstrap(
@@ -397,6 +390,13 @@ def evaluate(
     judge = open_judge(cut, data, value, judging)
     scores = measure(judge, [kept, ~kept, kept.none()], f"{ablation} ablation")
     whole, own, rest, none = scores["metric"]
+    if faithfulness(own, whole, none).isnan():
+        warnings.warn(
+            f"faithfulness is undefined: with nothing kept the metric is {none.mean():.4g}, no worse than "
+            f"the model's {whole.mean():.4g}; take another value for ablated edges, another metric or other "
+            "prompts",
+            stacklevel=2,
+        )
     statistics: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
         "faithfulness": (faithfulness, (own, whole, none)),
         "completeness": (faithfulness, (rest, whole, none)),
@@ -409,13 +409,12 @@ def evaluate(
     ends = {name: judge.interval(statistic, *args) for name, (statistic, args) in statistics.items()}
     intervals = {name: (float(low), float(high)) for name, (low, high) in ends.items()}
     inputs = {"model": whole, "graph": own, "complement": rest, "none": none}
-    mode = ablation if judging.exact else f"linearised {ablation}"
     return Evaluation(
         **value_of,
         n_edges=len(graph),
         n_nodes=_count_touched(graph),
         metric=judge.data.metric_name,
-        ablation=mode,
+        ablation=ablation if judging.exact else f"linearised {ablation}",
         value=judge.value_name,
         intervals=intervals,
         inputs=pd.DataFrame({name: score.numpy() for name, score in inputs.items()}),
@@ -432,8 +431,7 @@ def list_budgets(
     "Numbers of edges for a curve: shares of the graph's, at least one each."
     if not len(graph):
         return []
-    budgets = {max(1, int(share * len(graph))) for share in shares}
-    return sorted(budgets)
+    return sorted({max(1, int(share * len(graph))) for share in shares})
 
 
 def _spend(graph: Graph, budgets: Budgets) -> dict[int, Graph]:
@@ -458,12 +456,12 @@ def area_between(
 def _areas(judge: Judge, share: np.ndarray, scores: Tensor, whole: Tensor, none: Tensor) -> dict[str, float]:
     "CPR and CMD of one curve, with intervals."
 
-    def cpr(scores: Tensor, whole: Tensor, none: Tensor) -> Tensor:
-        reached = faithfulness(scores, whole, none)
+    def cpr(*scores: Tensor) -> Tensor:
+        reached = faithfulness(*scores)
         return area_between(share.tolist(), reached)
 
-    def cmd(scores: Tensor, whole: Tensor, none: Tensor) -> Tensor:
-        distance = (1 - faithfulness(scores, whole, none)).abs()
+    def cmd(*scores: Tensor) -> Tensor:
+        distance = (1 - faithfulness(*scores)).abs()
         return area_between(share.tolist(), distance)
 
     row = {}
@@ -583,16 +581,10 @@ def ablation_curve(
         curve = ablation_curve(model, graph, text, n_edges=[100, 1_000, 10_000])
 
     Raises ValueError as `evaluate` and `select_edges` do."""
-    curves = compare_curves(
-        model,
-        {"graph": graph},
-        data,
-        n_edges,
-        ablation=ablation,
-        value=value,
-        dictionaries=dictionaries,
-        judging=judging,
-    )[1]
+    one = {"graph": graph}
+    _, curves = compare_curves(
+        model, one, data, n_edges, ablation=ablation, value=value, dictionaries=dictionaries, judging=judging
+    )
     return curves.drop(columns="graph")
 
 # %% ../../nbs/63_judging.ipynb #f2aad6c4
@@ -613,6 +605,8 @@ def minimality(
     Raises ValueError as `evaluate` does. Source: @wang2022ioi."""
     if n_edges is not None and n_edges < 1:
         raise ValueError(f"n_edges must be at least 1, or None for all, got {n_edges}")
+    if not len(graph):
+        raise ValueError("graph must have at least one edge to ablate, got none")
     cut = open_cut(model, graph, dictionaries)
     judge = open_judge(cut, data, value, judging)
     draw = torch.Generator().manual_seed(judging.seed)
@@ -630,6 +624,4 @@ def minimality(
 
 def _loss(lacking: Tensor, own: Tensor, whole: Tensor, none: Tensor) -> Tensor:
     "Faithfulness of a graph less that of the graph that lacks an edge."
-    lost = own.mean(-1) - lacking.mean(-1)
-    reach = whole.mean(-1) - none.mean(-1)
-    return lost / reach
+    return faithfulness(own, whole, none) - faithfulness(lacking, whole, none)

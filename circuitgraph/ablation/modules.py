@@ -86,19 +86,9 @@ class _Mix(torch.autograd.Function):
         writes = ctx.buffer[:, :, ctx.span]
         by_position = d_x @ writes.mT
         d_mask = by_position.sum((0, 1))
-        d_order = d_x.new_zeros(())
-        return d_mask, d_order, None, None, None
+        return d_mask, d_x.new_zeros(()), None, None, None
 
 # %% ../../nbs/61_module_ablation.ipynb #mab07
-def _unchanged_modules(
-    parts: list[Reader], sizes: list[int], mask: Tensor, before: Tensor | None
-) -> set[str]:
-    "Modules that stand before the first reader whose mask is not that of the run before."
-    changed = torch.zeros(1, 1) if before is None else (mask != before).nonzero()
-    n_same = int(changed[0]) if len(changed) else len(mask)
-    return {part.module for part, end in zip(parts, np.cumsum(sizes), strict=True) if end <= n_same}
-
-
 def _read_modules(parts: list[Reader], masks: dict[str, Tensor]) -> set[str]:
     "Modules from which some path of kept edges leads to logits."
     is_read, modules = np.zeros(parts[-1].n_before, dtype=bool), {"logits"}
@@ -199,11 +189,14 @@ class ModuleRun:
         return self.read(self.parts[-1], masks)[:, :, 0]
 
     def plan(self, mask: Tensor, masks: dict[str, Tensor]) -> set[str]:
-        "The modules that must be computed for a mask."
+        "The modules that must be computed for a mask: not those before the first reader whose mask is new."
         if self.grad:
             self.start()
             return {part.module for part in self.parts}
-        self.done &= _unchanged_modules(self.parts, self.sizes, mask, self.mask)
+        changed = torch.zeros(1, 1) if self.mask is None else (mask != self.mask).nonzero()
+        n_same = int(changed[0]) if len(changed) else len(mask)
+        ends = zip(self.parts, np.cumsum(self.sizes), strict=True)
+        self.done &= {part.module for part, end in ends if end <= n_same}
         return _read_modules(self.parts, masks) - self.done
 
 # %% ../../nbs/61_module_ablation.ipynb #mab09

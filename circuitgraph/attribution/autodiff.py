@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .closed_form import mlp_slopes, preactivations, project_qkv
+from .closed_form import mlp_slopes, preactivations
 from .method import Attribution, ExplainedSequence
 from ..dictionary.places import check_place, encoder_input
 from ..dictionary.protocol import Dictionary, find_structure
 from ..model.blocks import Attention, Model, Norm, apply_norm, attention_mask, attention_pattern
-from ..model.blocks import get_mlp, norm_scale, norm_vjp, rotary_tables, rotate, run_mlp
+from ..model.blocks import get_mlp, head_scales, norm_scale, norm_vjp, project_qkv, rotary_tables
+from ..model.blocks import rotate, run_mlp
 from ..model.modules import norm_before
 
 # %% ../../nbs/42_autodiff.ipynb #7bf3a799
@@ -43,34 +44,32 @@ class FrozenReaders:
     encode: Callable[[Tensor], Tensor] | None = None  # the encoder, its gates frozen or live
 
 # %% ../../nbs/42_autodiff.ipynb #022df314
+def _output_bias(readers: FrozenReaders) -> Tensor | None:
+    "The bias in what a module writes; a single head writes none."
+    if readers.kind == "m":
+        return get_mlp(readers.model, readers.layer).b_out
+    if readers.head >= 0:
+        return None
+    return readers.model.layers[readers.layer].attn.b_O
+
+
 def write_inner(
     readers: FrozenReaders,
     inner: Float[Tensor, "pos *inner"],  # what an MLP reads [pos d_model], or z [pos head d_head]
 ) -> Float[Tensor, "pos d_model"]:
     "What the module, or the one head, writes; a head has no bias."
     model = readers.model
-    layer = readers.model.layers[readers.layer]
     post_scale = readers.post_scale
     if readers.kind == "m":
         post = None if post_scale is None else post_scale[None]
         out = run_mlp(model, readers.layer, inner[None], scale=readers.scale[None], post_scale=post)[0][0]
-        bias = get_mlp(model, readers.layer).b_out
-    elif readers.head >= 0:
-        result = F.linear(inner[:, readers.head], layer.attn.W_O[:, readers.head])
-        out = apply_norm(layer.ln1_post, result, post_scale)
-        bias = None
     else:
-        result = F.linear(inner.flatten(1), layer.attn.W_O.flatten(1))
-        out = apply_norm(layer.ln1_post, result, post_scale)
-        bias = layer.attn.b_O
-    if bias is None:
-        return out
-    return out + bias
-
-# %% ../../nbs/42_autodiff.ipynb #m42c
-def _read_place(readers: FrozenReaders, reads: str, inner: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    "What an encoder reads `[pos d_in]`, where the module writes `out`."
-    return encoder_input(readers.norm, reads, x, out, inner.flatten(1), readers.scale)
+        block = model.layers[readers.layer]
+        heads = slice(None) if readers.head < 0 else slice(readers.head, readers.head + 1)
+        result = F.linear(inner[:, heads].flatten(1), block.attn.W_O[:, heads].flatten(1))
+        out = apply_norm(block.ln1_post, result, post_scale)
+    bias = _output_bias(readers)
+    return out if bias is None else out + bias
 
 # %% ../../nbs/42_autodiff.ipynb #36a986a2
 def reader_values(
@@ -90,7 +89,8 @@ def _list_values(readers: FrozenReaders, inner: Tensor, x: Tensor) -> list[Tenso
     if d is None or readers.encode is None:
         values, rest = [], out
     else:
-        acts = readers.encode(_read_place(readers, d.reads, inner, x, out))
+        place = encoder_input(readers.norm, d.reads, x, out, inner.flatten(1), readers.scale)
+        acts = readers.encode(place)
         values = [acts.gather(1, readers.index)]
         rest = out if readers.direction is None else out - d.decode(acts)
     if readers.direction is None:
@@ -115,23 +115,20 @@ def freeze_readers(
     if index is None:
         index = torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
     norm = norm_before(model, module)
+    scale = norm_scale(norm, x)
     post_scale = _scale_after(model, kind, layer, inner)
-    readers = FrozenReaders(
-        model, kind, layer, head, dictionary, index, norm, norm_scale(norm, x), post_scale
-    )
+    readers = FrozenReaders(model, kind, layer, head, dictionary, index, norm, scale, post_scale)
     y = write_inner(readers, inner)
     if dictionary is None:
-        bias = _output_bias(model, kind, layer, head)
+        bias = _output_bias(readers)
         written = y if bias is None else y - bias
         return replace(readers, direction=unit_direction(written, written, 2))
-    place = _read_place(readers, dictionary.reads, inner, x, y)
+    place = encoder_input(norm, dictionary.reads, x, y, inner.flatten(1), scale)
     encode = _freeze_gates(dictionary, place) if gates == "frozen" else dictionary.encode
     if not error:
         return replace(readers, encode=encode)
-    acts = dictionary.encode(place)
-    recon = dictionary.decode(acts)
-    direction = unit_direction(y - recon, y, 1)
-    return replace(readers, direction=direction, encode=encode)
+    recon = dictionary.decode(dictionary.encode(place))
+    return replace(readers, direction=unit_direction(y - recon, y, 1), encode=encode)
 
 
 def _freeze_gates(dictionary: Dictionary, place: Tensor) -> Callable[[Tensor], Tensor]:
@@ -158,13 +155,6 @@ def _scale_after(model: Model, kind: str, layer: int, inner: Tensor) -> Tensor |
         return None
     return norm_scale(block.ln1_post, F.linear(inner.flatten(1), block.attn.W_O.flatten(1)))
 
-
-def _output_bias(model: Model, kind: str, layer: int, head: int) -> Tensor | None:
-    "The bias in what a module writes."
-    if kind == "m":
-        return get_mlp(model, layer).b_out
-    return model.layers[layer].attn.b_O if head < 0 else None
-
 # %% ../../nbs/42_autodiff.ipynb #m42k
 def unit_direction(
     vector: Float[Tensor, "pos d_model"],
@@ -174,9 +164,7 @@ def unit_direction(
     "A vector over a power of its length; zero where it is no more than the rounding of `whole`."
     eps = torch.finfo(vector.dtype).eps
     length = vector.norm(dim=1, keepdim=True)
-    whole_length = whole.norm(dim=1, keepdim=True)
-    rounding = 64 * eps * whole_length
-    is_real = length > rounding
+    is_real = length > 64 * eps * whole.norm(dim=1, keepdim=True)
     divisor = torch.where(is_real, length, 1) ** power
     return torch.where(is_real, vector / divisor, 0)
 
@@ -198,37 +186,23 @@ def _check_readers(
         raise ValueError(
             f"index goes with a dictionary and with nothing else, got {given} and {dictionary!r}"
         )
-    if dictionary is not None and index is not None:
-        _check_index(dictionary, index, n)
-        _check_dictionary(model, module, dictionary)
-    return kind, layer, head
-
-
-def _check_dictionary(model: Model, module: str, dictionary: Dictionary) -> None:
-    "Refuse the dictionary of another module, and a stream that the module does not read."
+    if dictionary is None or index is None:
+        return kind, layer, head
+    if index.ndim != 2 or len(index) != n:
+        raise ValueError(f"index must have the shape [{n} positions, features], got {tuple(index.shape)}")
+    if index.numel() and not (index.min() >= 0 and index.max() < dictionary.d_dict):
+        raise ValueError(
+            f"index must lie in [0, {dictionary.d_dict - 1}] (features of {dictionary!r}), "
+            f"got {int(index.min())} to {int(index.max())}"
+        )
     if dictionary.module != module:
         raise ValueError(f"dictionary must be that of {module!r}, got one of {dictionary.module!r}")
-    kind, layer, _ = check_place(model, module, "output")
     if dictionary.reads == "stream" and kind == "m" and model.layers[layer].parallel:
         raise ValueError(
             f"the stream after {module} of {model.name} holds what attention writes beside it, "
             f"which {module} does not read: use a dictionary that reads 'output'"
         )
-
-
-def _check_index(dictionary: Dictionary, index: Tensor, n: int) -> None:
-    "Refuse features that there are not."
-    if index.ndim != 2 or len(index) != n:
-        raise ValueError(f"index must have the shape [{n} positions, features], got {tuple(index.shape)}")
-    if not index.numel():
-        return
-    lowest = int(index.min())
-    highest = int(index.max())
-    if not 0 <= lowest <= highest < dictionary.d_dict:
-        raise ValueError(
-            f"index must lie in [0, {dictionary.d_dict - 1}] (features of {dictionary!r}), "
-            f"got {lowest} to {highest}"
-        )
+    return kind, layer, head
 
 # %% ../../nbs/42_autodiff.ipynb #a2ee98aa
 def _inner_vjp(readers: FrozenReaders, inner: Tensor, x: Tensor, memory: float) -> list[Tensor | None]:
@@ -236,7 +210,12 @@ def _inner_vjp(readers: FrozenReaders, inner: Tensor, x: Tensor, memory: float) 
     with torch.enable_grad():
         inputs = [inner.detach().requires_grad_(), x.detach().requires_grad_()]
         values = [value for value in _list_values(readers, *inputs) if value.shape[1]]
-    step = max(1, int(memory // (3 * len(x) * _widest(readers) * x.element_size())))
+    widths = [readers.model.d_model]  # the widest layer decides how much memory a cotangent takes
+    if readers.kind == "m":
+        widths.append(len(get_mlp(readers.model, readers.layer).W_in))
+    if readers.dictionary is not None:
+        widths.append(readers.dictionary.d_dict)
+    step = max(1, int(memory // (3 * len(x) * max(widths) * x.element_size())))
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     is_read = [False, False]
     for value in values:
@@ -265,18 +244,6 @@ def _batched_vjp(
             "what it reads: is something detached?"
         )
     return grads
-
-
-def _widest(readers: FrozenReaders) -> int:
-    "The widest layer between input and values, which decides how much memory a cotangent takes."
-    mlp = readers.model.layers[readers.layer].mlp
-    dictionary = readers.dictionary
-    widths = [readers.model.d_model]
-    if mlp is not None and readers.kind == "m":
-        widths.append(len(mlp.W_in))
-    if dictionary is not None:
-        widths.append(dictionary.d_dict)
-    return max(widths)
 
 # %% ../../nbs/42_autodiff.ipynb #1f13dad5
 @dataclass(frozen=True, eq=False)
@@ -312,13 +279,16 @@ def readers_vjp(
     if module.startswith("a"):
         grads = heads_vjp(model, module, dictionary, x, index, rule, positions=positions, options=options)
         layer = check_place(model, module, "output")[1]
-        sources = {
-            port: sources_to_stream(model, layer, port, grad, x) for port, grad in grads.sources.items()
-        }
+        sources = {port: sources_to_stream(model, layer, port, g, x) for port, g in grads.sources.items()}
         grads = replace(grads, sources=sources)
     else:
+        _check_rule(rule)
+        local_x = x[positions]
         index = None if index is None else index[positions]
-        grads = _mlp_vjp(model, module, dictionary, x[positions], index, rule, options)
+        readers = freeze_readers(
+            model, module, dictionary, local_x, local_x, index, error=options.error, gates=options.gates
+        )
+        grads = _mlp_vjp(readers, local_x, rule, options.memory)
     if rule.ports == "split":
         return grads
     return _merge_ports(grads, torch.arange(len(x), device=x.device)[positions])
@@ -346,21 +316,11 @@ def _check_rule(rule: Attribution) -> None:
 
 
 @torch.no_grad()
-def _mlp_vjp(
-    model: Model,
-    module: str,
-    dictionary: Dictionary | None,
-    x: Tensor,
-    index: Tensor | None,
-    rule: Attribution,
-    options: VjpOptions,
-) -> PortGradients:
+def _mlp_vjp(readers: FrozenReaders, x: Tensor, rule: Attribution, memory: float) -> PortGradients:
     "`readers_vjp` of an MLP, port by port."
-    _check_rule(rule)
-    readers = freeze_readers(model, module, dictionary, x, x, index, error=options.error, gates=options.gates)
     totals: dict[str, Tensor] = {}
     for alpha, weight in rule.steps:
-        grads = _inner_vjp(readers, alpha * x, alpha * x, options.memory)
+        grads = _inner_vjp(readers, alpha * x, alpha * x, memory)
         for port, grad in zip(("mlp", "in"), grads, strict=True):
             if grad is not None:
                 totals[port] = totals[port].add_(grad, alpha=weight) if port in totals else weight * grad
@@ -383,57 +343,40 @@ class _AttentionPoint:
         return z[positions]
 
 # %% ../../nbs/42_autodiff.ipynb #m42v
-@dataclass(frozen=True, eq=False)
-class _AttentionPath:
-    "The path of one attention layer from zero to what it reads on one sequence, its norm's scale frozen."
-
-    attn: Attention
-    mask: Tensor  # bool [pos source]
-    start: list[Tensor]  # q, k, v at zero
-    end: list[Tensor]  # and at the clean input
-    frozen: tuple[Tensor, Tensor] | None  # pattern and scores of the clean run, if they stay
-
-    def at(self, alpha: float) -> _AttentionPoint:
-        "The point at a share of the way."
-        q, k, v = (torch.lerp(a, b, alpha) for a, b in zip(self.start, self.end, strict=True))
-        pattern, scores = self.frozen or attention_pattern(self.attn, q[None], k[None], self.mask)
-        return _AttentionPoint(q, k, v, pattern[0], scores[0])
-
-
-def _attention_path(model: Model, layer: int, x: Tensor, rule: Attribution) -> _AttentionPath:
-    "The path of a layer that reads `x [pos d_model]`."
+def _path(model: Model, layer: int, x: Tensor, rule: Attribution) -> Callable[[float], _AttentionPoint]:
+    "The path from zero to what a layer reads, `x [pos d_model]`: its point at a share of the way."
     attn = model.layers[layer].attn
     ln1 = model.layers[layer].ln1
     scale = norm_scale(ln1, x)
     mask = attention_mask(attn, len(x), x.device)
-    normed = (apply_norm(ln1, end, scale)[None] for end in (0 * x, x))
-    start, end = ([t[0] for t in project_qkv(model, layer, h, len(x))] for h in normed)
-    path = _AttentionPath(attn, mask, start, end, None)
-    if rule.pattern == "live":
-        return path
-    return replace(path, frozen=attention_pattern(attn, end[0][None], end[1][None], mask))
+    normed = [apply_norm(ln1, end, scale)[None] for end in (0 * x, x)]
+    scales = head_scales(model, layer, normed[1])
+    start, end = (project_qkv(model, layer, h, len(x), scales) for h in normed)
+    frozen = attention_pattern(attn, *end[:2], mask) if rule.pattern == "frozen" else None
+
+    def point_at(alpha: float) -> _AttentionPoint:
+        q, k, v = (torch.lerp(a, b, alpha) for a, b in zip(start, end, strict=True))
+        pattern, scores = frozen or attention_pattern(attn, q, k, mask)
+        return _AttentionPoint(q[0], k[0], v[0], pattern[0], scores[0])
+
+    return point_at
 
 # %% ../../nbs/42_autodiff.ipynb #m42x
 def _row_vjp(attn: Attention, point: _AttentionPoint, positions: slice, u: Tensor) -> list[Tensor]:
     "From z `[pos reader head d_head]` to q, the same, and to k and v `[pos reader kv_head source d_head]`."
-
-    def by_kv_head(t: Tensor, axis: int) -> Tensor:
-        n_kv_heads = len(attn.W_K)
-        return t.unflatten(axis, (n_kv_heads, -1))
-
+    by_kv_head = (len(attn.W_K), -1)
     q = point.q[:, positions]
-    scores = point.scores[:, positions]
     A = point.pattern[:, positions].transpose(0, 1)[:, None]  # [pos 1 head source]
     u = u * attn.product_share
     d_A = torch.einsum("prhe, hse -> prhs", u, point.v)
     mean = (A * d_A).sum(-1, keepdim=True)
     d_S = A * (d_A - mean) * (attn.scale * attn.product_share)
     if attn.softcap is not None:
-        slope = 1 - (scores / attn.softcap).square()
+        slope = 1 - (point.scores[:, positions] / attn.softcap).square()
         d_S = d_S * slope.transpose(0, 1)[:, None]
     d_q = torch.einsum("prhs, hse -> prhe", d_S, point.k)
-    d_k = torch.einsum("prghs, ghpe -> prgse", by_kv_head(d_S, 2), by_kv_head(q, 0))
-    d_v = torch.einsum("pghs, prghe -> prgse", by_kv_head(A[:, 0], 1), by_kv_head(u, 2))
+    d_k = torch.einsum("prghs, ghpe -> prgse", d_S.unflatten(2, by_kv_head), q.unflatten(0, by_kv_head))
+    d_v = torch.einsum("pghs, prghe -> prgse", A[:, 0].unflatten(1, by_kv_head), u.unflatten(2, by_kv_head))
     return [d_q, d_k, d_v]
 
 # %% ../../nbs/42_autodiff.ipynb #2a701d12
@@ -449,8 +392,7 @@ def sources_to_stream(
     attn = block.attn
     weights = {"q": attn.W_Q, "k": attn.W_K, "v": attn.W_V}
     normed_grad = torch.einsum("prhse, hed -> prsd", grad, weights[port])
-    scale = norm_scale(block.ln1, x)
-    return norm_vjp(block.ln1, normed_grad, scale)
+    return norm_vjp(block.ln1, normed_grad, norm_scale(block.ln1, x))
 
 # %% ../../nbs/42_autodiff.ipynb #m42A
 @torch.no_grad()
@@ -469,39 +411,47 @@ def heads_vjp(
     _check_rule(rule)
     layer = check_place(model, module, "output")[1]
     local_x = x[positions]
-    path = _attention_path(model, layer, x, rule)
-    z = path.at(1.0).mix(positions)
+    point_at = _path(model, layer, x, rule)
+    z = point_at(1.0).mix(positions)
     index = None if index is None else index[positions]
     readers = freeze_readers(
         model, module, dictionary, z, local_x, index, error=options.error, gates=options.gates
     )
-    z_at_zero = path.at(0.0).mix(positions)
+    z_at_zero = point_at(0.0).mix(positions)
     change = reader_values(readers, z, local_x) - reader_values(readers, z_at_zero, 0 * local_x)
     heads, direct = [torch.zeros(())] * 3, None
     for alpha, weight in rule.steps:
-        point = path.at(alpha)
+        point = point_at(alpha)
         u, d_in = _inner_vjp(readers, point.mix(positions), alpha * local_x, options.memory)
         if d_in is not None:
             direct = weight * d_in if direct is None else direct.add_(d_in, alpha=weight)
         if u is not None:
-            grads = _row_vjp(path.attn, point, positions, u)
+            grads = _row_vjp(model.layers[layer].attn, point, positions, u)
             heads = [total.to(grad) + weight * grad for total, grad in zip(heads, grads, strict=True)]
     local = {} if direct is None else {"in": direct}
     if not heads[0].ndim:  # nothing is read behind z
         return PortGradients(local, {}, change)
-    if path.frozen is not None:
+    if rule.pattern == "frozen":
         return PortGradients(local, {"v": heads[2]}, change)
-    q, k = _turn_back(model, layer, heads[0], heads[1], positions)
+    q, k = _turn_back(model, layer, x, heads[0], heads[1], positions)
     q = sources_to_stream(model, layer, "q", q[None], local_x)[0].transpose(0, 1)
     return PortGradients({"q": q} | local, {"k": k, "v": heads[2]}, change)
 
 
-def _turn_back(model: Model, layer: int, d_q: Tensor, d_k: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
+def _turn_back(
+    model: Model, layer: int, x: Tensor, d_q: Tensor, d_k: Tensor, positions: slice
+) -> tuple[Tensor, Tensor]:
     "Turn gradients at queries, `[pos reader head d_head] -> [reader head pos d_head]`, and keys back."
-    rotary = model.layers[layer].attn.rotary
-    (cos, sin) = rotary_tables(model, d_k.shape[3], layer)
-    q = rotate(d_q.permute(1, 2, 0, 3), cos[positions], -sin[positions], rotary)
-    return q, rotate(d_k.flatten(0, 1), cos, -sin, rotary).view_as(d_k)
+    block = model.layers[layer]
+    cos, sin = rotary_tables(model, len(x), layer)
+    q = rotate(d_q.permute(1, 2, 0, 3), cos[positions], -sin[positions], block.attn.rotary)
+    k = rotate(d_k.flatten(0, 1), cos, -sin, block.attn.rotary).view_as(d_k)
+    q_scale, k_scale = head_scales(model, layer, apply_norm(block.ln1, x)[None])
+    if q_scale is not None:
+        q = q * q_scale[0, :, positions]
+    if k_scale is not None:
+        k = k * k_scale[0, :: model.n_heads // d_k.shape[2]]
+    return q, k
 
 # %% ../../nbs/42_autodiff.ipynb #m42C
 def open_sequence(
@@ -523,13 +473,12 @@ def _sum_gradients(explained: ExplainedSequence, model: Model) -> dict[str, Tens
     x = explained.x
     members = explained.members
     totals = {}
-    module = explained.module
     dictionary = explained.dictionary
     features = explained.features
     step = max(1, int(explained.memory / (x.numel() * x.element_size()) // (4 * explained.index.shape[1])))
     for start in range(0, len(x), step):
         span = slice(start, start + step)
-        grads = readers_vjp(model, module, dictionary, x, features, explained.rule, positions=span)
+        grads = readers_vjp(model, explained.module, dictionary, x, features, explained.rule, positions=span)
         for port, grad in grads.sources.items():
             totals[port] = totals.get(port, 0) + torch.einsum("fpr, prsd -> sfd", members[:, span], grad)
         for port, grad in grads.local.items():

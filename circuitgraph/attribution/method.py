@@ -138,22 +138,21 @@ class Method:
 
     def explain_reader(self, explained: ExplainedReader) -> Float[Tensor, "batch pos name_port d_model"]:
         "What takes the place of the gradient of a module's value at its ports."
-        model = explained.model
-        changed = self.backward(model, explained.rule)
-        return self.explain(explained.gradients, model, changed, explained.x)
+        changed = self.backward(explained.model, explained.rule)
+        return self.explain(explained.gradients, explained.model, changed, explained.x)
 
     def explain_sequence(
         self, explained: ExplainedSequence
     ) -> dict[str, Float[Tensor, "pos reader d_model"]]:
         "By port, what takes the place of the gradients of sums of features over a sequence."
         model = explained.model
-        changed = self.backward(explained.model, explained.rule)
+        x = explained.x[None]
+        changed = self.backward(model, explained.rule)
         gradients = cache(explained.gradients)
 
         def explain(port: str) -> Tensor:
-            return self.explain(
-                lambda through: gradients(through)[port][None], model, changed, explained.x[None]
-            )[0]
+            explained_port = self.explain(lambda through: gradients(through)[port][None], model, changed, x)
+            return explained_port[0]
 
         return {port: explain(port) for port in gradients(changed)}
 

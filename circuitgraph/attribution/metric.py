@@ -32,28 +32,23 @@ def score_task(
 ) -> Float[Tensor, " prompt"]:
     "A task's metric, differentiable in the final streams. Raises ValueError unless it is a number a prompt."
     chosen = metric or task.metric
-    if isinstance(chosen, str):
-        score = _score_by_name(model, task, streams, chosen)
-    else:
+    if not isinstance(chosen, str):
         score = chosen(run_logits(model, streams))
+    elif task.answers is None:
+        raise ValueError(
+            f"metric={chosen!r} needs answers: give the task some, or a function of the logits as metric"
+        )
+    else:
+        device = streams.device
+        last = streams[torch.arange(len(streams), device=device), task.last.to(device)]
+        wrong = None if task.wrong is None else task.wrong.to(device)
+        score = score_answers(run_logits(model, last), task.answers.to(device), wrong, chosen)
     if score.shape != (len(streams),):
         raise ValueError(
             f"metric must return one number for each of the {len(streams)} prompts, "
             f"got shape {tuple(score.shape)}"
         )
     return score
-
-
-def _score_by_name(model: Model, task: Task, streams: Tensor, metric: str) -> Tensor:
-    "A metric of the logits after each prompt's last token."
-    if task.answers is None:
-        raise ValueError(
-            f"metric={metric!r} needs answers: give the task some, or a function of the logits as metric"
-        )
-    device = streams.device
-    last = streams[torch.arange(len(streams), device=device), task.last.to(device)]
-    wrong = None if task.wrong is None else task.wrong.to(device)
-    return score_answers(run_logits(model, last), task.answers.to(device), wrong, metric)
 
 # %% ../../nbs/44_metric.ipynb #m44d
 def final_gradients(
@@ -63,20 +58,6 @@ def final_gradients(
     metric: str | None = None,  # "logit_diff", "prob_diff" or "ce"; by default the task's own
 ) -> Float[Tensor, "prompt pos d_model"]:
     "Gradient of a task's mean metric at what `logits` reads. Raises ValueError for one without gradient."
-    _check_metric(task, metric)
-    with torch.enable_grad():
-        streams = streams.detach().requires_grad_()
-        score = score_task(model, task, streams, metric)
-        if not score.requires_grad:
-            raise ValueError(
-                "metric must be differentiable in the logits, but its value carries no gradient: "
-                "is something detached, or a step?"
-            )
-        return torch.autograd.grad(score.mean(), streams)[0]
-
-
-def _check_metric(task: Task, metric: str | None) -> None:
-    "Refuse a metric without gradient, and one that needs answers that the task lacks."
     chosen, allowed = metric or task.metric, []
     if task.answers is not None:
         allowed = [name for name in METRICS if name != "accuracy"]
@@ -88,6 +69,15 @@ def _check_metric(task: Task, metric: str | None) -> None:
             f"logits, got {chosen!r}"
             + (": it is a step, whose gradient is zero" if chosen == "accuracy" else "")
         )
+    with torch.enable_grad():
+        streams = streams.detach().requires_grad_()
+        score = score_task(model, task, streams, metric)
+        if not score.requires_grad:
+            raise ValueError(
+                "metric must be differentiable in the logits, but its value carries no gradient: "
+                "is something detached, or a step?"
+            )
+        return torch.autograd.grad(score.mean(), streams)[0]
 
 # %% ../../nbs/44_metric.ipynb #13f8ccb5
 def write_gradients(
@@ -98,7 +88,9 @@ def write_gradients(
     drop: int = -1,  # a layer whose writes pass no gradient back; -1 for none
 ) -> dict[str, Float[Tensor, "batch pos d_model"]]:  # by module: "embed", "a0" (and its heads), ..., "logits"
     "Gradients of a metric at what every module writes, through all that follows."
-    zeros = {"embed": _embed(model, tokens).detach().requires_grad_()}
+    embeddings = embed_tokens(model, tokens)
+    embedded = torch.stack(list(embeddings.values())).sum(0)
+    zeros = {"embed": embedded.detach().requires_grad_()}
 
     def add_zero(kind: str, layer: int, places: dict[str, Tensor]) -> Tensor | None:
         if kind == "b":
@@ -115,13 +107,6 @@ def write_gradients(
     grads = torch.autograd.grad(final, list(zeros.values()), cotangent)
     return dict(zip(zeros, grads, strict=True)) | {"logits": cotangent}
 
-
-def _embed(model: Model, tokens: Tensor) -> Tensor:
-    "Sum of the embeddings."
-    embeddings = embed_tokens(model, tokens)
-    stacked = torch.stack(list(embeddings.values()))
-    return stacked.sum(0)
-
 # %% ../../nbs/44_metric.ipynb #m44f
 def metric_gradients(
     model: Model,
@@ -133,21 +118,12 @@ def metric_gradients(
     "Gradient of a task's mean metric at what modules write. Raises ValueError for one without gradient."
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    starts = range(0, len(task), batch_size)
-    batches = [slice(start, start + batch_size) for start in starts]
-    finals = [_final_stream(model, task.clean[rows]) for rows in batches]
-    streams = torch.cat(finals)
-    cotangents = final_gradients(model, task, streams, metric)
+    batches = [slice(start, start + batch_size) for start in range(0, len(task), batch_size)]
+    with torch.no_grad():
+        finals = [visit_modules(model, task.clean[rows], lambda *_: None) for rows in batches]
+    cotangents = final_gradients(model, task, torch.cat(finals), metric)
     for rows in batches:
-        grads = write_gradients(model, task.clean[rows], cotangents[rows])
-        yield rows, grads
-
-
-@torch.no_grad()
-def _final_stream(model: Model, tokens: Tensor) -> Tensor:
-    embedded = _embed(model, tokens).detach()
-    start = (0, embedded)
-    return visit_modules(model, tokens, lambda *_: None, start=start)
+        yield rows, write_gradients(model, task.clean[rows], cotangents[rows])
 
 # %% ../../nbs/44_metric.ipynb #20f39e80
 @torch.no_grad()
@@ -237,5 +213,4 @@ def method_names(
     grain: str,  # "block", "layer", "head" or "feature"
 ) -> list[str]:
     "Names of the methods that have a meaning for a target and a grain."
-    methods = METHODS.items()
-    return [name for name, method in methods if method.has_meaning(target, grain)]
+    return [name for name, method in METHODS.items() if method.has_meaning(target, grain)]

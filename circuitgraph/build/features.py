@@ -25,24 +25,20 @@ from ..attribution.closed_form import logit_values, open_reader
 from ..attribution.method import Attribution, ExplainedSequence
 from ..attribution.metric import metric_gradients, value_effects
 from .attention import AttentionSequence, Paths, average_paths, project_source
-from .attention import project_writers, queries_vjp, weigh_dense, weigh_sources
+from .attention import project_writers, queries_vjp, source_ports, weigh_dense
+from .attention import weigh_sources
 from .readers import Readers, Writers, carry_cotangents, late_positions, list_active
 from .readers import list_writers, mlp_readers_vjp, weigh_writers
 from .sums import Occurrences, Sums, add_features, add_keys, is_compiled, list_moments
 from .sums import order_occurrences, run_on_threads, select_readers
 from ..cut import Activity, FeatureCut, Part, part_ports, read_activity
 from ..data.task import Task
+from ..graph.tables import replace_file
 from ..model.blocks import Model, attention_mask, norm_scale, rotary_tables, rotate
 from ..model.modules import Trace, list_readers, norm_before
 from ..options import Pruning, Run
 
 # %% ../../nbs/56_feature_graph.ipynb #fg01
-def _place_writers(writers: Writers) -> Occurrences:
-    "Where writers write."
-    written = writers.values != 0
-    return order_occurrences(writers.nodes, written)
-
-
 @dataclass(frozen=True, eq=False)
 class PartBatch:
     "One part on one batch: its readers and writers, and the rule by which edges are weighed."
@@ -61,22 +57,16 @@ class PartBatch:
         "Whether all ports are one."
         return self.rule.ports == "merged"
 
-    @property
-    def source_ports(self) -> tuple[str, ...]:
-        "Ports of attention that read all sources."
-        if self.rule.pattern == "frozen":
-            return ("v",)
-        return ("k", "v")
-
     @cached_property
     def occurrences(self) -> Occurrences:
         "Where all writers write."
-        return _place_writers(self.writers)
+        written = self.writers.values != 0
+        return order_occurrences(self.writers.nodes, written)
 
     def sequences(self) -> Iterator[tuple[slice, Tensor, Writers]]:
         "For each sequence: its rows among all positions, its residual stream, and its writers."
+        n_pos = self.x.shape[1]
         for b, stream in enumerate(self.x):
-            n_pos = len(stream)
             first = b * n_pos
             rows = slice(first, first + n_pos)
             writers = self.writers.rows(rows, stream)
@@ -90,22 +80,19 @@ def add_part(sums: Sums, batch: PartBatch) -> None:
     direct = None
     if readers.direct is not None:
         direct = weigh_writers(readers.direct, batch.writers)
-    add = _add_mlp if batch.part.kind == "mlp" else _add_attention
-    add(sums, batch, direct if batch.merged else None)
     if direct is not None and not batch.merged:
         sums.add("in", readers, batch.occurrences, direct)
-
-
-def _add_mlp(sums: Sums, batch: PartBatch, direct: Tensor | None) -> None:
-    "The edges into an MLP, all from the reader's position."
-    inner = batch.readers.inner
-    assert inner is not None
-    grad = mlp_readers_vjp(batch.model, batch.part.layer, batch.x, inner, batch.rule)
+        direct = None
+    if batch.part.kind == "attn":
+        _add_attention(sums, batch, direct)
+        return
+    assert readers.inner is not None
+    grad = mlp_readers_vjp(batch.model, batch.part.layer, batch.x, readers.inner, batch.rule)
     weights = weigh_writers(grad, batch.writers)
     if direct is not None:
         weights = weights + direct
     port = "in" if batch.merged else "mlp"
-    sums.add(port, batch.readers, batch.occurrences, weights)
+    sums.add(port, readers, batch.occurrences, weights)
 
 # %% ../../nbs/56_feature_graph.ipynb #fg04
 def _weigh_queries(batch: PartBatch, paths: list[Paths], direct: Tensor | None) -> Tensor | None:
@@ -132,9 +119,12 @@ def _weigh_vectors(batch: PartBatch, paths: list[Paths]) -> dict[str, Tensor]:
     value, key = (project_writers(model, part, batch.writers.dense, port) * scale for port in ("v", "k"))
     weights = []
     for path, (rows, *_) in zip(paths, batch.sequences(), strict=True):
-        turned = rotate(key[rows].permute(1, 2, 0, 3), cos, sin, layer.attn.rotary).permute(2, 0, 1, 3)
+        turned = rotate(key[rows].permute(1, 2, 0, 3), cos, sin, layer.attn.rotary)
+        if path.k_scale is not None:
+            turned = turned * path.k_scale
+        turned = turned.permute(2, 0, 1, 3)
         weights.append(weigh_dense(path, inner[rows], value[rows], turned))
-    return {port: torch.cat([w[port] for w in weights]) for port in batch.source_ports}
+    return {port: torch.cat([w[port] for w in weights]) for port in source_ports(batch.rule)}
 
 # %% ../../nbs/56_feature_graph.ipynb #fg08
 def _add_attention(sums: Sums, batch: PartBatch, direct: Tensor | None) -> None:
@@ -142,9 +132,8 @@ def _add_attention(sums: Sums, batch: PartBatch, direct: Tensor | None) -> None:
     model, part, readers, writers = batch.model, batch.part, batch.readers, batch.writers
     assert readers.inner is not None
     n_features, n_dense = writers.index.shape[1], len(writers.dense_nodes)
-    paths = [
-        average_paths(model, part, x, readers.inner[rows], batch.rule) for rows, x, _ in batch.sequences()
-    ]
+    inner, sequences = readers.inner, batch.sequences()
+    paths = [average_paths(model, part, x, inner[rows], batch.rule) for rows, x, _ in sequences]
     local, by_port = _weigh_queries(batch, paths, direct), _weigh_vectors(batch, paths)
     if batch.merged:
         from_position = [] if local is None else [local[:, :, n_features : n_features + n_dense]]
@@ -160,10 +149,9 @@ def _add_attention(sums: Sums, batch: PartBatch, direct: Tensor | None) -> None:
         add = _add_features if is_compiled(batch.x.device) else _add_anywhere
         add(sums, batch, paths, None if local is None else local[:, :, :n_features])
     if writers.nonlinear.shape[1]:
-        only = replace(
-            batch, writers=replace(writers, index=writers.index[:, :0], value=writers.value[:, :0])
-        )
-        _add_anywhere(sums, only, paths, None if local is None else local[:, :, n_features + n_dense :])
+        only = replace(writers, index=writers.index[:, :0], value=writers.value[:, :0])
+        batch = replace(batch, writers=only)
+        _add_anywhere(sums, batch, paths, None if local is None else local[:, :, n_features + n_dense :])
 
 # %% ../../nbs/56_feature_graph.ipynb #fdd7fbd4
 @dataclass(frozen=True, eq=False)
@@ -175,6 +163,7 @@ class _Packed:
     pattern: Float[Tensor, "n query head"]
     power: Float[Tensor, "n kv_head member reader query"] | None  # gradients at the scores; None: no keys
     queries: dict[int, Float[Tensor, "kv_head d_head member query"]]  # by sequence, if readers have effects
+    k_scale: Float[Tensor, "kv_head n one"] | None  # of the norm of keys, if there is one
 
     def seen_by(self, source: int, n_pos: int) -> slice:
         "The queries that see a source, within its sequence."
@@ -182,47 +171,32 @@ class _Packed:
         return slice(int(self.first[source]) - start, int(self.last[source]) - start)
 
 
-def _list_queries(batch: PartBatch) -> tuple[Tensor, Tensor]:
-    "The first query that sees each position, and one after the last."
-    n_seq, n_pos = batch.x.shape[:2]
-    sees = ~attention_mask(batch.model.layers[batch.part.layer].attn, n_pos, batch.x.device)
-    start = (torch.arange(n_seq) * n_pos)[:, None]
-    return (sees.int().argmax(0) + start).flatten(), (n_pos - sees.flip(0).int().argmax(0) + start).flatten()
-
-
-def _stack_powers(path: Paths, n_kv: int) -> tuple[Tensor, Tensor] | None:
-    "Powers `[source kv_head member reader query]` and queries `[kv_head d_head member query]`; or None."
-    pairs = zip(path.powers, path.q, strict=bool(path.powers))
-    used = [(c, q) for c, q in pairs if c is not None and q.any()]
-    if not used:
-        return None
-    stacked = []
-    for tensors in zip(*used, strict=True):
-        grouped = [tensor.unflatten(0, (n_kv, -1)) for tensor in tensors]
-        stacked.append(torch.cat(grouped, 1))
-    powers, queries = stacked
-    powers = powers.permute(4, 0, 1, 3, 2)
-    queries = queries.permute(0, 3, 1, 2)
-    return powers, queries
-
-
 def _pack(batch: PartBatch, paths: list[Paths]) -> _Packed:
     "Paths of all sequences, as the compiled loops read them."
-    n_pos, n_kv = batch.x.shape[1], len(batch.model.layers[batch.part.layer].attn.W_V)
-    first, last = _list_queries(batch)
-    packed = _Packed(first, last, batch.x.new_zeros(len(first), n_pos, len(paths[0].pattern)), None, {})
+    (n_seq, n_pos, _), attn = batch.x.shape, batch.model.layers[batch.part.layer].attn
+    sees = ~attention_mask(attn, n_pos, batch.x.device)
+    start = (torch.arange(n_seq) * n_pos)[:, None]
+    first = (sees.int().argmax(0) + start).flatten()
+    last = (n_pos - sees.flip(0).int().argmax(0) + start).flatten()
+    n_kv = len(attn.W_V)
+    scales = [path.k_scale for path in paths if path.k_scale is not None]
+    pattern = batch.x.new_zeros(len(first), n_pos, len(paths[0].pattern))
+    packed = _Packed(first, last, pattern, None, {}, torch.cat(scales, 1) if scales else None)
     for b, path in enumerate(paths):
-        patterns, stacked = path.pattern.permute(2, 1, 0), _stack_powers(path, n_kv)
-        if stacked is not None:
-            packed.queries[b] = stacked[1]
-        if stacked is not None and packed.power is None:
-            packed = replace(packed, power=batch.x.new_zeros(len(first), *stacked[0].shape[1:]))
+        pairs = zip(path.powers, path.q, strict=bool(path.powers))
+        used = [(c, q.unflatten(0, (n_kv, -1))) for c, q in pairs if c is not None and q.any()]
+        pattern, powers = path.pattern.permute(2, 1, 0), None
+        if used:
+            packed.queries[b] = torch.cat([q for _, q in used], 1).permute(0, 3, 1, 2)
+            powers = torch.cat([c.unflatten(0, (n_kv, -1)) for c, _ in used], 1).permute(4, 0, 1, 3, 2)
+            if packed.power is None:
+                packed = replace(packed, power=batch.x.new_zeros(len(first), *powers.shape[1:]))
         for s in range(n_pos):
             source = b * n_pos + s
             seen = packed.seen_by(source, n_pos)
-            packed.pattern[source, : seen.stop - seen.start] = patterns[s, seen]
-            if stacked is not None and packed.power is not None:
-                packed.power[source, ..., : seen.stop - seen.start] = stacked[0][s, ..., seen]
+            packed.pattern[source, : seen.stop - seen.start] = pattern[s, seen]
+            if powers is not None and packed.power is not None:
+                packed.power[source, ..., : seen.stop - seen.start] = powers[s, ..., seen]
     return packed
 
 # %% ../../nbs/56_feature_graph.ipynb #cb0446b4
@@ -242,10 +216,7 @@ def _list_pairs(batch: PartBatch) -> _Pairs:
     "Active readers, sorted by cotangent."
     readers, part, n = batch.readers, batch.part, len(batch.readers.index)
     assert readers.inner is not None
-    if part.dictionary is None:
-        varies = torch.ones_like(readers.index, dtype=torch.bool)
-    else:
-        varies = readers.index == part.n_nodes - 1
+    varies = readers.index == part.n_nodes - 1  # error nodes, and modules without dictionary
     key = torch.where(varies, part.n_nodes + torch.arange(n)[:, None], readers.index)
     pos, column = (readers.active != 0).nonzero(as_tuple=True)
     distinct, which = key[pos, column].unique(return_inverse=True)
@@ -326,6 +297,8 @@ def _meet_keys(edges: _FeatureEdges, buffer: Tensor, rows: Tensor, column: Tenso
     turn = source[order] % n_pos
     rotary = batch.model.layers[batch.part.layer].attn.rotary
     keys = rotate(rows[order].transpose(0, 1)[None], cos[turn], sin[turn], rotary)[0]
+    if packed.k_scale is not None:
+        keys = keys * packed.k_scale[:, source[order]]
     count = source.bincount(minlength=len(packed.first))
     size = count * (packed.last - packed.first) * packed.power.shape[1] * packed.power.shape[2]
     start, place = (torch.cat([t.new_zeros(1), t.cumsum(0)]) for t in (count, size))
@@ -354,15 +327,15 @@ class _Columns:
     def of(cls, model: Model, part: Part, writers: Writers) -> "_Columns":
         "Those of writers on one sequence."
         nodes, at = writers.nodes.unique(return_inverse=True)
-        n_pos = len(at)
+        like = writers.value
         if part.kind == "mlp":
-            sees = torch.eye(n_pos, dtype=torch.bool, device=at.device)
+            sees = torch.eye(len(at)).to(like)
         else:
             attn = model.layers[part.layer].attn
-            sees = ~attention_mask(attn, n_pos, at.device)
-        sees = sees.to(writers.value)
-        written = (writers.values != 0).to(sees)
-        nothing = sees.new_zeros(n_pos, len(nodes))
+            sees = ~attention_mask(attn, len(at), at.device)
+            sees = sees.to(like)
+        written = (writers.values != 0).to(like)
+        nothing = like.new_zeros(len(at), len(nodes))
         active = nothing.scatter_add(1, at, written)
         return cls(nodes, at, sees @ active > 0)
 
@@ -393,30 +366,25 @@ def add_local(
 # %% ../../nbs/56_feature_graph.ipynb #fg16
 def _list_spans(n_pos: int, size: float, memory: float) -> list[slice]:
     "Blocks of positions, each position of which takes `size` bytes."
-    n_fitting = int(memory // max(size, 1))
-    step = max(1, min(n_pos, n_fitting))
-    spans = []
-    for first in range(0, n_pos, step):
-        spans.append(slice(first, min(first + step, n_pos)))
-    return spans
+    step = max(1, min(n_pos, int(memory // max(size, 1))))
+    return [slice(first, min(first + step, n_pos)) for first in range(0, n_pos, step)]
 
 
 def _add_anywhere(sums: Sums, batch: PartBatch, paths: list[Paths], local: Tensor | None) -> None:
     "The edges from features into an attention layer, on any device and for any decoder, source by source."
     assert batch.readers.inner is not None
+    model, part, ports = batch.model, batch.part, source_ports(batch.rule)
     n_readers, itemsize = batch.readers.index.shape[1], batch.x.element_size()
     for path, (rows, stream, writers) in zip(paths, batch.sequences(), strict=True):
         features = replace(writers, dense_nodes=writers.dense_nodes[:0], dense=writers.dense[:, :0])
-        columns = _Columns.of(batch.model, batch.part, features)
-        sequence = AttentionSequence(
-            batch.model, batch.part, path, batch.readers.inner[rows], features, batch.projected
-        )
-        size = len(columns.nodes) * n_readers * itemsize * len(batch.source_ports)
+        columns = _Columns.of(model, part, features)
+        inner = batch.readers.inner[rows]
+        sequence = AttentionSequence(model, part, path, inner, features, batch.projected)
+        size = len(columns.nodes) * n_readers * itemsize * len(ports)
         for span in _list_spans(len(stream), size, batch.memory):
             shape = len(columns.nodes), (span.stop - span.start) * n_readers
-            ports = ("in",) if batch.merged else batch.source_ports
-            weights = {port: stream.new_zeros(shape) for port in ports}
-            for port in batch.source_ports:
+            weights = {port: stream.new_zeros(shape) for port in (("in",) if batch.merged else ports)}
+            for port in ports:
                 weigh_sources(sequence, columns.at, port, span.start, weights["in" if batch.merged else port])
             if local is not None:
                 add_local(weights["in"], columns.at, local[rows], span)
@@ -438,54 +406,39 @@ def _list_general(part: Part, activity: Activity, skip_first: int, readers: tupl
     group = (index >= readers[0]) * (index < readers[1])
     return Readers(index, active * group, None, None, effect)
 
-
-def _weigh_heads(
-    batch: PartBatch,
-    grad: Float[Tensor, "pos reader kv_head source d_head"],
-    writers: Writers,  # of the sequence
-    stream: Float[Tensor, "source d_model"],
-    columns: _Columns,
-    port: str,
-    out: Float[Tensor, "column pos_reader"],
-) -> None:
-    "Add the weights of gradients at the sources of a port k or v, summed over sources."
-    scale = norm_scale(norm_before(batch.model, batch.part.module), stream)
-    for s in range(len(stream)):
-        rows = project_source(batch.model, batch.part, writers, s, batch.projected, port)
-        rows = rows * (writers.values[s] * scale[s])[:, None, None]
-        out.index_add_(0, columns.at[s], torch.einsum("prge, wge -> wpr", grad[:, :, :, s], rows).flatten(1))
-
 # %% ../../nbs/56_feature_graph.ipynb #fg20
 def _add_general(sums: Sums, batch: PartBatch) -> None:
     "Add the weights of all edges into the readers of a part without a closed form."
-    local = {}
-    is_attention = batch.part.kind == "attn"
-    pull = _pull_attention if is_attention else _pull_mlp
+    part, local = batch.part, {}
     for rows, stream, writers in batch.sequences():
-        pull(sums, batch, rows, stream, writers, local)
-    if is_attention and batch.merged:
+        if part.kind == "attn":
+            _pull_attention(sums, batch, rows, stream, writers, local)
+            continue
+        features = None
+        if part.dictionary is not None:
+            features = batch.readers.index[rows, :-1]
+        rule = replace(batch.rule, ports="split")
+        pulled = readers_vjp(batch.model, part.module, part.dictionary, stream, features, rule)
+        _add_local(batch, pulled.local, rows, stream, local)
+    if part.kind == "attn" and batch.merged:
         return  # they are part of the sums over sources
     for port, weights in local.items():
         sums.add(port, batch.readers, batch.occurrences, weights)
 
 
 def _add_local(
-    batch: PartBatch,
-    gradients: Mapping[str, Tensor],
-    positions: slice,
-    stream: Tensor,
-    local: dict[str, Tensor],
+    batch: PartBatch, gradients: Mapping[str, Tensor], rows: slice, stream: Tensor, local: dict[str, Tensor]
 ) -> None:
     "Add weights of gradients at the reader's position to `local [n reader writer]` by port."
-    writers = batch.writers.rows(positions, stream)
+    writers = batch.writers.rows(rows, stream)
     for port, grad in gradients.items():
         name = "in" if batch.merged else port
         if name not in local:
             n_writers = writers.nodes.shape[1]
             local[name] = grad.new_zeros(*batch.readers.index.shape, n_writers)
-        grad = _weigh_effect(batch, grad, positions)
+        grad = _weigh_effect(batch, grad, rows)
         weights = weigh_writers(grad, writers)
-        local[name][positions] += weights
+        local[name][rows] += weights
 
 
 def _weigh_effect(batch: PartBatch, grad: Tensor, positions: slice) -> Tensor:
@@ -496,19 +449,6 @@ def _weigh_effect(batch: PartBatch, grad: Tensor, positions: slice) -> Tensor:
     ones = [1] * (grad.ndim - 2)
     return grad * effect.view(*effect.shape, *ones)
 
-
-def _pull_mlp(
-    _sums: Sums, batch: PartBatch, rows: slice, stream: Tensor, _writers: Writers, local: dict[str, Tensor]
-) -> None:
-    "Add the weights of an MLP's readers on one sequence to `local`."
-    part = batch.part
-    rule = replace(batch.rule, ports="split")
-    features = None
-    if part.dictionary is not None:
-        features = batch.readers.index[rows, :-1]
-    pulled = readers_vjp(batch.model, part.module, part.dictionary, stream, features, rule)
-    _add_local(batch, pulled.local, rows, stream, local)
-
 # %% ../../nbs/56_feature_graph.ipynb #fg24
 def _pull_attention(
     sums: Sums, batch: PartBatch, rows: slice, stream: Tensor, writers: Writers, local: dict[str, Tensor]
@@ -517,6 +457,7 @@ def _pull_attention(
     model, part, n_readers = batch.model, batch.part, batch.readers.index.shape[1]
     columns = _Columns.of(model, part, writers)
     features = None if part.dictionary is None else batch.readers.index[rows, :-1]
+    factors = writers.values * norm_scale(norm_before(model, part.module), stream)
     size = n_readers * 8 * (2 * len(stream) * model.n_kv_heads * model.d_head + len(columns.nodes))
     for span in _list_spans(len(stream), size, batch.memory):
         pulled = heads_vjp(model, part.module, part.dictionary, stream, features, batch.rule, positions=span)
@@ -526,27 +467,38 @@ def _pull_attention(
         weights = {port: stream.new_zeros(shape) for port in (("in",) if batch.merged else pulled.sources)}
         for port, grad in pulled.sources.items():
             grad = _weigh_effect(batch, grad, positions)
-            _weigh_heads(batch, grad, writers, stream, columns, port, weights["in" if batch.merged else port])
+            out = weights["in" if batch.merged else port]
+            for s in range(len(stream)):
+                vectors = project_source(model, part, writers, s, batch.projected, port)
+                vectors = vectors * factors[s, :, None, None]
+                pairs = torch.einsum("prge, wge -> wpr", grad[:, :, :, s], vectors)
+                out.index_add_(0, columns.at[s], pairs.flatten(1))
         if batch.merged and "in" in local:
             add_local(weights["in"], columns.at, local["in"][rows], span)
         columns.add(sums, weights, batch.readers, rows, span)
 
 # %% ../../nbs/56_feature_graph.ipynb #fg26
-def _open_sequence(batch: PartBatch, rows: slice, stream: Tensor) -> ExplainedSequence:
-    "The readers of a part on one sequence, for a method to explain."
-    part, index, active = batch.part, batch.readers.index[rows], batch.readers.active[rows]
-    return open_sequence(batch.model, part.module, part.dictionary, stream, index, active, batch.rule)
+def _open_sequences(batch: PartBatch) -> Iterator[tuple[slice, Writers, ExplainedSequence]]:
+    "For each sequence with readers: its rows among all positions, its writers, and what a method explains."
+    model, part = batch.model, batch.part
+    rule = batch.rule
+    for rows, stream, writers in batch.sequences():
+        index = batch.readers.index[rows]
+        active = batch.readers.active[rows]
+        if not active.any():
+            continue
+        explained = open_sequence(model, part.module, part.dictionary, stream, index, active, rule)
+        yield rows, writers, explained
 
 
 def _add_sequences(sums: Sums, batch: PartBatch) -> None:
     "Add the weights of all edges into the readers of a part by gradients of their sums over a sequence."
-    for rows, stream, writers in batch.sequences():
-        if not batch.readers.active[rows].any():
-            continue
-        explained = _open_sequence(batch, rows, stream)
-        index = explained.readers.expand(len(stream), -1)
-        everywhere = Readers(index, stream.new_ones(index.shape), None, None)
-        occurrences = _place_writers(writers)
+    for _, writers, explained in _open_sequences(batch):
+        index = explained.readers.expand(len(writers.stream), -1)
+        on = writers.stream.new_ones(index.shape)
+        everywhere = Readers(index, on, None, None)
+        written = writers.values != 0
+        occurrences = order_occurrences(writers.nodes, written)
         gradients = batch.rule.method.explain_sequence(explained)
         for port, grad in gradients.items():
             weights = weigh_writers(grad, writers)
@@ -555,14 +507,12 @@ def _add_sequences(sums: Sums, batch: PartBatch) -> None:
 
 def _add_removals(sums: Sums, batch: PartBatch) -> None:
     "Add by how much the readers of a part fall when all that a node writes is taken out of a sequence."
-    for rows, stream, writers in batch.sequences():
-        if not batch.readers.active[rows].any():
-            continue
-        columns = _Columns.of(batch.model, batch.part, writers)
+    for rows, writers, explained in _open_sequences(batch):
+        stream, columns = writers.stream, _Columns.of(batch.model, batch.part, writers)
         written = stream.new_zeros(len(columns.nodes), *stream.shape)
         place = columns.at, torch.arange(len(stream), device=stream.device)[:, None]
         written.index_put_(place, writers.vectors, accumulate=True)
-        changes = batch.rule.method.weigh_sequence(_open_sequence(batch, rows, stream), written)
+        changes = batch.rule.method.weigh_sequence(explained, written)
         weights = {port: change.flatten(1) for port, change in changes.items() if port in sums.ports}
         columns.add(sums, weights, batch.readers, rows, slice(0, len(stream)))
 
@@ -576,17 +526,14 @@ class _Text:
     batches: Sequence[Int[Tensor, "batch pos"]]
     folder: Path  # where the activity of each batch is kept
 
-    def file(self, batch: int) -> Path:
-        "Where the activity of a batch is kept."
-        return self.folder / f"{batch}.pt"
-
     def activities(self) -> Iterator[tuple[Tensor, Activity]]:
         "Tokens and activity of each batch."
+        device = self.cut.model.device
         for i, tokens in enumerate(self.batches):
-            yield (
-                tokens.to(self.cut.model.device),
-                Activity(**torch.load(self.file(i), mmap=True, weights_only=True)),
-            )
+            file = self.folder / f"{i}.pt"
+            kept = torch.load(file, mmap=True, weights_only=True)
+            activity = Activity(**kept)
+            yield tokens.to(device), activity
 
 
 def _keep_activities(text: _Text, task: Task | None, progress: bool) -> None:
@@ -605,7 +552,7 @@ def _keep_activities(text: _Text, task: Task | None, progress: bool) -> None:
             _, gradients = effect
             by_part = {name: grad.flatten(0, 1) for name, grad in gradients.items()}
             activity = replace(activity, effect=by_part)
-        file = text.file(i)
+        file = text.folder / f"{i}.pt"
         torch.save(vars(activity), file)
 
 # %% ../../nbs/56_feature_graph.ipynb #ad58d016
@@ -617,11 +564,6 @@ class ReaderGroup:
     ports: tuple[str, ...]
     first: int  # node within the part
     last: int  # one after the last
-
-    @property
-    def n_numbers(self) -> int:
-        "Numbers in its table of sums."
-        return len(self.ports) * self.part.n_before * (self.last - self.first) * 4
 
 
 def group_readers(
@@ -639,8 +581,7 @@ def group_readers(
     step = min(part.n_nodes, int(memory // size))
     groups = []
     for first in range(0, part.n_nodes, step):
-        last = min(first + step, part.n_nodes)
-        groups.append(ReaderGroup(part, ports, first, last))
+        groups.append(ReaderGroup(part, ports, first, min(first + step, part.n_nodes)))
     return groups
 
 # %% ../../nbs/56_feature_graph.ipynb #fg31
@@ -679,14 +620,14 @@ def _add_logits(sums: Sums, text: _Text, tokens: Tensor, activity: Activity, wri
     on = reads.to(writers.table)
     index = torch.zeros_like(on, dtype=torch.long)
     readers = Readers(index, on, None, None)
-    occurrences = _place_writers(writers)
+    written = writers.values != 0
+    occurrences = order_occurrences(writers.nodes, written)
     sums.add("logits", readers, occurrences, weights)
 
 
 def _weigh_logits(text: _Text, tokens: Tensor, activity: Activity, writers: Writers) -> Tensor:
     "Weights `[n 1 writer]` of edges into `logits`."
-    model = text.cut.model
-    rule = text.rule
+    model, rule = text.cut.model, text.rule
     x = activity.reads["logits"]
     effect = activity.effect.get("logits")
     if effect is None:
@@ -694,8 +635,9 @@ def _weigh_logits(text: _Text, tokens: Tensor, activity: Activity, writers: Writ
         trace = Trace(x, {"logits": x}, {}, {})
         explained = open_reader(model, reader, trace, None, tokens, rule)
         if rule.method.scope == "removal" and model.logit_softcap is not None:
-            vectors = writers.vectors.unflatten(0, tokens.shape)
-            return rule.method.weigh_reader(explained, vectors).flatten(0, 1)
+            return rule.method.weigh_reader(explained, writers.vectors.unflatten(0, tokens.shape)).flatten(
+                0, 1
+            )
         grad = rule.method.explain_reader(explained)[:, :, 0]
     else:
         grad = effect.view_as(x).clone()
@@ -703,40 +645,35 @@ def _weigh_logits(text: _Text, tokens: Tensor, activity: Activity, writers: Writ
     return weigh_writers(grad.flatten(0, 1)[:, None], writers)
 
 # %% ../../nbs/56_feature_graph.ipynb #fg35
-def _measure_nodes(text: _Text, n_sequences: int) -> dict[str, np.ndarray]:
-    "`frequency` and `mean_activation` of each node."
+def _measure_nodes(text: _Text, real: Bool[Tensor, "seq pos"]) -> dict[str, np.ndarray]:
+    "`frequency` and `mean_activation` of each node, over positions that are no padding."
     count, size = torch.zeros(2, len(text.cut.names), dtype=torch.float64)
-    row, n, skip_first = {name: i for i, name in enumerate(text.cut.names)}, 0, text.rule.skip_first
+    row, n = {name: i for i, name in enumerate(text.cut.names)}, 0
+    counted = real & (torch.arange(real.shape[1]) >= text.rule.skip_first)
     bias = torch.zeros(())
-    for tokens, activity in text.activities():
-        late = (torch.arange(tokens.shape[1]) >= skip_first).repeat(len(tokens))
+    by_batch = counted.split(len(text.batches[0]))
+    for (tokens, activity), of_batch in zip(text.activities(), by_batch, strict=True):
+        late = of_batch.flatten()
         n += int(late.sum())
-        _count_features(text.cut.parts, activity, late, count, size)
+        for part in text.cut.parts:
+            if part.dictionary is not None:
+                nodes = activity.index[part.module][late].flatten().cpu() + part.first
+                value = activity.value[part.module][late].flatten().cpu().double()
+                count.index_add_(0, nodes, (value != 0).double())
+                size.index_add_(0, nodes, value.abs())
         for name, x in activity.dense.items():
             node = row.get(f"{name}/err", row.get(name))
             count[node] += int(late.sum())
             size[node] += x.cpu()[late].norm(dim=1).sum(dtype=torch.float64)
         logits = logit_values(text.cut.model, activity.reads["logits"], tokens)
-        size[-1] += float(logits[:, skip_first:].sum(dtype=torch.float64))
+        has_next = of_batch[:, :-1] & of_batch[:, 1:]
+        size[-1] += float((logits * has_next.to(logits.device)).sum(dtype=torch.float64))
         bias = sum(activity.bias.values(), torch.zeros(text.cut.model.d_model, device=text.cut.model.device))
-    n_logits = n - n_sequences  # the last position of a sequence has no next token
+    n_logits = n - len(real)  # the last position of a sequence has no next token
     count[-1] = n_logits
     count[row["const"]], size[row["const"]] = n, n * float(bias.norm())
     n_read = np.append(np.full(len(count) - 1, n), n_logits)
     return {"frequency": count.numpy() / n_read, "mean_activation": size.numpy() / n_read}
-
-
-def _count_features(parts: list[Part], activity: Activity, late: Tensor, count: Tensor, size: Tensor) -> None:
-    "Add the features of a batch to the counts and sizes of nodes."
-    for part in parts:
-        if part.dictionary is not None:
-            index = activity.index[part.module][late]
-            nodes = index.flatten().cpu() + part.first
-            value = activity.value[part.module][late]
-            value = value.flatten().cpu().double()
-            is_active = (value != 0).double()
-            count.index_add_(0, nodes, is_active)
-            size.index_add_(0, nodes, value.abs())
 
 # %% ../../nbs/56_feature_graph.ipynb #fg37
 def _weigh_groups(
@@ -748,22 +685,23 @@ def _weigh_groups(
     steps = len(text.batches) * len(groups)
     with tqdm(total=steps, desc="feature graph", unit="batch", disable=not run.progress) as bar:
         for i, group in enumerate(groups):
-            file = None if run.checkpoint is None else Path(run.checkpoint) / f"edges-{i}.parquet"
+            file = None
+            if run.checkpoint is not None:
+                file = Path(run.checkpoint) / f"edges-{i}.parquet"
             if file is not None and file.exists():
                 bar.update(len(text.batches))
                 yield group, pd.read_parquet(file)
                 continue
             if storage is None:
-                n_numbers = max(group.n_numbers for group in groups)
-                storage = torch.empty(n_numbers, dtype=torch.float64, device=device)
+                sizes = [len(g.ports) * g.part.n_before * (g.last - g.first) * 4 for g in groups]
+                storage = torch.empty(max(sizes), dtype=torch.float64, device=device)
             readers = (group.first, group.last)
             sums = Sums(group.ports, readers, group.part.n_before, device, storage)
             _add_group(sums, text, group, bar)
             edges = sums.prune(pruning)
             if file is not None:
-                partial = file.with_suffix(".new")
-                edges.to_parquet(partial)
-                partial.replace(file)
+                with replace_file(file) as partial:  # a file that is there is whole
+                    edges.to_parquet(partial)
             yield group, edges
 
 
@@ -808,14 +746,14 @@ def weigh_features(
     check_rule(rule)
     groups = []
     for part in cut.parts:
-        ports = part_ports(part, rule)
-        groups += group_readers(part, ports, run.memory)
+        groups += group_readers(part, part_ports(part, rule), run.memory)
     batches = corpus.split(run.sequences_at_a_time(corpus))
     with tempfile.TemporaryDirectory() as folder:
         text = _Text(cut, rule, batches, Path(folder))
         _keep_activities(text, task, run.progress)
         tables = list(_weigh_groups(text, groups, pruning, run))
-        measures = _measure_nodes(text, len(corpus))
+        real = torch.ones_like(corpus, dtype=torch.bool) if task is None else task.real
+        measures = _measure_nodes(text, real)
     kept = np.ones(len(cut.names))
     for group, edges in tables:
         readers = group.part.first + edges["reader"]

@@ -6,7 +6,6 @@
 __all__ = ['list_edges', 'weigh_edges', 'add_batch', 'name_target']
 
 # %% ../../nbs/51_module_graph.ipynb #1f8b529d
-import os
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from ..attribution.method import Attribution
 from ..data.corpus import hash_tokens
 from ..data.task import Task
 from ..graph.graph import Graph
-from ..graph.tables import PORTS
+from ..graph.tables import PORTS, replace_file
 from ..model.blocks import Model
 from ..model.modules import Reader, Trace, list_nodes, list_readers, trace_modules
 
@@ -116,13 +115,11 @@ _CHECKPOINT = "partial.safetensors"
 
 def save_sums(folder: Path, sums: ModuleSums, fingerprint: str) -> None:
     "Write a checkpoint beside the old one, then take its place: a full disk leaves the old one whole."
-    partial = folder / f"{_CHECKPOINT}.new"
+    meta = {"fingerprint": fingerprint, "batches": str(sums.batches)}
     try:
-        meta = {"fingerprint": fingerprint, "batches": str(sums.batches)}
-        save_file({"edges": sums.edges, "nodes": sums.nodes}, partial, meta)
-        os.replace(partial, folder / _CHECKPOINT)
+        with replace_file(folder / _CHECKPOINT) as partial:
+            save_file({"edges": sums.edges, "nodes": sums.nodes}, partial, meta)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise OSError(
             f"checkpoint in {folder} could not be written after batch {sums.batches} ({error}); "
             f"the one of batch {sums.batches - 1} is intact: make room, then call again with the same "
@@ -137,19 +134,23 @@ def load_sums(folder: Path, fingerprint: str) -> ModuleSums | None:
         return None
     try:
         with safe_open(path, "pt") as file:
-            meta, edges, nodes = file.metadata(), file.get_tensor("edges"), file.get_tensor("nodes")
+            meta = file.metadata() or {}
+            if meta.get("fingerprint") == fingerprint:
+                return ModuleSums(file.get_tensor("edges"), file.get_tensor("nodes"), int(meta["batches"]))
     except SafetensorError as error:
         raise ValueError(f"checkpoint {path} is damaged ({error}); delete it to start anew") from error
-    if meta["fingerprint"] != fingerprint:
+    if "fingerprint" not in meta:
         raise ValueError(
-            f"checkpoint {path} belongs to a run with another model, text, rule or batch size; "
-            "name another folder, or delete it to start anew"
+            f"checkpoint must be a folder of an unfinished run, but {path} is of something else; name another"
         )
-    return ModuleSums(edges, nodes, int(meta["batches"]))
+    raise ValueError(
+        f"checkpoint {path} belongs to a run with another model, text, rule or batch size; "
+        "name another folder, or delete it to start anew"
+    )
 
 # %% ../../nbs/51_module_graph.ipynb #05a805dd
 def describe_graph(
-    model: Model, corpus: Tensor, grain: str, rule: Attribution, seed: int, corrupted: Tensor | None
+    model: Model, corpus: Tensor, grain: str, rule: Attribution, corrupted: Tensor | None
 ) -> dict[str, Any]:
     "The `meta` of a graph."
     text = {"sha256": hash_tokens(corpus), "n_sequences": len(corpus), "seq_len": corpus.shape[1]}
@@ -167,22 +168,18 @@ def describe_graph(
         "corpus": [text],
         "nodes": grain,
         "target": "node",
+        "mean_over": "positions of the writer",
         **rule.describe(),
-        "seed": seed,
+        "seed": 0,
         "versions": versions,
         "history": [],
     }
 
 # %% ../../nbs/51_module_graph.ipynb #mg10
 def assemble_graph(
-    model: Model,
-    grain: str,
-    rule: Attribution,
-    sums: ModuleSums,
-    shape: Sequence[int],  # sequences and positions of the text
-    meta: dict[str, Any],
+    model: Model, grain: str, rule: Attribution, sums: ModuleSums, shape: Sequence[int], meta: dict[str, Any]
 ) -> Graph:
-    "The graph that finished sums describe."
+    "The graph that finished sums describe, of a text of `shape` `[seq pos]`."
     nodes, edges = list_nodes(model, grain), list_edges(model, grain, rule)
     n_sequences, seq_len = shape
     n_read = n_sequences * (seq_len - rule.skip_first)
@@ -191,9 +188,8 @@ def assemble_graph(
     total, absolute, square = (s.numpy() for s in sums.edges)
     weights = {"weight": total / count, "abs_weight": absolute / count, "rms_weight": np.sqrt(square / count)}
     size = sums.nodes.numpy() / np.where(nodes["name"] == "logits", n_logits, n_read)
-    return Graph(
-        nodes.assign(frequency=1.0, mean_activation=size), edges.assign(**weights, count=count), meta
-    )
+    nodes, edges = nodes.assign(frequency=1.0, mean_activation=size), edges.assign(**weights, count=count)
+    return Graph(nodes, edges, meta)
 
 # %% ../../nbs/51_module_graph.ipynb #87dfe562
 def name_target(task: Task) -> str:

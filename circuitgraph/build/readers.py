@@ -46,24 +46,13 @@ def pull_to_inner(
     inner[:, part.head] = cotangents @ W_O[:, part.head]
     return inner
 
-# %% ../../nbs/53_readers.ipynb #rd06
-def _pull_to_stream(norm: Norm, reads: str, cotangents: Float[Tensor, "any d_in"]) -> tuple[Tensor, bool]:
-    "Cotangents at the stream for those at an encoder's input, and whether the norm's scale is missing."
-    if reads in ("input", "stream"):
-        return cotangents, False
-    used = norm if reads == "normed" else Norm(norm.kind, None, None, norm.eps)
-    unit = cotangents.new_ones(1)
-    lacks_scale = norm.kind != "none"
-    return norm_vjp(used, cotangents, unit), lacks_scale
-
 # %% ../../nbs/53_readers.ipynb #rd08
 def carry_cotangents(model: Model, part: Part) -> Cotangents:
     "Pull the cotangents of a part's features to its hidden layer or z, and to its encoder's direct input."
     known = part.structure
-    dictionary = part.dictionary
-    assert dictionary is not None and known is not None and known.W_enc is not None and known.gate is not None
+    reads = part.reads
+    assert known is not None and known.W_enc is not None and known.gate is not None
     cotangents = known.W_enc.mT
-    reads = dictionary.reads
     if known.gate.r_mag is not None:
         cotangents = cotangents * known.gate.r_mag.exp()[:, None]
     if reads == "z":
@@ -72,8 +61,12 @@ def carry_cotangents(model: Model, part: Part) -> Cotangents:
     inner = pull_to_inner(model, part, cotangents) if reads in ("output", "stream") else None
     if reads == "output":
         return Cotangents(inner, None, False)
+    if reads in ("input", "stream"):
+        return Cotangents(inner, cotangents, False)
     norm = norm_before(model, part.module)
-    return Cotangents(inner, *_pull_to_stream(norm, reads, cotangents))
+    used = norm if reads == "normed" else Norm(norm.kind, None, None, norm.eps)
+    direct = norm_vjp(used, cotangents, cotangents.new_ones(1))
+    return Cotangents(inner, direct, norm.kind != "none")
 
 # %% ../../nbs/53_readers.ipynb #5ee60a96
 @dataclass(frozen=True, eq=False)
@@ -108,9 +101,8 @@ def _feature_readers(
     overlap = torch.einsum("nkd, nd -> nk", part.structure.W_dec[feature], direction) * active
     error_inner, direct = pull_to_inner(model, part, direction), None
     if cotangents.inner is None:
-        inner = torch.cat(
-            [error_inner.new_zeros(*feature.shape, *error_inner.shape[1:]), error_inner[:, None]], 1
-        )
+        nothing = error_inner.new_zeros(*feature.shape, *error_inner.shape[1:])
+        inner = torch.cat([nothing, error_inner[:, None]], 1)
     else:
         rows = cotangents.inner[feature]
         error = error_inner.flatten(1)[:, None] - overlap[:, None] @ rows.flatten(2)
@@ -126,8 +118,7 @@ def _feature_readers(
 def _scale_rows(rows: Tensor | None, factor: Float[Tensor, "n reader"]) -> Tensor | None:
     if rows is None:
         return None
-    ones = [1] * (rows.ndim - 2)
-    return rows * factor.view(*factor.shape, *ones)
+    return rows * factor.view(*factor.shape, *[1] * (rows.ndim - 2))
 
 # %% ../../nbs/53_readers.ipynb #rd16
 def _weigh_effects(readers: Readers, part: Part, activity: Activity, direction: Tensor) -> Readers:
@@ -163,12 +154,8 @@ def list_active(
     power = size if part.dictionary is None else size.sqrt()
     direction = torch.where(size > 0, dense / power, 0) * late
     if part.dictionary is None or cotangents is None:
-        readers = Readers(
-            torch.zeros_like(late, dtype=torch.long),
-            late,
-            pull_to_inner(model, part, direction)[:, None],
-            None,
-        )
+        inner = pull_to_inner(model, part, direction)[:, None]
+        readers = Readers(torch.zeros_like(late, dtype=torch.long), late, inner, None)
     else:
         readers = _feature_readers(model, part, cotangents, activity, direction, late)
     if post is not None:
@@ -234,10 +221,9 @@ class Writers:
 
     def rows(self, rows: slice, stream: Float[Tensor, "pos d_model"]) -> "Writers":
         "The writers of some positions."
-        parts = {
-            name: getattr(self, name)[rows]
-            for name in ("index", "value", "dense", "nonlinear_index", "nonlinear")
-        }
+        parts = {}
+        for name in ("index", "value", "dense", "nonlinear_index", "nonlinear"):
+            parts[name] = getattr(self, name)[rows]
         return replace(self, **parts, stream=stream)
 
 # %% ../../nbs/53_readers.ipynb #rd24
@@ -246,39 +232,26 @@ def list_writers(
 ) -> Writers:
     "All that is written before a part, embeddings and `const` included."
     earlier = [p for p in parts if p.first < part.n_before]
-    dense = _list_dense(earlier, names[: part.n_before], activity, table)
     affine = [p for p in earlier if p.dictionary is not None and p.affine_decoder]
     nonlinear = [p for p in earlier if p.dictionary is not None and not p.affine_decoder]
-    no_index = torch.zeros(len(activity.dense["embed"]), 0, dtype=torch.long, device=table.device)
-    no_value = no_index.to(table)
+    n, d_model = len(activity.dense["embed"]), table.shape[1]
+    # vectors: embeddings and modules without dictionary, then errors, then the sum of all biases
+    row = {name: i for i, name in enumerate(names[: part.n_before])}
+    dense = {row[name]: x for name, x in activity.dense.items() if name in row and name not in activity.index}
+    dense |= {p.first + p.n_nodes - 1: activity.dense[p.module] for p in earlier if p.dictionary is not None}
+    bias = sum((activity.bias[p.module] for p in earlier), table.new_zeros(d_model))
+    dense[row["const"]] = bias.expand(n, -1)
+    no_index, no_vector = table.new_zeros(n, 0, dtype=torch.long), table.new_zeros(n, 0, d_model)
     return Writers(
         index=torch.cat([no_index, *(activity.index[p.module] + p.first for p in affine)], 1),
-        value=torch.cat([no_value, *(activity.value[p.module] for p in affine)], 1),
+        value=torch.cat([no_vector[..., 0], *(activity.value[p.module] for p in affine)], 1),
         table=table,
         dense_nodes=torch.tensor(list(dense), device=table.device),
         dense=torch.stack(list(dense.values()), 1),
         stream=activity.reads[part.module].flatten(0, 1),
         nonlinear_index=torch.cat([no_index, *(activity.index[p.module] + p.first for p in nonlinear)], 1),
-        nonlinear=torch.cat(
-            [
-                no_value[..., None].expand(-1, -1, table.shape[1]),
-                *(activity.vectors[p.module] for p in nonlinear),
-            ],
-            1,
-        ),
+        nonlinear=torch.cat([no_vector, *(activity.vectors[p.module] for p in nonlinear)], 1),
     )
-
-
-def _list_dense(
-    earlier: list[Part], names: list[str], activity: Activity, table: Tensor
-) -> dict[int, Tensor]:
-    "Vectors by node: embeddings and modules without dictionary, then errors, then the sum of all biases."
-    row = {name: i for i, name in enumerate(names)}
-    dense = {row[name]: x for name, x in activity.dense.items() if name in row and name not in activity.index}
-    dense |= {p.first + p.n_nodes - 1: activity.dense[p.module] for p in earlier if p.dictionary is not None}
-    bias = sum((activity.bias[p.module] for p in earlier), table.new_zeros(table.shape[1]))
-    dense[row["const"]] = bias.expand(len(activity.dense["embed"]), -1)
-    return dense
 
 # %% ../../nbs/53_readers.ipynb #rd26
 def weigh_writers(

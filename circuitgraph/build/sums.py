@@ -278,15 +278,11 @@ class Sums:
     ) -> None:
         "Add weights from writers to the readers at the same position."
         rows = (readers.index - self.first).masked_fill(readers.active == 0, -1)
-        if not is_compiled(self.table.device):
-            self._add_anywhere(port, rows, occurrences, weights)
+        if is_compiled(self.table.device):
+            where = (occurrences.writer, occurrences.start, occurrences.pos, occurrences.slot)
+            arrays = (self.of(port), *where, rows, weights.mT.contiguous())
+            run_on_threads(_add_occurrences, *(array.numpy() for array in arrays))
             return
-        where = (occurrences.writer, occurrences.start, occurrences.pos, occurrences.slot)
-        arrays = (self.of(port), *where, rows, weights.mT.contiguous())
-        run_on_threads(_add_occurrences, *(array.numpy() for array in arrays))
-
-    def _add_anywhere(self, port: str, rows: Tensor, occurrences: Occurrences, weights: Tensor) -> None:
-        "The same on any device."
         n_readers = self.table.shape[2]
         for block in torch.arange(len(occurrences.pos), device=rows.device).split(20_000):
             pos, node = occurrences.pos[block], occurrences.writer[occurrences.which[block]]
@@ -297,25 +293,18 @@ class Sums:
 
     def prune(self, pruning: Pruning) -> pd.DataFrame:
         "Edges that are kept: source, reader, port, the sums, and `kept`, of the reader's absolute weight."
-        tables = []
-        for block in self._list_sizes(pruning.n_edges):
-            tables.append(self._list_edges(pruning, *block))
+        tables, n_before = [], self.table.shape[1]
+        for first, size, place, total in self._list_sizes(pruning.n_edges):
+            kept = (size > 0) & (size >= pruning.share * total[:, None])
+            reader, slot = kept.nonzero(as_tuple=True)
+            column = place[reader, slot]
+            port, source = column // n_before, column % n_before
+            numbers = {"source": source, "reader": reader + first + self.first, "port": port}
+            numbers["kept"] = ((size * kept).sum(1) / total)[reader]
+            sums = self.table[port, source, reader + first].mT
+            numbers |= dict(zip(("weight", "abs_weight", "rms_weight", "count"), sums, strict=True))
+            tables.append(pd.DataFrame({name: x.cpu().numpy() for name, x in numbers.items()}))
         return pd.concat(tables, ignore_index=True)
-
-    def _list_edges(
-        self, pruning: Pruning, first: int, size: Tensor, place: Tensor, total: Tensor
-    ) -> pd.DataFrame:
-        "A table of the edges that are kept, of one block of readers."
-        n_before = self.table.shape[1]
-        kept = (size > 0) & (size >= pruning.share * total[:, None])
-        reader, slot = kept.nonzero(as_tuple=True)
-        column = place[reader, slot]
-        port, source = column // n_before, column % n_before
-        numbers = {"source": source, "reader": reader + first + self.first, "port": port}
-        numbers["kept"] = ((size * kept).sum(1) / total)[reader]
-        sums = self.table[port, source, reader + first].mT
-        numbers |= dict(zip(("weight", "abs_weight", "rms_weight", "count"), sums, strict=True))
-        return pd.DataFrame({name: x.cpu().numpy() for name, x in numbers.items()})
 
     def _list_sizes(self, n_edges: int | None) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         "By blocks of readers: the first, absolute sums, their places in `[port*writer]`, and their total."
@@ -347,12 +336,10 @@ def select_readers(readers: Readers, first: int, last: int) -> Readers:
     def pick(x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
-        vector_shape = x.shape[2:]
-        place = columns.view(*columns.shape, *[1] * len(vector_shape))
-        place = place.expand(-1, -1, *vector_shape)
+        ones = [1] * (x.ndim - 2)
+        place = columns.view(*columns.shape, *ones)
+        place = place.expand(-1, -1, *x.shape[2:])
         return x.gather(1, place)
 
-    index = readers.index.gather(1, columns)
-    return Readers(
-        index, active.gather(1, columns), *map(pick, (readers.inner, readers.direct, readers.scale))
-    )
+    index, active = readers.index.gather(1, columns), active.gather(1, columns)
+    return Readers(index, active, *map(pick, (readers.inner, readers.direct, readers.scale)))

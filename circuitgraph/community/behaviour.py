@@ -14,7 +14,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,11 +34,12 @@ from ..ablation.values import AblatedText, AblatedValue, FixedValues, read_value
 from .links import edge_codes, node_levels, share_weights
 from .nulls import communities_of, edge_blocks
 from ..cut import Cut, open_cut
-from ..data.corpus import check_tokens
+from ..data.corpus import Corpus, check_tokens
 from ..data.task import Task
 from ..dictionary.places import visit_modules
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph
+from ..graph.tables import replace_file
 from ..model.blocks import Model, run_logits
 from ..options import Run
 
@@ -48,16 +49,14 @@ def next_loss(
 ) -> Float[Tensor, "*any pos"]:  # nats; NaN at the last position
     "Cross-entropy of the next token at each position."
     logits = logits[..., :-1, :]
-    following = tokens[:, 1:].to(logits.device)
-    following = following.expand(*logits.shape[:-2], -1)
+    following = tokens[:, 1:].to(logits.device).expand(*logits.shape[:-2], -1)
     correct = logits.gather(-1, following[..., None])[..., 0]
-    loss = logits.logsumexp(-1) - correct
-    return pad(loss, (0, 1), value=torch.nan)
+    return pad(logits.logsumexp(-1) - correct, (0, 1), value=torch.nan)
 
 # %% ../../nbs/86_behaviour.ipynb #cebf8f25
 def check_behaviours(
     behaviours: Mapping[str, Bool[Tensor, "seq pos"]],
-    tokens: Int[Tensor, "seq pos"],
+    tokens: Int[Tensor, "seq pos"] | Corpus,
     skip_first: int = 0,  # positions at the start of each sequence that do not count
 ) -> Bool[np.ndarray, "behaviour seq pos"]:  # without the positions that do not count, and the last
     """Make sure that behaviours can be measured.
@@ -66,10 +65,12 @@ def check_behaviours(
     """
     if not behaviours:
         raise ValueError("behaviours must hold at least one, by name")
+    tokens, has_next = _read_text(tokens)
     checked: dict[str, np.ndarray] = {}
     for name, mask in behaviours.items():
         counted = _check_mask(name, mask, tokens)
-        counted[:, :skip_first] = counted[:, -1] = False
+        counted[:, :skip_first] = False
+        counted &= has_next
         if not counted.any():
             raise ValueError(
                 f"behaviour {name!r} is empty: it must have a position from {skip_first} to "
@@ -82,25 +83,34 @@ def check_behaviours(
     return np.stack(list(checked.values()))
 
 
+def _read_text(text: Tensor | Corpus) -> tuple[Tensor, np.ndarray]:
+    "The tokens of a text, and which positions have a next token in it: not the last, and no padding."
+    if not isinstance(text, Corpus):
+        real = torch.ones_like(text, dtype=torch.bool)
+        tokens = text
+    else:
+        real, tokens = text.real, text.tokens
+    has_next = torch.zeros_like(real)
+    has_next[:, :-1] = real[:, 1:]
+    return tokens, has_next.cpu().numpy()
+
+
 def _check_mask(name: str, mask: Any, tokens: Tensor) -> np.ndarray:
     "A copy of a mask; refuses what is no bool tensor of the tokens' shape."
-    given = type(mask).__name__
-    if isinstance(mask, Tensor):
-        if mask.dtype == torch.bool and mask.shape == tokens.shape:
-            array = mask.cpu().numpy()
-            return array.copy()
-        given = f"{mask.dtype} of shape {tuple(mask.shape)}"
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == tokens.shape:
+        return mask.cpu().numpy().copy()
+    given = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
     shape = tuple(tokens.shape)
     raise ValueError(f"behaviour {name!r} must be a bool tensor of the tokens' shape {shape}, got {given}")
 
 # %% ../../nbs/86_behaviour.ipynb #628d99d1
 def task_behaviours(
     tasks: Mapping[str, Task],  # with answers
-) -> tuple[Int[Tensor, "prompt pos"], dict[str, Bool[Tensor, "prompt pos"]]]:
+) -> tuple[Corpus, dict[str, Bool[Tensor, "prompt pos"]]]:
     """One text of the prompts of several tasks, and for each task the position that predicts its answer.
 
-    Each prompt has its first answer at its end, and is padded with it. Raises ValueError for a task without
-    answers, and for no task.
+    Each prompt has its first answer at its end. The corpus knows where each one ends, and what stands behind
+    is no part of it. Raises ValueError for a task without answers, and for no task.
     """
     rows, last, names = [], [], []
     width = 1 + max((task.clean.shape[1] for task in tasks.values()), default=0)
@@ -108,14 +118,19 @@ def task_behaviours(
         if task.answers is None:
             raise ValueError(f"task {name!r} must have answers")
         for prompt, end, answer in zip(task.clean, task.last.tolist(), task.answers[:, 0], strict=True):
-            rows.append(torch.cat([prompt[: end + 1], answer.expand(width - end - 1)]))
+            rows.append(pad(torch.cat([prompt[: end + 1], answer[None]]), (0, width - end - 2)))
             last.append(end)
             names.append(name)
     if not rows:
         raise ValueError("tasks must hold at least one task")
     is_last = torch.arange(width) == torch.tensor(last)[:, None]
     masks = {name: is_last & torch.tensor([n == name for n in names])[:, None] for name in tasks}
-    return torch.stack(rows), masks
+    lengths = torch.tensor(last) + 2
+    document = torch.tensor([list(tasks).index(n) for n in names])[:, None].expand(-1, width)
+    counts = [int(lengths[document[:, 0] == i].sum()) for i in range(len(tasks))]
+    documents = pd.DataFrame({"register": "task", "document": list(tasks), "n_tokens": counts})
+    is_padded = bool((lengths < width).any())
+    return Corpus(torch.stack(rows), document, documents, lengths if is_padded else None), masks
 
 # %% ../../nbs/86_behaviour.ipynb #ec44b28c
 def class_behaviours(
@@ -164,11 +179,9 @@ def loss_behaviours(
     Raises ValueError for fewer positions than clusters. Source: @nostalgebraist2020lens.
     """
     _check_clusters(model, tokens, n, skip_first)
-    size = run.sequences_at_a_time(tokens)
-    batches = tokens.split(size)
+    batches = tokens.split(run.sequences_at_a_time(tokens))
     losses = [_losses_by_layer(model, rows) for rows in batches]
-    points = torch.cat(losses)
-    return _cluster("loss", points, n, skip_first, seed)
+    return _cluster("loss", torch.cat(losses), n, skip_first, seed)
 
 
 def _losses_by_layer(model: Model, rows: Tensor) -> Float[Tensor, "seq pos layer"]:
@@ -183,17 +196,15 @@ def _losses_by_layer(model: Model, rows: Tensor) -> Float[Tensor, "seq pos layer
     return torch.stack(losses, -1)
 
 
-def _cluster(
-    name: str, points: Float[Tensor, "seq pos d"], n: int, skip_first: int, seed: int
-) -> dict[str, Tensor]:
-    "Behaviours by k-means, largest first."
+def _cluster(name: str, points: Tensor, n: int, skip_first: int, seed: int) -> dict[str, Tensor]:
+    "Behaviours by k-means on points `[seq pos d]`, largest first."
     points = points[:, skip_first:-1]
     flat = points.flatten(0, 1).double().cpu().numpy()
     clustering = KMeans(n, n_init="auto", random_state=seed)
     labels = clustering.fit_predict(flat)
+    behaviours = {}
     size = np.bincount(labels, minlength=n)
     order = np.argsort(-size)
-    behaviours = {}
     for k, c in enumerate(order):
         mask = torch.from_numpy(labels == c).view(points.shape[:2])
         if mask.any():
@@ -222,20 +233,19 @@ def loss_gradients(
         (kind, i) for i, layer in enumerate(model.layers) for kind in ("am" if layer.mlp is not None else "a")
     ]
     size = run.sequences_at_a_time(tokens)
+    batches = tokens.split(size)
     with torch.enable_grad():
-        batches = tokens.split(size)
         return torch.cat([_scale_gradients(model, rows, modules, chunk).detach() for rows in batches])
 
 
 def _scale_gradients(model: Model, rows: Tensor, modules: list[tuple[str, int]], chunk: int) -> Tensor:
     "Gradients of the losses of some sequences with respect to the scale of each module."
     scale = torch.ones(len(modules)).to(model.W_U).requires_grad_()
-    index = {module: i for i, module in enumerate(modules)}
 
     def visit(kind: str, layer: int, places: dict[str, Tensor]) -> Tensor | None:
         if kind == "b":
             return None
-        return places["output"] * scale[index[kind, layer]]
+        return places["output"] * scale[modules.index((kind, layer))]
 
     losses = next_loss(run_logits(model, visit_modules(model, rows, visit)), rows)[:, :-1]
     weight = torch.zeros_like(losses, requires_grad=True)
@@ -275,8 +285,7 @@ def community_edges(
     member = communities_of(graph)
     if edges not in ("inside", "touching"):
         raise ValueError(f"edges must be 'inside' or 'touching', got {edges!r}")
-    n = max(member.max(initial=-1) + 1, 0)
-    community = np.arange(n)[:, None]
+    community = np.arange(member.max(initial=-1) + 1)[:, None]
     source, target, _ = edge_codes(graph)
     from_it = member[source] == community
     into_it = member[target] == community
@@ -284,36 +293,24 @@ def community_edges(
         return from_it & into_it
     return from_it | into_it
 
-# %% ../../nbs/86_behaviour.ipynb #88094bfc
-class _Ablator(NamedTuple):
-    "A graph that is ready to be ablated."
-
-    cut: Cut
-    graph: Graph
-    values: FixedValues  # what ablated edges carry
-
-
-def _keep_others(ablator: _Ablator, ablated: np.ndarray) -> list[Any]:
-    "Selections of all edges of the model, and of all but each set."
-    none = np.zeros(len(ablator.graph), dtype=bool)
-    return [~select(ablator.cut, ablator.graph.keep(edges), "edge") for edges in (none, *ablated)]
-
 # %% ../../nbs/86_behaviour.ipynb #7fec9aea
 @torch.no_grad()
 def ablation_losses(
     model: Model,
     graph: Graph,
-    tokens: Int[Tensor, "seq pos"],
+    tokens: Int[Tensor, "seq pos"] | Corpus,
     ablated: Bool[np.ndarray, "set edge"],  # edges of the graph that each run lacks
     *,
     value: str | AblatedValue = "mean",  # what ablated edges carry: "mean", "zero", "resample", or an object
     dictionaries: Mapping[str, Dictionary] | None = None,  # by module, for a graph of features
     run: Run = Run(),
-) -> Float[np.ndarray, "set seq pos"]:  # nats; NaN at the last position
+) -> Float[np.ndarray, "set seq pos"]:  # nats; NaN at the last position and at padding
     """How much the loss at each position rises when edges are ablated; all other edges of the model are kept.
 
     Raises ValueError for bad tokens or options, and a graph of another model.
     """
+    lengths = tokens.lengths if isinstance(tokens, Corpus) else None
+    tokens, has_next = _read_text(tokens)
     check_tokens(tokens, model)
     ablated = np.asarray(ablated)
     if ablated.dtype != bool or ablated.ndim != 2 or ablated.shape[1] != len(graph):
@@ -323,26 +320,30 @@ def ablation_losses(
         )
     cut = open_cut(model, graph, dictionaries)
     value = read_value(value)
-    text = AblatedText(tokens, run=replace(run, progress=False))
-    ablator = _Ablator(cut, graph, value.fix(cut, text))
+    text = AblatedText(tokens, lengths=lengths, run=replace(run, progress=False))
+    ablator = (cut, graph, value.fix(cut, text))
     with tqdm(total=len(ablated), unit="set", desc="ablations", disable=not run.progress) as bar:
         if run.checkpoint is None:
-            return _measure_rise(ablator, tokens, ablated, run, bar)
-        files = _checkpoint_files(run.checkpoint, ablator, tokens, value, ablated)
+            return np.where(has_next, _measure_rise(ablator, tokens, ablated, run, bar), np.nan)
+        files = _checkpoint_files(run.checkpoint, model, graph, tokens, value, ablated)
         missing = [i for i, file in enumerate(files) if not file.exists()]
         bar.update(len(files) - len(missing))
         for start in range(0, len(missing), 32):
             chunk = missing[start : start + 32]
             rise = _measure_rise(ablator, tokens, ablated[chunk], run, bar)
             for i, one in zip(chunk, rise, strict=True):
-                np.save(files[i], one)
-        return np.stack([np.load(file) for file in files])
+                with replace_file(files[i]) as partial:
+                    np.save(partial, one)
+        return np.where(has_next, np.stack([np.load(file) for file in files]), np.nan)
 
 
-def _measure_rise(ablator: _Ablator, tokens: Tensor, ablated: np.ndarray, run: Run, bar: tqdm) -> np.ndarray:
-    "The rise of the loss, without checkpoint."
-    cut, _, values = ablator
-    kept = _keep_others(ablator, ablated)
+def _measure_rise(
+    ablator: tuple[Cut, Graph, FixedValues], tokens: Tensor, ablated: np.ndarray, run: Run, bar: tqdm
+) -> np.ndarray:
+    "The rise of the loss, without checkpoint: all edges of the model are kept, then all but each set."
+    cut, graph, values = ablator
+    none = np.zeros(len(graph), dtype=bool)
+    kept = [~select(cut, graph.keep(edges), "edge") for edges in (none, *ablated)]
     rise = np.full((len(ablated), *tokens.shape), np.nan, dtype=np.float32)
     size = run.sequences_at_a_time(tokens)
     for start in range(0, len(tokens), size):
@@ -357,16 +358,15 @@ def _measure_rise(ablator: _Ablator, tokens: Tensor, ablated: np.ndarray, run: R
 
 
 def _checkpoint_files(
-    folder: str | Path, ablator: _Ablator, tokens: Tensor, value: AblatedValue, ablated: np.ndarray
+    folder: str | Path, model: Model, graph: Graph, tokens: Tensor, value: AblatedValue, ablated: np.ndarray
 ) -> list[Path]:
     "A file for each set of edges."
-    text = f"{ablator.cut.model.weights_hash} {ablator.graph.meta.get('dictionaries')}"
-    arrays = [tokens.cpu().numpy(), *edge_codes(ablator.graph)]
+    text = f"{model.weights_hash} {graph.meta.get('dictionaries')}"
+    arrays = [tokens.cpu().numpy(), *edge_codes(graph)]
     digest = _digest(text.encode(), pickle.dumps(value), *(array.tobytes() for array in arrays))
     home = Path(folder) / digest
     home.mkdir(parents=True, exist_ok=True)
-    names = [_digest(np.packbits(row).tobytes()) for row in ablated]
-    return [home / f"{name}.npy" for name in names]
+    return [home / f"{_digest(np.packbits(row).tobytes())}.npy" for row in ablated]
 
 
 def _digest(*parts: bytes) -> str:
@@ -401,9 +401,9 @@ def draw_controls(
     for control in controls:
         chosen = _draw_nodes(level, member, draw)
         for mine, pool in blocks:
-            n_chosen_ends = chosen[source[pool]].astype(int) + chosen[target[pool]]
+            n_chosen = chosen[source[pool]].astype(int) + chosen[target[pool]]
             wanted = size[mine]
-            matched = _match_sizes(pool, n_chosen_ends, size, wanted, draw)
+            matched = _match_sizes(pool, n_chosen, size, wanted, draw)
             control[matched] = True
     return controls
 
@@ -421,16 +421,12 @@ def _draw_nodes(level: np.ndarray, member: np.ndarray, draw: np.random.Generator
 
 
 def _match_sizes(
-    pool: np.ndarray,
-    n_chosen_ends: np.ndarray,
-    size: np.ndarray,
-    wanted: np.ndarray,
-    draw: np.random.Generator,
+    pool: np.ndarray, n_chosen: np.ndarray, size: np.ndarray, wanted: np.ndarray, draw: np.random.Generator
 ) -> np.ndarray:
     "One edge of a pool for each wanted size: of twice as many with most ends chosen, the nearest in size."
     n_wanted = len(wanted)
     tie_break = draw.random(len(pool))
-    order = np.lexsort((tie_break, -n_chosen_ends))
+    order = np.lexsort((tie_break, -n_chosen))
     pool = pool[order][: 2 * n_wanted]
     if len(pool) <= n_wanted:
         return pool
@@ -439,16 +435,8 @@ def _match_sizes(
     return pool[matched]
 
 # %% ../../nbs/86_behaviour.ipynb #5d6308b8
-class _Effects(NamedTuple):
-    "Numbers for each set of ablated edges and each behaviour."
-
-    mean: np.ndarray
-    selectivity: np.ndarray
-    lift: np.ndarray
-
-
-def _effects(rise: np.ndarray, masks: np.ndarray) -> _Effects:
-    "Mean rise on each behaviour, selectivity and lift."
+def _effects(rise: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Mean rise, selectivity and lift, for each set of ablated edges and each behaviour."
     flat = np.nan_to_num(rise.reshape(len(rise), -1).astype(float))
     where = masks.reshape(len(masks), -1).astype(float)
     n_positions = where.sum(1)
@@ -462,7 +450,7 @@ def _effects(rise: np.ndarray, masks: np.ndarray) -> _Effects:
         up = flat.clip(0)
         share_of_rise = up @ where.T / up.sum(1, keepdims=True)
         lift = share_of_rise / (n_positions / n_counted)
-    return _Effects(mean, selectivity, lift)
+    return mean, selectivity, lift
 
 # %% ../../nbs/86_behaviour.ipynb #68f9da68
 def permute_positions(
@@ -491,40 +479,9 @@ def permute_positions(
     return (1 + as_much) / (1 + n)
 
 
-def _count_movable(masks: np.ndarray, token: np.ndarray, skip_first: int) -> np.ndarray:
-    "How many positions of each behaviour have a token that also occurs outside it."
-    counted = np.zeros(token.shape, dtype=bool)
-    counted[:, skip_first:-1] = True
-    movable = []
-    for mask in masks:
-        elsewhere = token[counted & ~mask]
-        movable.append((mask & np.isin(token, elsewhere)).sum())
-    return np.array(movable)
-
-# %% ../../nbs/86_behaviour.ipynb #05d9cd6b
-def _choose_best(rise: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, _Effects]:
-    "The behaviour that each set hits most on even sequences, and effects on odd ones."
-    chosen_on = _effects(rise[:, 0::2], masks[:, 0::2])
-    measured = _effects(rise[:, 1::2], masks[:, 1::2])
-    effect = np.nan_to_num(chosen_on.mean, nan=-np.inf)
-    best = effect == effect.max(1, keepdims=True)
-    return best, measured
-
-
-def _compare_controls(
-    effect: Float[np.ndarray, "community behaviour"], chance: Float[np.ndarray, "community control behaviour"]
-) -> dict[str, np.ndarray]:
-    "Effects beside those of controls."
-    n_controls = chance.shape[1]
-    mean = chance.mean(1)
-    sd = chance.std(1, ddof=1) if n_controls > 1 else np.full(effect.shape, np.nan)
-    as_large = (chance >= effect[:, None] - 1e-12).sum(1)
-    return {
-        "control": mean,
-        "control_sd": sd,
-        "z": (effect - mean) / np.where(sd > 0, sd, np.nan),
-        "p_control": (1 + as_large) / (1 + n_controls),
-    }
+def _count_movable(masks: np.ndarray, token: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    "How many positions of each behaviour have a token that also occurs outside it, where positions count."
+    return np.array([(mask & np.isin(token, token[counted & ~mask])).sum() for mask in masks])
 
 # %% ../../nbs/86_behaviour.ipynb #d0d7a589
 @dataclass(frozen=True)
@@ -546,7 +503,7 @@ class Matching:
 def match_behaviours(
     model: Model,
     graph: Graph,  # with a column `community`
-    tokens: Int[Tensor, "seq pos"],
+    tokens: Int[Tensor, "seq pos"] | Corpus,
     behaviours: Mapping[str, Bool[Tensor, "seq pos"]],
     *,
     value: str | AblatedValue = "mean",  # as in `ablation_losses`, like what is below
@@ -574,70 +531,68 @@ def match_behaviours(
     n = len(shown)
     of_community = edges[shown]
     every = edges.any(0, keepdims=True)
-    options = {"edges": matching.edges, "seed": matching.seed}
-    controls = np.stack([draw_controls(graph, int(c), matching.n_controls, **options) for c in shown])
+    options = {"n": matching.n_controls, "edges": matching.edges, "seed": matching.seed}
+    controls = np.stack([draw_controls(graph, int(c), **options) for c in shown])
     ablated = np.concatenate([of_community, every & ~of_community, every, *controls])
     rise = ablation_losses(model, graph, tokens, ablated, value=value, dictionaries=dictionaries, run=run)
     rise[:, :, : matching.skip_first] = np.nan
     names = pd.MultiIndex.from_product([shown, list(behaviours)], names=["community", "behaviour"])
-    token = tokens.cpu().numpy()
+    token = _read_text(tokens)[0].cpu().numpy()
     columns = _tabulate(rise, masks, token, n, matching)
     table = pd.DataFrame({name: column.ravel() for name, column in columns.items()}, index=names)
     p = table[["p_control", "p_position"]].max(axis=1)
     p_corrected = scipy.stats.false_discovery_control(p)
-    best, _ = _choose_best(rise[:n], masks)
-    n_positions = masks.sum((1, 2))
-    movable = _count_movable(masks, token, matching.skip_first)
+    on_even = np.nan_to_num(_effects(rise[:n, 0::2], masks[:, 0::2])[0], nan=-np.inf)
+    best = on_even == on_even.max(1, keepdims=True)
     described = _describe_match(graph, of_community, controls)
     return table.assign(
         p=p,
         p_corrected=p_corrected,
         best=best.ravel(),
-        positions=np.tile(n_positions, n),
-        movable=np.tile(movable, n),
+        positions=np.tile(masks.sum((1, 2)), n),
+        movable=np.tile(_count_movable(masks, token, ~np.isnan(rise[0])), n),
         **{name: np.repeat(column, len(masks)) for name, column in described.items()},
     )
 
 
-def _tabulate(
-    rise: np.ndarray, masks: np.ndarray, token: np.ndarray, n: int, matching: Matching
-) -> dict[str, np.ndarray]:
+def _tabulate(rise: np.ndarray, masks: np.ndarray, token: np.ndarray, n: int, matching: Matching) -> dict:
     "The columns of the matrix, of rises without each community, all others, all, and each control."
-    effect = _effects(rise, masks).mean
-    _, measured = _choose_best(rise[:n], masks)
-    of_community = effect[:n]
-    without_others = effect[n : 2 * n]
-    without_all = effect[2 * n]
-    chance = effect[2 * n + 1 :].reshape(n, matching.n_controls, -1)
-    permuted = {"p_position": np.indices(token.shape)[0], "p_token": token}
+    mean = _effects(rise, masks)[0]
+    effect = mean[:n]
+    without_others = mean[n : 2 * n]
+    without_all = mean[2 * n]
+    chance = mean[2 * n + 1 :].reshape(n, matching.n_controls, -1)
+    control = chance.mean(1)
+    sd = chance.std(1, ddof=1) if matching.n_controls > 1 else np.full(effect.shape, np.nan)
+    as_large = (chance >= effect[:, None] - 1e-12).sum(1)
+    _, selectivity, lift = _effects(rise[:n, 1::2], masks[:, 1::2])
+    sequence = np.indices(token.shape)[0]
+    permutations = (matching.n_permutations, matching.seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         return {
-            "effect": of_community,
-            "selectivity": measured.selectivity,
-            "lift": measured.lift,
-            "necessity": of_community.clip(0) / of_community.clip(0).sum(0),
+            "effect": effect,
+            "selectivity": selectivity,
+            "lift": lift,
+            "necessity": effect.clip(0) / effect.clip(0).sum(0),
             "sufficiency": 1 - without_others / np.where(without_all > 0, without_all, np.nan),
-            **_compare_controls(of_community, chance),
-            **{
-                name: permute_positions(rise[:n], masks, group, matching.n_permutations, matching.seed)
-                for name, group in permuted.items()
-            },
+            "control": control,
+            "control_sd": sd,
+            "z": (effect - control) / np.where(sd > 0, sd, np.nan),
+            "p_control": (1 + as_large) / (1 + matching.n_controls),
+            "p_position": permute_positions(rise[:n], masks, sequence, *permutations),
+            "p_token": permute_positions(rise[:n], masks, token, *permutations),
         }
 
 
-def _describe_match(
-    graph: Graph, of_community: np.ndarray, controls: np.ndarray
-) -> dict[str, np.ndarray | list]:
+def _describe_match(graph: Graph, of_community: np.ndarray, controls: np.ndarray) -> dict[str, Any]:
     "Edges of each community, and how near its controls come in number and size."
     size = share_weights(graph)
-    n_matched = []
-    size_matched = []
-    for mine, control in zip(of_community, controls, strict=True):
-        n_edges = control.sum(1).mean()
-        total = (control @ size).mean()
-        n_matched.append(n_edges / mine.sum())
-        size_matched.append(total / size[mine].sum())
-    return {"edges": of_community.sum(1), "control_edges": n_matched, "control_size": size_matched}
+    matched = list(zip(of_community, controls, strict=True))
+    return {
+        "edges": of_community.sum(1),
+        "control_edges": [control.sum(1).mean() / mine.sum() for mine, control in matched],
+        "control_size": [(control @ size).mean() / size[mine].sum() for mine, control in matched],
+    }
 
 # %% ../../nbs/86_behaviour.ipynb #7fdc2b30
 def summarise_matches(
@@ -671,7 +626,7 @@ def summarise_matches(
 def compare_groupings(
     model: Model,
     groupings: Mapping[str, Graph],  # graphs with a column `community`, for example of `other_groupings`
-    tokens: Int[Tensor, "seq pos"],
+    tokens: Int[Tensor, "seq pos"] | Corpus,
     behaviours: Mapping[str, Bool[Tensor, "seq pos"]],
     **options: Any,  # of `match_behaviours`
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # a row for each grouping; the matrices, one below the other

@@ -80,12 +80,11 @@ def confirm_communities(
         return rank_communities(member, links.touched())
 
     member = find(one)
-    largest = []
     within, expected, excess = _measure_excess(two, member, kept, resolution)
+    largest = []
     for s in range(n_null):
         first, second = _rewire_pair(one, two, kept, seed + s)
-        chance = _measure_excess(second, find(first), kept, resolution)[2]
-        largest.append(chance.max())
+        largest.append(_measure_excess(second, find(first), kept, resolution)[2].max())
     total = two.weight.sum()
     columns = {
         "nodes": np.bincount(member[member >= 0]),

@@ -64,15 +64,14 @@ def _colour(community: int) -> str:
     return "#BBBBBB"
 
 
-def _layout(height: int, x: str, y: str) -> dict[str, Any]:
-    "The layout of a matrix of categories."
-    return {
-        "template": "plotly_white",
-        "height": height,
-        "margin": {"t": 20, "r": 10},
-        "xaxis": {"title": x, "type": "category"},
-        "yaxis": {"title": y, "type": "category"},
-    }
+def _heatmap(values: Any, largest: float, titles: tuple[str, str], height: int, **options: Any) -> go.Figure:
+    "A table of categories, red above zero and blue below; titles are those of columns and of rows."
+    names = {"x": list(values.columns), "y": [str(name) for name in values.index]}
+    colours = {"colorscale": "RdBu_r", "zmin": -largest, "zmax": largest}
+    matrix = go.Heatmap(z=values.to_numpy(), **names, **colours, **options)
+    x, y = ({"title": title, "type": "category"} for title in titles)
+    layout = {"template": "plotly_white", "height": height, "margin": {"t": 20, "r": 10}}
+    return go.Figure(matrix, {**layout, "xaxis": x, "yaxis": y})
 
 # %% ../../nbs/87_community_figures.ipynb #504d892e
 def plot_communities(
@@ -85,31 +84,22 @@ def plot_communities(
     table = flow_between(graph)
     names = [name for name in dict.fromkeys(table["source"]) if name != "none"][:n]
     ratio, flow, expected = (
-        table.pivot(index="target", columns="source", values=column)
-        .reindex(index=names, columns=names)
-        .to_numpy()
+        table.pivot(index="target", columns="source", values=column).reindex(index=names, columns=names)
         for column in ("ratio", "flow", "expected")
     )
     with np.errstate(divide="ignore"):
-        log = np.clip(np.log2(ratio), -4, 4)
-    matrix = go.Heatmap(
-        z=log,
-        x=names,
-        y=names,
-        zmin=-4,
-        zmax=4,
-        colorscale="RdBu_r",
+        log = np.log2(ratio).clip(-4, 4)
+    ticks = {"tickvals": [-4, -2, 0, 2, 4], "ticktext": ["1/16", "1/4", "1", "4", "16"]}
+    shown = "%{x} → %{y}: %{customdata[0]:.2%} of all weight, null %{customdata[1]:.2%}<extra></extra>"
+    return _heatmap(
+        log,
+        4,
+        ("from community", "to community"),
+        height,
         customdata=np.stack([flow, expected], -1),
-        colorbar={
-            "title": "flow / null",
-            "tickvals": [-4, -2, 0, 2, 4],
-            "ticktext": ["1/16", "1/4", "1", "4", "16"],
-        },
-        hovertemplate=(
-            "%{x} → %{y}: %{customdata[0]:.2%} of all weight, null %{customdata[1]:.2%}<extra></extra>"
-        ),
+        colorbar={"title": "flow / null", **ticks},
+        hovertemplate=shown,
     )
-    return go.Figure(matrix, _layout(height, "from community", "to community"))
 
 # %% ../../nbs/87_community_figures.ipynb #a885c47e
 def plot_flow(
@@ -159,8 +149,7 @@ def plot_community_layers(
     if community is not None:
         _check_community(member, community)
         source, target, _ = edge_codes(graph)
-        inside = (member[source] == community) & (member[target] == community)
-        graph = graph.keep(inside)
+        graph = graph.keep((member[source] == community) & (member[target] == community))
     figure = plot_layers(graph, min(n_edges, len(graph)), levels=(), height=height)
     # traces of nodes are named by kind, traces of edges have no name
     edges: list[Any] = [trace for trace in figure.data if getattr(trace, "name", None) is None]
@@ -178,8 +167,7 @@ def _community_traces(graph: Graph, member: np.ndarray) -> list[go.Scatter]:
     places = place_nodes(graph).to_numpy()
     names = graph.nodes["name"].to_numpy()
     source, target, _ = edge_codes(graph)
-    touched = np.zeros(len(names), dtype=bool)
-    touched[source] = touched[target] = True
+    touched = np.isin(np.arange(len(names)), [source, target])
     traces = []
     for c in np.unique(member[touched]):
         shown = touched & (member == c)
@@ -212,21 +200,17 @@ def plot_behaviours(
         )
     wide = table[value].unstack("behaviour")
     p_corrected = table["p_corrected"].unstack("behaviour").to_numpy()
-    largest = float(np.nanmax(np.abs(wide.to_numpy()))) or 1.0
-    matrix = go.Heatmap(
-        z=wide.to_numpy(),
-        x=list(wide.columns),
-        y=[str(c) for c in wide.index],
-        zmin=-largest,
-        zmax=largest,
-        colorscale="RdBu_r",
+    return _heatmap(
+        wide,
+        float(np.nanmax(np.abs(wide.to_numpy()))) or 1.0,
+        ("behaviour", "community"),
+        height,
         text=np.where(p_corrected < p, "*", ""),
         texttemplate="%{text}",
         customdata=p_corrected,
         colorbar={"title": value},
         hovertemplate="community %{y}, %{x}: %{z:.3g}, corrected p %{customdata:.3g}<extra></extra>",
     )
-    return go.Figure(matrix, _layout(height, "behaviour", "community"))
 
 # %% ../../nbs/87_community_figures.ipynb #48b79e9d
 def _edges_of(graph: Graph, community: int, least: float) -> dict[str, pd.DataFrame]:
@@ -237,15 +221,12 @@ def _edges_of(graph: Graph, community: int, least: float) -> dict[str, pd.DataFr
     from_it = member[source] == community
     into_it = member[target] == community
     large = share >= least * share.max(initial=0.0)
-    order = np.argsort(-share, kind="stable")
     parts = {"within": from_it & into_it, "into it": ~from_it & into_it, "out of it": from_it & ~into_it}
-    tables = {}
-    for name, mask in parts.items():
-        shown = mask & large
-        rows = order[shown[order]]
-        edges = graph.edges.iloc[rows]
-        tables[name] = edges.assign(share=share[rows])
-    return tables
+    edges = graph.edges.assign(share=share)
+    return {
+        name: edges.loc[mask & large].sort_values("share", ascending=False, kind="stable")
+        for name, mask in parts.items()
+    }
 
 # %% ../../nbs/87_community_figures.ipynb #f7c96368
 def list_members(
@@ -260,26 +241,16 @@ def list_members(
     weight = np.where(inside, share, 0.0)
     out = np.bincount(source, weight, minlength=len(member))
     into = np.bincount(target, weight, minlength=len(member))
-    columns = {
-        "node": graph.nodes["name"],
-        "kind": graph.nodes["kind"],
-        "frequency": graph.nodes["frequency"],
-        "in": into,
-        "out": out,
-        "row": np.arange(len(member)),
-    }
+    table = pd.DataFrame(graph.nodes, columns=["name", "kind", "frequency"])
+    table = table.rename(columns={"name": "node"})
+    table = table.assign(**{"in": into, "out": out, "row": np.arange(len(member))})
     rows = np.flatnonzero(member == community)
     order = np.argsort(-(into + out)[rows], kind="stable")
-    return pd.DataFrame(columns).iloc[rows[order]]
+    return table.iloc[rows[order]]
 
 # %% ../../nbs/87_community_figures.ipynb #4cf88e4a
 def _describe(
-    graph: Graph,
-    community: int,
-    least: float,
-    texts: Callable[[int], str] | None,
-    table: pd.DataFrame | None,
-    n: int,
+    graph: Graph, community: int, least: float, texts: Callable | None, table: pd.DataFrame | None, n: int
 ) -> str:
     "One community as HTML: nodes, edges, behaviours, text."
     members = list_members(graph, community)
@@ -288,7 +259,12 @@ def _describe(
         columns = {"edge": name_edges(rows), "share": rows["share"], "mean weight": rows["weight"]}
         parts.append(f"<h4>{len(rows):,} edges {name}</h4>")
         parts.append(_show_table(pd.DataFrame(columns)[:n], name.split()[0]))
-    parts.append(_describe_effects(table, community))
+    if table is None:
+        parts.append("<p>Behaviours were not measured for these communities.</p>")
+    elif community in table.index.get_level_values("community"):
+        effects = table.loc[community].sort_values("effect", ascending=False).reset_index()
+        columns = ["behaviour", "effect", "control", "selectivity", "p_corrected"]
+        parts.append("<h4>without its edges</h4>" + _show_table(effects[columns], "behaviours"))
     if texts is not None:
         for name, row in zip(members["node"][: max(1, n // 3)], members["row"], strict=False):
             title = html.escape(str(name))
@@ -299,17 +275,6 @@ def _describe(
 def _show_table(table: Any, name: str) -> str:
     three_digits = "{:.3g}".format
     return table.to_html(index=False, border=0, float_format=three_digits, classes=name)
-
-
-def _describe_effects(table: pd.DataFrame | None, community: int) -> str:
-    "The behaviours that suffer without a community's edges."
-    if table is None:
-        return "<p>Behaviours were not measured for these communities.</p>"
-    if community not in table.index.get_level_values("community"):
-        return ""
-    effects = table.loc[community].sort_values("effect", ascending=False).reset_index()
-    columns = ["behaviour", "effect", "control", "selectivity", "p_corrected"]
-    return "<h4>without its edges</h4>" + _show_table(effects[columns], "behaviours")
 
 # %% ../../nbs/87_community_figures.ipynb #ff688c22
 THRESHOLDS = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
@@ -322,7 +287,8 @@ class _Inspector:
         self.given = graph
         self.texts = texts
         self.table = table
-        self.method, self.n = method, n
+        self.method = method
+        self.n = n
         self.graphs = {0.0: graph}  # by resolution; 0 is as given
         steps = [("as given", 0.0), *((f"{r:g}", r) for r in resolutions)]
         self.resolution = self.slider("resolution", steps)
@@ -331,12 +297,9 @@ class _Inspector:
         self.plot = ipywidgets.Output(layout={"width": "55%"})
         self.matrix = ipywidgets.Output(layout={"width": "45%"})
         self.text = ipywidgets.HTML()
-        for widget, react in (
-            (self.chosen, self.draw),
-            (self.resolution, self.search),
-            (self.least, self.draw),
-        ):
-            widget.observe(react, "value")
+        self.chosen.observe(self.draw, "value")
+        self.resolution.observe(self.search, "value")
+        self.least.observe(self.draw, "value")
 
     def slider(self, name: str, steps: list[tuple[str, float]]) -> ipywidgets.SelectionSlider:
         "A slider over steps that have labels."
@@ -346,11 +309,9 @@ class _Inspector:
 
     def draw(self, _: Any = None) -> None:
         "Show the chosen community."
-        graph, community, least = (
-            self.graphs[self.resolution.value],
-            int(self.chosen.value or 0),
-            self.least.value,
-        )
+        graph = self.graphs[self.resolution.value]
+        community = int(self.chosen.value or 0)
+        least = self.least.value
         share = share_weights(graph)
         strong = graph.keep(share >= least * share.max(initial=0.0))
         figure = plot_community_layers(strong, 300, community=community, height=520)

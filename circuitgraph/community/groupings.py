@@ -14,11 +14,10 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 from jaxtyping import Float, Int
-from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
 from .links import NULLS, add_history, read_links
-from .nulls import communities_of, quality, rewire_links
+from .nulls import agreement, communities_of, quality, rewire_links
 from .patterns import compare_patterns, list_features, read_patterns
 from .search import SEARCHES, SearchLike, find_communities, find_search
 from .search import rank_communities
@@ -36,15 +35,6 @@ RESOLUTIONS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 def _check_rising(resolutions: Sequence[float]) -> None:
     if not len(resolutions) or (np.diff(resolutions) <= 0).any():
         raise ValueError(f"resolutions must rise, got {list(resolutions)}")
-
-
-def _agreement(partitions: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
-    "Mean adjusted mutual information of pairs; of each pair once, where both are the same."
-    scores = []
-    for i, member in enumerate(partitions):
-        for other in others[:i] if others is partitions else others:
-            scores.append(adjusted_mutual_info_score(member, other))
-    return float(np.mean(scores))
 
 
 def _find_plateau(number: np.ndarray, resolutions: Sequence[float], within: float) -> np.ndarray:
@@ -89,16 +79,14 @@ def profile_resolutions(
     number = np.array([np.mean([member.max() + 1 for member in group]) for group in members])
     plateau = _find_plateau(number, resolutions, within)
     worth = [[quality(one, search.null, weight=weight) for one in group] for group in graphs]
-    neighbours = zip(members, members[1:], strict=False)
     columns = {
         "communities": number,
         "quality": [np.mean(of_seeds) for of_seeds in worth],
-        "agreement": [_agreement(group, group) for group in members],
-        "next": [*(_agreement(*pair) for pair in neighbours), np.nan],
+        "agreement": [agreement(group) for group in members],
+        "next": [*map(agreement, members, members[1:]), np.nan],
         "plateau": np.isin(np.arange(len(number)), plateau),
     }
-    index = pd.Index(resolutions, name="resolution")
-    return pd.DataFrame(columns, index=index)
+    return pd.DataFrame(columns, index=pd.Index(resolutions, name="resolution"))
 
 # %% ../../nbs/84_groupings.ipynb #058b76c6
 def nest_communities(
@@ -197,8 +185,7 @@ def count_tokens(
         raise ValueError(f"corpus must be the text of the patterns, of {n} positions, got {corpus.numel()}")
     token = np.unique(corpus.cpu().numpy(), return_inverse=True)[1].ravel()
     active = np.flatnonzero(np.diff(activity.indptr))
-    ends = (token[active], active)
-    is_token = sp.csr_array((np.ones(len(active)), ends), shape=(token.max() + 1, n))
+    is_token = sp.csr_array((np.ones(len(active)), (token[active], active)), shape=(token.max() + 1, n))
     sums = sp.csr_array(is_token @ activity)
     if not excess:
         return sums
@@ -227,9 +214,8 @@ def other_groupings(
     search = find_search(method)
     options = {"n_active": 1} | options
     similar = _compare_nodes(model, graph, corpus, dictionaries, skip_first, options)
-    links = read_links(graph)
     draw = np.random.default_rng(seed)
-    rewired, _, _ = rewire_links(links, NULLS["layered"], draw)
+    rewired = rewire_links(read_links(graph), NULLS["layered"], draw)[0]
 
     def group(similarity: sp.csr_array | None, resolution: float) -> np.ndarray:
         if similarity is None:
@@ -244,20 +230,16 @@ def other_groupings(
 
     groupings = {}
     for name, similarity in ({"rewired": None} | similar).items():
-        tried = [(group(similarity, resolution), resolution) for resolution in resolutions]
-        member, resolution = min(tried, key=lambda pair: abs(pair[0].max() - communities.max()))
-        step = f"groups: {name}, resolution {resolution:g}, seed {seed}"
-        groupings[name] = add_history(graph, step, community=member)
+        tried = [group(similarity, resolution) for resolution in resolutions]
+        missed = [abs(member.max() - communities.max()) for member in tried]
+        nearest = int(np.argmin(missed))
+        step = f"groups: {name}, resolution {resolutions[nearest]:g}, seed {seed}"
+        groupings[name] = add_history(graph, step, community=tried[nearest])
     return groupings
 
 
 def _compare_nodes(
-    model: Model,
-    graph: Graph,
-    corpus: Tensor,
-    dictionaries: Mapping[str, Dictionary] | None,
-    skip_first: int,
-    options: dict[str, Any],
+    model: Model, graph: Graph, corpus: Tensor, dictionaries: Any, skip_first: int, options: dict[str, Any]
 ) -> dict[str, sp.csr_array]:
     "Similarity of nodes by direction and by token."
     given = {"skip_first": skip_first, "run": Run(batch_size=8, progress=False)}

@@ -22,11 +22,8 @@ def edge_codes(
     graph: Graph,
 ) -> tuple[Int[np.ndarray, " edge"], Int[np.ndarray, " edge"], Int[np.ndarray, " edge"]]:
     "Where each edge starts and where it ends, as rows of the nodes, and its port as a number."
-    numbers = []
-    for column in ("source", "target", "port"):
-        codes = graph.edges[column].cat.codes
-        numbers.append(codes.to_numpy().astype(np.int64))
-    source, target, port = numbers
+    columns = [graph.edges[name].cat.codes for name in ("source", "target", "port")]
+    source, target, port = (codes.to_numpy().astype(np.int64) for codes in columns)
     return source, target, port
 
 # %% ../../nbs/80_links.ipynb #e8fceb78
@@ -159,14 +156,9 @@ class Null:
     by_port: bool = True  # whether rewiring keeps each port's weight apart and drops edges that come twice
 
 
-def _one_level(nodes: pd.DataFrame) -> np.ndarray:
-    n_nodes = len(nodes)
-    return np.zeros(n_nodes, dtype=np.int64)
-
-
 NULLS = {
     "layered": Null("layered", node_levels),
-    "configuration": Null("configuration", _one_level, by_port=False),
+    "configuration": Null("configuration", lambda nodes: np.zeros(len(nodes), dtype=int), by_port=False),
 }
 
 # %% ../../nbs/80_links.ipynb #5cd950c5
@@ -211,7 +203,6 @@ def _level_shares(strength: np.ndarray, level: np.ndarray, total: np.ndarray) ->
     "Each node's share of its level's total, in the column of its level."
     total = np.where(total > 0, total, 1)
     nodes = np.arange(len(level))
-    shape = (len(level), len(total))
-    shares = np.zeros(shape)
+    shares = np.zeros((len(level), len(total)))
     shares[nodes, level] = strength / total[level]
     return shares

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['communities_of', 'weigh_communities', 'links_quality', 'quality', 'expected_between', 'permute_targets', 'balance',
-           'edge_blocks', 'kept_sums', 'rewire_links', 'rewire', 'compare_with_chance', 'check_draws',
+           'edge_blocks', 'kept_sums', 'rewire_links', 'rewire', 'agreement', 'compare_with_chance', 'check_draws',
            'judge_communities']
 
 # %% ../../nbs/82_nulls.ipynb #7c69082f
@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 from jaxtyping import Float, Int
 from sklearn.metrics import adjusted_mutual_info_score
 
 from .links import Links, NULLS, Null, NullLike, add_history, expect_weight, find_null
 from .links import node_levels, read_links
-from .search import SearchLike, SearchOptions, find_search, rank_communities
+from .search import SearchLike, SearchOptions, find_search, group_matrix
+from .search import rank_communities
 from ..graph.graph import Graph
 
 # %% ../../nbs/82_nulls.ipynb #37fadd6b
@@ -42,16 +42,9 @@ def weigh_communities(
     within = np.bincount(source[inside], links.weight[inside], minlength=n)
     level = null.levels(links.nodes)
     out, into, between = expect_weight(links.weight, links.source, links.target, level)
-    group = _group_matrix(member, n)
+    group = group_matrix(member, n)
     expected = ((group @ out @ between) * (group @ into)).sum(1)
     return within, resolution * expected
-
-
-def _group_matrix(member: np.ndarray, n: int) -> sp.csr_array:
-    "A matrix `[group node]` of zeros and ones; nodes without a group (-1) are in no row."
-    nodes = np.flatnonzero(member >= 0)
-    ones = np.ones(len(nodes))
-    return sp.csr_array((ones, (member[nodes], nodes)), shape=(n, len(member)))
 
 
 def links_quality(links: Links, member: np.ndarray, null: Null, resolution: float = 1.0) -> float:
@@ -89,7 +82,7 @@ def expected_between(
     level = node_levels(links.nodes)
     out, into, between = expect_weight(links.weight, links.source, links.target, level)
     n_groups = int(group.max()) + 1
-    groups = _group_matrix(group, n_groups)
+    groups = group_matrix(group, n_groups)
     sent = groups @ out
     received = groups @ into
     expected = sent @ between @ received.T
@@ -152,20 +145,17 @@ def edge_blocks(
     "A number for the pair of levels and the port of each edge."
     n_levels = int(level.max()) + 1
     n_ports = int(port.max(initial=0)) + 1
-    from_level = level[source]
-    into_level = level[target]
-    pair = from_level * n_levels + into_level
+    pair = level[source] * n_levels + level[target]
     return pair * n_ports + port
 
 
 def kept_sums(links: Links, null: Null) -> list[np.ndarray]:
     "For each edge, its source, its target and its block: pair of levels and port."
-    source, target = links.source, links.target
-    if not null.by_port:
-        return [source, target, np.zeros_like(links.port)]
-    level = null.levels(links.nodes)
-    blocks = edge_blocks(source, target, links.port, level)
-    return [source, target, blocks]
+    block = np.zeros_like(links.port)
+    if null.by_port:
+        level = null.levels(links.nodes)
+        block = edge_blocks(links.source, links.target, links.port, level)
+    return [links.source, links.target, block]
 
 
 def rewire_links(
@@ -207,10 +197,18 @@ def rewire(
     for column in ("weight", "abs_weight", "rms_weight"):
         edges[column] = edges[column].to_numpy() * factor
     step = "rewired within levels" if kept == NULLS["layered"] else f"rewired, null {kept.name}"
-    rewired = Graph(graph.nodes, edges, graph.meta)
-    return add_history(rewired, f"{step}, seed {seed}")
+    return add_history(Graph(graph.nodes, edges, graph.meta), f"{step}, seed {seed}")
 
 # %% ../../nbs/82_nulls.ipynb #02c225a7
+def agreement(partitions: Sequence[np.ndarray], others: Sequence[np.ndarray] | None = None) -> float:
+    "Mean adjusted mutual information of pairs of partitions, or of each with each of the others."
+    scores = []
+    for i, member in enumerate(partitions):
+        for other in partitions[:i] if others is None else others:
+            scores.append(adjusted_mutual_info_score(member, other))
+    return float(np.mean(scores))
+
+
 def compare_with_chance(
     qualities: Sequence[float],  # of several searches
     chance: Sequence[float],  # of searches on random graphs
@@ -220,11 +218,7 @@ def compare_with_chance(
     reached = np.mean(qualities)
     mean = float(np.mean(chance))
     sd = float(np.std(chance, ddof=1))
-    agreement = [
-        adjusted_mutual_info_score(partitions[i], partitions[j])
-        for i in range(len(partitions))
-        for j in range(i)
-    ]
+
     return pd.Series(
         {
             "communities": len(np.unique(partitions[0][partitions[0] >= 0])),
@@ -233,7 +227,7 @@ def compare_with_chance(
             "null_sd": sd,
             "z": (reached - mean) / sd if sd > 0 else np.nan,
             "p": (1 + np.sum(np.asarray(chance) >= reached)) / (1 + len(chance)),
-            "agreement": np.mean(agreement),
+            "agreement": agreement(partitions),
         }
     )
 

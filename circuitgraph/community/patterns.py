@@ -8,6 +8,7 @@ __all__ = ['Entries', 'TIMING', 'MEASURES', 'list_features', 'read_patterns', 'c
 
 # %% ../../nbs/83_patterns.ipynb #029fb5a0
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,24 +121,18 @@ class _Sums(NamedTuple):
 
 
 def _jaccard(s: _Sums) -> np.ndarray:
-    both = s.both
-    either = s.n_i + s.n_j - both
-    return both / either
+    return s.both / (s.n_i + s.n_j - s.both)
 
 
 def _npmi(s: _Sums) -> np.ndarray:
-    both = s.both
-    total = s.total
-    product = s.n_i * s.n_j
-    information = np.log(both * total / product)
-    largest = np.log(total / both)
-    return np.where(both == total, 1.0, information / largest)
+    information = np.log(s.both * s.total / (s.n_i * s.n_j))
+    largest = np.log(s.total / s.both)
+    return np.where(s.both == s.total, 1.0, information / largest)
 
 
 def _cosine(s: _Sums) -> np.ndarray:
     squares = s.square_i * s.square_j
-    length = np.sqrt(squares)
-    return s.both / length
+    return s.both / np.sqrt(squares)
 
 
 def _correlation(s: _Sums) -> np.ndarray:
@@ -151,23 +146,13 @@ TIMING = {"phi": _correlation, "jaccard": _jaccard, "npmi": _npmi}  # of zeros a
 MEASURES = TIMING | {"cosine": _cosine, "correlation": _correlation}
 
 # %% ../../nbs/83_patterns.ipynb #81703750
-def _compare_block(measure: str, sums: _Sums) -> np.ndarray:
-    "How alike nodes are; zero where the measure is not defined."
-    with np.errstate(divide="ignore", invalid="ignore"):
-        similarity = MEASURES[measure](sums)
-    together = sums.both != 0
-    defined = together & np.isfinite(similarity)
-    return np.where(defined, similarity, 0.0)
-
-
 def _nearest(similarity: np.ndarray, n_neighbours: int, least: float) -> Entries:
     "The largest entries of each row: row, column and value."
     n = min(n_neighbours, similarity.shape[1])
     nearest = np.argpartition(-similarity, n - 1, axis=1)[:, :n]
     values = np.take_along_axis(similarity, nearest, 1)
     row, column = np.nonzero(values >= least)
-    neighbour = nearest[row, column]
-    return row, neighbour, values[row, column]
+    return row, nearest[row, column], values[row, column]
 
 
 def _drop_idle(activity: sp.csr_array | np.ndarray) -> Any:
@@ -208,8 +193,7 @@ def compare_patterns(
     if measure in TIMING:
         table = active
     pairs = []
-    for nodes, sums in _sum_blocks(table, block):
-        similarity = _compare_block(measure, sums)
+    for nodes, similarity in _compare_blocks(table, measure, block):
         similarity[:, idle] = 0
         similarity[idle[nodes]] = 0
         similarity[np.arange(len(nodes)), nodes] = 0
@@ -221,8 +205,8 @@ def compare_patterns(
     return sp.csr_array(nearest.maximum(nearest.T))
 
 
-def _sum_blocks(table: Any, block: int) -> Iterator[tuple[np.ndarray, _Sums]]:
-    "Sums over positions, for some nodes at a time."
+def _compare_blocks(table: Any, measure: str, block: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    "How alike some nodes at a time are to all nodes; zero where the measure is not defined."
     total, n = table.shape
     sums = np.asarray(table.sum(0))
     squares = np.asarray((table * table).sum(0))
@@ -233,7 +217,11 @@ def _sum_blocks(table: Any, block: int) -> Iterator[tuple[np.ndarray, _Sums]]:
         both = columns[:, nodes].T @ columns
         if sparse:
             both = both.toarray()
-        yield nodes, _Sums(both, sums[nodes, None], sums, squares[nodes, None], squares, total)
+        block_sums = _Sums(both, sums[nodes, None], sums, squares[nodes, None], squares, total)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            similarity = MEASURES[measure](block_sums)
+        defined = (both != 0) & np.isfinite(similarity)
+        yield nodes, np.where(defined, similarity, 0.0)
 
 # %% ../../nbs/83_patterns.ipynb #5c4c28c6
 def shuffle_patterns(
@@ -248,8 +236,7 @@ def shuffle_patterns(
     position, node = table.coords
     position = (position + turn[node]) % n_positions
     entries = (table.data, (position, node))
-    rotated = sp.coo_array(entries, shape=table.shape)
-    return sp.csr_array(rotated)
+    return sp.csr_array(entries, shape=table.shape)
 
 # %% ../../nbs/83_patterns.ipynb #2420900e
 def judge_patterns(
@@ -265,35 +252,28 @@ def judge_patterns(
     "Compare communities of patterns with those of shuffled ones; raises ValueError as `compare_patterns`."
     check_draws(n_null, n_seeds)
 
-    def search(patterns: sp.csr_array, search_seed: int) -> tuple[float, np.ndarray]:
-        similarity = compare_patterns(patterns, measure, **options)
-        return _group_similar(similarity, resolution, search_seed)
-
-    qualities, partitions, chance = [], [], []
-    for s in range(n_seeds):
-        worth, member = search(activity, seed + s)
-        qualities.append(worth)
-        partitions.append(member)
-    for s in range(n_null):
-        shuffled = shuffle_patterns(activity, seed + s)
-        chance.append(search(shuffled, seed)[0])
+    group = partial(_group_patterns, measure=measure, resolution=resolution, options=options)
+    found = [group(activity, seed=seed + s) for s in range(n_seeds)]
+    chance = [group(shuffle_patterns(activity, seed + s), seed=seed)[0] for s in range(n_null)]
+    qualities, partitions = zip(*found, strict=True)
     return compare_with_chance(qualities, chance, partitions)
 
 
-def _group_similar(similarity: sp.csr_array, resolution: float, seed: int) -> tuple[float, np.ndarray]:
-    "Quality and communities of nodes that are alike."
+def _group_patterns(
+    activity: sp.csr_array, measure: str, resolution: float, seed: int, options: dict[str, Any]
+) -> tuple[float, np.ndarray]:
+    "Quality and communities of nodes whose patterns are alike."
+    similarity = compare_patterns(activity, measure, **options)
     n = len(similarity.indptr) - 1
     source, target, weight = similar_pairs(similarity)
     if not len(weight):
         return 0.0, np.arange(n)
     nodes = pd.DataFrame(index=range(n))
-    sign = np.ones(len(weight))
-    links = Links(weight, sign, source, target, 0 * source, nodes)
+    links = Links(weight, np.ones(len(weight)), source, target, 0 * source, nodes)
     search = SEARCHES["leiden"]
     member = search.find(links, resolution, seed)
     member = rank_communities(member, links.touched())
-    worth = links_quality(links, member, search.null, resolution)
-    total = worth * weight.sum()
+    total = links_quality(links, member, search.null, resolution) * weight.sum()
     return total / n, member
 
 # %% ../../nbs/83_patterns.ipynb #2df8aa85

@@ -53,16 +53,8 @@ def interaction_basis(
     length = power[:n].sqrt()
     W_dec = (root @ V / length).mT.to(mean).contiguous()
     W_enc = root / root.square().sum(0) @ V * length
-    return _linear_code(W_enc.to(mean).contiguous(), W_dec, mean, module, reads)
-
-
-def _linear_code(W_enc: Tensor, W_dec: Tensor, mean: Tensor, module: str, reads: str) -> LinearDictionary:
-    "The linear dictionary of centred activations."
-    b_enc = mean.new_zeros(W_enc.shape[1])
-    gate = Gate("none")
-    meta = {"kind": "lib"}
-    matrices = (W_enc, W_dec, b_enc, mean)
-    return LinearDictionary(module, reads, *matrices, gate, b_in=mean, meta=meta)
+    matrices = (W_enc.to(mean).contiguous(), W_dec, mean.new_zeros(n), mean)
+    return LinearDictionary(module, reads, *matrices, Gate("none"), b_in=mean, meta={"kind": "lib"})
 
 # %% ../../nbs/26_interaction.ipynb #c2c6aaff
 def _principal_basis(
@@ -75,7 +67,8 @@ def _principal_basis(
     n_varying = int((variance >= tol * variance[-1]).sum())
     n = min(d_dict or len(U), n_varying)
     directions = U.flip(1)[:, :n].to(mean).contiguous()
-    return _linear_code(directions, directions.mT.contiguous(), mean, module, reads)
+    matrices = (directions, directions.mT.contiguous(), mean.new_zeros(n), mean)
+    return LinearDictionary(module, reads, *matrices, Gate("none"), b_in=mean, meta={"kind": "lib"})
 
 # %% ../../nbs/26_interaction.ipynb #cc9d7884
 _SEQUENCES = 8  # at a time; random cotangents depend on it
@@ -86,15 +79,12 @@ def _collect_moments(
     model: Model, corpus: Tensor, places: Mapping[str, str], skip_first: int, run: Run
 ) -> dict[str, tuple[Tensor, Tensor]]:
     "Mean and covariance in double precision, by module."
-    d = model.d_model
-    double = {"dtype": torch.float64, "device": model.device}
-    first = {module: torch.zeros(d, **double) for module in places}
-    second = {module: torch.zeros(d, d, **double) for module in places}
+    zero = torch.zeros(model.d_model, dtype=torch.float64, device=model.device)
+    first = {module: zero.clone() for module in places}
+    second = {module: torch.outer(zero, zero) for module in places}
     n = len(corpus) * (corpus.shape[1] - skip_first)
-    batch_size = run.batch_size or _SEQUENCES
-    batches = range(0, len(corpus), batch_size)
-    for start in tqdm(batches, desc="moments", unit="batch", disable=not run.progress):
-        tokens = corpus[start : start + batch_size]
+    batches = corpus.split(run.batch_size or _SEQUENCES)
+    for tokens in tqdm(batches, desc="moments", unit="batch", disable=not run.progress):
         for (module, _), values in read_places(model, tokens, places.items()).items():
             values = values[:, skip_first:].flatten(0, 1).double()
             first[module].add_(values.sum(0) / n)
@@ -108,21 +98,21 @@ def _run_to_next(
     "Activations at a place, detached, and the code of the next layer as a function of them."
     module, reads = place
     n_layers = 1 + check_place(model, following.module, following.reads)[1]
-    activations = code = None
+    seen: dict[str, Tensor] = {}
 
     def visit(kind: str, layer: int, values: Mapping[str, Tensor]) -> Tensor | None:
-        nonlocal activations, code
-        if f"{kind}{layer}" == following.module:
-            code = following.encode(values[following.reads])[:, skip_first:]
-        if f"{kind}{layer}" != module:
+        name = f"{kind}{layer}"
+        if name == following.module:
+            seen["code"] = following.encode(values[following.reads])[:, skip_first:]
+        if name != module:
             return None
         activations = values[reads].detach().requires_grad_()
+        seen["activations"] = activations
         return activations if reads == "output" else activations - values["input"]
 
     with torch.enable_grad():
         visit_modules(model, tokens, visit, n_layers)
-    assert activations is not None and code is not None  # both modules are within the layers that were run
-    return activations, code
+    return seen["activations"], seen["code"]
 
 # %% ../../nbs/26_interaction.ipynb #96048f76
 def _cotangents(code: Tensor, n_samples: int | None, generator: torch.Generator) -> Iterator[Tensor]:
@@ -160,31 +150,24 @@ def _collect_influence(
     "Mean of J'CC'J over positions, in double precision."
     total = torch.zeros(model.d_model, model.d_model, dtype=torch.float64, device=model.device)
     generator = torch.Generator().manual_seed(config.seed)
-    skip_first = config.skip_first
-    n_samples = config.n_samples
-    batch_size = run.batch_size or _SEQUENCES
-    batches = range(0, len(corpus), batch_size)
+    batches = corpus.split(run.batch_size or _SEQUENCES)
     desc = f"influence of {place[0]} on {following.module}"
-    for start in tqdm(batches, desc=desc, unit="batch", disable=not run.progress):
-        tokens = corpus[start : start + batch_size]
-        activations, code = _run_to_next(model, tokens, place, following, skip_first)
-        for cotangent in _cotangents(code, n_samples, generator):
+    for tokens in tqdm(batches, desc=desc, unit="batch", disable=not run.progress):
+        activations, code = _run_to_next(model, tokens, place, following, config.skip_first)
+        for cotangent in _cotangents(code, config.n_samples, generator):
             (g,) = torch.autograd.grad(code, activations, cotangent, retain_graph=True)
-            g = g[:, skip_first:].flatten(0, 1).double()
-            total += g.mT @ g / (n_samples or 1)
-    n_positions = len(corpus) * (corpus.shape[1] - skip_first)
-    return total / n_positions
+            g = g[:, config.skip_first :].flatten(0, 1).double()
+            total += g.mT @ g / (config.n_samples or 1)
+    return total / corpus[:, config.skip_first :].numel()
 
 # %% ../../nbs/26_interaction.ipynb #02ae1094
 def _check_chain(model: Model, modules: Sequence[str]) -> None:
     "Raise ValueError for anything but whole modules in the order of computation."
-    rank = {}
-    for module in modules:
-        kind, layer, head = check_place(model, module, "output")
-        if head < 0:
-            rank[module] = (layer, "amb".index(kind))
-    in_order = list(rank) == sorted(rank, key=lambda name: rank[name])
-    if not rank or len(rank) != len(modules) or not in_order:
+    places = [check_place(model, module, "output") for module in modules]
+    order = [(layer, "amb".index(kind)) for kind, layer, _ in places]
+    has_heads = any(head >= 0 for _, _, head in places)
+    in_order = order == sorted(set(order))
+    if not places or has_heads or not in_order:
         raise ValueError(
             "modules must be a chain of whole modules in the order of computation, "
             f"got {', '.join(modules) or 'none'}"
@@ -208,8 +191,7 @@ def train_interaction_bases(
     """
     _check_chain(model, modules)
     check_tokens(corpus, model)
-    d_dict = config.d_dict
-    tol = config.tol
+    d_dict, tol = config.d_dict, config.tol
     if d_dict is not None and not 1 <= d_dict <= model.d_model:
         raise ValueError(f"d_dict must lie in [1, {model.d_model}] (d_model), got {d_dict}")
     hashes = {"weights_hash": model.weights_hash, "corpus": hash_tokens(corpus)}

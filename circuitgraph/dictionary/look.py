@@ -59,9 +59,7 @@ def _column(columns: Any, feature: int) -> tuple[np.ndarray, np.ndarray]:
     n_features = columns.shape[1]
     if not 0 <= feature < n_features:
         raise ValueError(f"features must lie in [0, {n_features - 1}], got {feature}")
-    start = columns.indptr[feature]
-    stop = columns.indptr[feature + 1]
-    stored = slice(start, stop)
+    stored = slice(columns.indptr[feature], columns.indptr[feature + 1])
     return columns.indices[stored], columns.data[stored]
 
 # %% ../../nbs/33_look.ipynb #64b9b5c2
@@ -105,8 +103,8 @@ def plot_quality(
         "cross-entropy recovered": report["ce_recovered"],
     }
     modules = report.index.to_series().str.extract(r"^([amb])(\d+)").set_axis(["kind", "layer"], axis=1)
-    titles = list(panels)
-    figure = make_subplots(rows=2, cols=2, subplot_titles=titles, shared_xaxes=True, vertical_spacing=0.12)
+    layout = {"rows": 2, "cols": 2, "shared_xaxes": True, "vertical_spacing": 0.12}
+    figure = make_subplots(subplot_titles=list(panels), **layout)
     kinds = {"a": ("attn", "attention"), "m": ("mlp", "MLP"), "b": ("block", "block")}
     for i, values in enumerate(panels.values()):
         for letter, (kind, label) in kinds.items():
@@ -153,15 +151,11 @@ def plot_activations(
     return figure.update_layout(height=320, barmode="overlay", template="plotly_white", margin=margin)
 
 # %% ../../nbs/33_look.ipynb #07cf18f9
-def _token_text(model: Model, token: int) -> str:
-    "A token as HTML, with line breaks as a sign; its number where the model has no tokenizer."
-    if model.tokenizer is None:
-        return f" {token}"
-    return html.escape(model.tokenizer.decode([token])).replace("\n", "&crarr;")
-
-
-def _token_span(text: str, shade: float, framed: bool) -> str:
-    "A token in its shade, in a frame or not."
+def _token_span(model: Model, token: int, shade: float, framed: bool) -> str:
+    "A token in its shade, with line breaks as a sign; its number where the model has no tokenizer."
+    text = f" {token}"
+    if model.tokenizer is not None:
+        text = html.escape(model.tokenizer.decode([token])).replace("\n", "&crarr;")
     frame = "outline: 1.5px solid #333; font-weight: 600; " if framed else ""
     return f'<span style="{frame}background: rgba(204, 121, 167, {shade:.2f})">{text}</span>'
 
@@ -189,8 +183,8 @@ def show_top(
         spans = []
         for position in range(first, last):
             shade = 0.85 * max(column[sequence, position], 0) / largest
-            text = _token_text(model, int(corpus[sequence, position]))
-            spans.append(_token_span(text, shade, position == centre))
+            token = int(corpus[sequence, position])
+            spans.append(_token_span(model, token, shade, position == centre))
         cells = f'<td style="{number_style}">{value:.2f}</td><td style="{text_style}">{"".join(spans)}</td>'
         rows.append(f"<tr>{cells}</tr>")
     active = int((column != 0).sum())
@@ -215,20 +209,16 @@ def view_features(
     order = [int(feature) for feature in np.argsort(-count, kind="stable") if count[feature]]
     if not order:
         raise ValueError(f"no feature of {dictionary.module} is active on this text: take another text")
-    rank = ipywidgets.IntSlider(
-        max=len(order) - 1, description="by density", continuous_update=False, layout={"width": "420px"}
-    )
-    last = acts.shape[1] - 1
-    layout = {"width": "200px"}
-    feature = ipywidgets.BoundedIntText(order[0], min=0, max=last, description="feature", layout=layout)
+    rank = ipywidgets.IntSlider(max=len(order) - 1, description="by density", continuous_update=False)
+    rank.layout.width = "420px"
+    feature = ipywidgets.BoundedIntText(order[0], min=0, max=acts.shape[1] - 1, description="feature")
+    feature.layout.width = "200px"
     plot = ipywidgets.Output()
     text = ipywidgets.HTML()
 
     def draw(_: Any = None) -> None:
-        figure = plot_activations(acts, [feature.value])
-        show_figure(plot, figure)
-        examples = show_top(model, corpus, acts, feature.value, n)
-        text.value = str(examples.data)
+        show_figure(plot, plot_activations(acts, [feature.value]))
+        text.value = str(show_top(model, corpus, acts, feature.value, n).data)
 
     def choose(change: Any) -> None:
         feature.value = order[change["new"]]

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'Visitor', 'encoder_input', 'check_place', 'visit_modules', 'read_places', 'run_spliced', 'neuron_basis',
-           'identity_dictionary', 'principal_components']
+           'identity_dictionary', 'principal_components', 'move_to_stream', 'fit_dictionary']
 
 # %% ../../nbs/21_places.ipynb #629ebaa7
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .protocol import Dictionary, FunctionDictionary, Gate, LinearDictionary
-from .protocol import reconstruct
+from .protocol import PursuitDictionary, reconstruct
 from ..model.blocks import Model, Norm, apply_norm, get_mlp, run_attention, run_logits, run_mlp
 from ..model.blocks import write_heads
 from ..model.modules import embed_tokens
@@ -56,8 +57,7 @@ def check_place(
     match = re.fullmatch(r"([amb])(\d+)(?:\.h(\d+))?", module)
     if match is None or (match[3] is not None and match[1] != "a"):
         raise ValueError(f"module must be named like 'a3', 'a3.h5', 'm3' or 'b3', got {module!r}")
-    kind = match[1]
-    layer = int(match[2])
+    kind, layer = match[1], int(match[2])
     head = -1 if match[3] is None else int(match[3])
     if layer >= model.n_layers or head >= model.n_heads:
         size = f"{model.n_layers} layers of {model.n_heads} heads"
@@ -68,8 +68,7 @@ def check_place(
     if head >= 0:
         allowed = ("output",)
     if reads not in allowed:
-        choices = ", ".join(allowed)
-        raise ValueError(f"reads of {module!r} must be one of {choices}, got {reads!r}")
+        raise ValueError(f"reads of {module!r} must be one of {', '.join(allowed)}, got {reads!r}")
     return kind, layer, head
 
 # %% ../../nbs/21_places.ipynb #09bcd9ea
@@ -77,16 +76,12 @@ class _Places(dict[str, Tensor]):
     "Tensors at one module by place; those beyond input and output are computed on demand."
 
     def __init__(
-        self,
-        norm: Norm,
-        stream: Tensor,  # the residual stream that the output is added to
-        on_demand: Mapping[str, Callable[[], Tensor]] | None = None,
-        **places: Tensor,
+        self, norm: Norm, stream: Tensor, on_demand: Mapping[str, Callable[[], Tensor]], **places: Tensor
     ) -> None:
         super().__init__(**places)
         self.norm = norm
-        self.stream = stream
-        self.on_demand = on_demand or {}
+        self.stream = stream  # the residual stream that the output is added to
+        self.on_demand = on_demand
 
     def __missing__(self, place: str) -> Tensor:
         if place in self.on_demand:
@@ -133,16 +128,15 @@ def visit_modules(
     for i in range(first, last):
         layer = model.layers[i]
         before = x
-        past_stream = None if past is None else past[i]
-        attention = _attention_places(model, i, before, past_stream)
+        attention = _attention_places(model, i, before, None if past is None else past[i])
         x = before + output_of("a", i, attention)
         if layer.mlp is not None:
             read = before if layer.parallel else x
             write = run_mlp(model, i, read)[0]
             write = write + (0 if layer.mlp.b_out is None else layer.mlp.b_out)
-            mlp = _Places(layer.ln2, x, input=read, output=write)
+            mlp = _Places(layer.ln2, x, {}, input=read, output=write)
             x = x + output_of("m", i, mlp)
-        block = _Places(layer.ln1, before, input=before, output=x - before)
+        block = _Places(layer.ln1, before, {}, input=before, output=x - before)
         x = before + output_of("b", i, block)
     return x
 
@@ -158,16 +152,10 @@ def read_places(
 
     def store(kind: str, layer: int, at_module: dict[str, Tensor]) -> None:
         for place, (k, i, head) in wanted.items():
-            if (k, i) != (kind, layer):
-                continue
-            if head < 0:
-                reads = place[1]
-                values[place] = at_module[reads]
-            else:
-                values[place] = at_module["heads"][:, :, head]
+            if (k, i) == (kind, layer):
+                values[place] = at_module[place[1]] if head < 0 else at_module["heads"][:, :, head]
 
-    layers = [layer for _, layer, _ in wanted.values()]
-    last = max(layers, default=-1)
+    last = max((layer for _, layer, _ in wanted.values()), default=-1)
     visit_modules(model, tokens, store, last + 1)
     return values
 
@@ -182,20 +170,20 @@ def _check_modules(model: Model, dictionaries: Mapping[str, Dictionary]) -> None
             )
         kind, layer, head = check_place(model, module, dictionary.reads)
         outer = [f"a{layer}"] * (head >= 0) + [f"b{layer}"] * (kind != "b")
-        overlaps = [name for name in outer if name in dictionaries]
-        if overlaps:
-            raise ValueError(
-                f"a part of a model is cut once, but {module!r} is within {overlaps[0]!r}: leave one out"
-            )
+        for name in outer:
+            if name in dictionaries:
+                raise ValueError(
+                    f"a part of a model is cut once, but {module!r} is within {name!r}: leave one out"
+                )
 
 # %% ../../nbs/21_places.ipynb #4ac38a9c
-def _reconstruct_at(dictionary: Dictionary, places: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    "A dictionary's reconstruction at its module, and the target that it approximates."
+def _difference_at(dictionary: Dictionary, places: dict[str, Tensor]) -> Tensor:
+    "A dictionary's reconstruction at its module minus the target that it approximates."
     _, _, head = dictionary.module.partition(".h")
     x = places["heads"][:, :, int(head)] if head else places[dictionary.reads]
     is_autoencoder = dictionary.reads in ("output", "stream")
     target = x if is_autoencoder else places["output"]
-    return reconstruct(dictionary, x), target
+    return reconstruct(dictionary, x) - target
 
 # %% ../../nbs/21_places.ipynb #c3c2dad8
 def run_spliced(
@@ -212,27 +200,22 @@ def run_spliced(
     by_layer: dict[str, list[Dictionary]] = {}
     for module, dictionary in dictionaries.items():
         by_layer.setdefault(module.split(".")[0], []).append(dictionary)
-    errors: dict[str, Tensor] = {}
+    clean: dict[str, Tensor] = {}
 
     def measure(kind: str, layer: int, places: dict[str, Tensor]) -> None:
-        at_layer = by_layer.get(f"{kind}{layer}", ())
-        for dictionary in at_layer:
-            recon, target = _reconstruct_at(dictionary, places)
-            errors[dictionary.module] = target - recon
+        for dictionary in by_layer.get(f"{kind}{layer}", ()):
+            clean[dictionary.module] = _difference_at(dictionary, places)
 
     def splice(kind: str, layer: int, places: dict[str, Tensor]) -> Tensor | None:
         change = None
         for dictionary in by_layer.get(f"{kind}{layer}", ()):
-            recon, target = _reconstruct_at(dictionary, places)
-            difference = recon - target
+            difference = _difference_at(dictionary, places)
             if error:
-                difference = difference + errors[dictionary.module]
+                difference = difference - clean[dictionary.module]
             if skip_first:
                 difference = F.pad(difference[:, skip_first:], (0, 0, skip_first, 0))
             change = difference if change is None else change + difference
-        if change is None:
-            return None
-        return places["output"] + change
+        return None if change is None else places["output"] + change
 
     if error:
         visit_modules(model, tokens, measure, start=start)
@@ -264,13 +247,10 @@ def neuron_basis(
         return mlp.act(gate) * up
 
     def decoder(acts: Tensor) -> Tensor:
-        write = F.linear(acts, mlp.W_out)
-        return apply_norm(post, write) + b_out
+        return apply_norm(post, F.linear(acts, mlp.W_out)) + b_out
 
-    d_mlp = mlp.W_in.shape[0]
-    is_affine = post.kind == "none"
-    affine = (mlp.W_out.mT, b_out) if is_affine else (None, None)
-    return FunctionDictionary(module, "normed", d_mlp, encoder, decoder, *affine, meta)
+    affine = (mlp.W_out.mT, b_out) if post.kind == "none" else (None, None)
+    return FunctionDictionary(module, "normed", len(mlp.W_in), encoder, decoder, *affine, meta)
 
 # %% ../../nbs/21_places.ipynb #6e98839c
 def identity_dictionary(
@@ -303,9 +283,122 @@ def principal_components(
     _, ascending = torch.linalg.eigh(centred.mT @ centred)
     largest = ascending.flip(1)[:, :d_dict]
     directions = largest.mT.contiguous().to(activations)
-    W_enc = directions.mT.contiguous()
-    b_enc = directions.new_zeros(d_dict)
     b_dec = mean.to(activations)
-    gate = Gate("none")
-    meta = {"kind": "pca"}
-    return LinearDictionary(module, reads, W_enc, directions, b_enc, b_dec, gate, b_in=b_dec, meta=meta)
+    matrices = (directions.mT.contiguous(), directions, directions.new_zeros(d_dict), b_dec)
+    return LinearDictionary(module, reads, *matrices, Gate("none"), b_in=b_dec, meta={"kind": "pca"})
+
+# %% ../../nbs/21_places.ipynb #51fe0050
+def _check_post_norm(model: Model, dictionary: Dictionary) -> None:
+    "Raise ValueError for a dictionary of an output before the model's post-norm."
+    kind, layer, _ = check_place(model, dictionary.module, dictionary.reads)
+    block = model.layers[layer]
+    post = {"a": block.ln1_post, "m": block.ln2_post}.get(kind)
+    is_before = getattr(dictionary, "meta", {}).get("before_post_norm", False)
+    if is_before and post is not None and post.kind != "none":
+        raise ValueError(
+            f"the dictionary of {dictionary.module!r} writes the output before the norm that {model.name} "
+            "has after this module. Its directions have none in the residual stream behind that norm, so it "
+            "has no place: use one that was trained on the output after it (hook_attn_out, hook_mlp_out)"
+        )
+
+# %% ../../nbs/21_places.ipynb #51fe0052
+def _undo_processing(model: Model, dictionary: Any) -> Any:
+    "The dictionary on unprocessed activations. Raises ValueError where it has no form there."
+    processing = getattr(dictionary, "meta", {}).get("model_processing", ())
+    kind, layer, _ = check_place(model, dictionary.module, dictionary.reads)
+    block = model.layers[layer]
+    norm = block.ln2 if kind == "m" else block.ln1
+    reads = dictionary.reads
+    if reads == "z":
+        moved = {"refactor_factored_attn_matrices"} & set(processing)
+        if block.attn.b_V is not None:
+            moved |= {"fold_value_biases"} & set(processing)
+        if moved:
+            raise ValueError(
+                f"the dictionary of {dictionary.module!r} was trained on values of heads that "
+                f"{', '.join(moved)} had changed, which differ from those of {model.name}"
+            )
+    if "fold_ln" in processing and reads == "normed":
+        dictionary = replace(dictionary, reads="scaled")
+    is_centred = "center_writing_weights" in processing and norm.kind == "layer"
+    if not is_centred or reads not in ("output", "stream", "input"):
+        return dictionary
+    if not isinstance(dictionary, LinearDictionary):
+        raise ValueError(
+            f"the dictionary of {dictionary.module!r} was trained on centred activations "
+            "(center_writing_weights), and its encoder is not affine, so it can't read those of "
+            f"{model.name}"
+        )
+    W_enc, b_enc = dictionary.W_enc, dictionary.b_enc
+    if dictionary.b_in is not None:
+        b_enc = b_enc - dictionary.b_in.mean() * W_enc.sum(0)
+    return replace(dictionary, W_enc=W_enc - W_enc.mean(0), b_enc=b_enc)
+
+# %% ../../nbs/21_places.ipynb #d29cd6e3
+def move_to_stream(
+    model: Model,
+    dictionary: LinearDictionary,  # reads and reconstructs "z"
+) -> LinearDictionary:  # reads "z", and reconstructs the output of the layer's attention
+    "Multiply a decoder of mixed values by $W_O$. Raises ValueError where z has no direction in the stream."
+    kind, layer, _ = check_place(model, dictionary.module, dictionary.reads)
+    attn = model.layers[layer].attn
+    post = model.layers[layer].ln1_post
+    if kind != "a" or dictionary.reads != "z":
+        raise ValueError(f"dictionary must read 'z' of an attention layer, got {dictionary!r}")
+    if post.kind != "none":
+        raise ValueError(
+            f"{model.name} has a norm after attention, "
+            "so that a direction of z has none in the residual stream"
+        )
+    W_O = attn.W_O.flatten(1).mT.to(dictionary.W_dec)  # [head*d_head d_model]
+    width = dictionary.W_dec.shape[1]
+    if width != len(W_O):
+        raise ValueError(
+            f"the decoder must write {len(W_O)} numbers (heads x d_head of {model.name}), got {width}"
+        )
+    b_dec = dictionary.b_dec @ W_O + (0 if attn.b_O is None else attn.b_O.to(W_O))
+    meta = {**dictionary.meta, "in_stream": True}
+    return replace(dictionary, W_dec=dictionary.W_dec @ W_O, b_dec=b_dec, meta=meta)
+
+# %% ../../nbs/21_places.ipynb #e9802af4
+def _move_tensors(part: Any, model: Model) -> Any:
+    "A dictionary or gate with its tensors in the model's precision and on its device."
+    values = {f.name: getattr(part, f.name) for f in fields(part)}
+    moved = {name: value.to(model.W_U) for name, value in values.items() if isinstance(value, Tensor)}
+    if isinstance(values.get("gate"), Gate):
+        moved["gate"] = _move_tensors(values["gate"], model)
+    return replace(part, **moved)
+
+# %% ../../nbs/21_places.ipynb #bf639f50
+@torch.no_grad()
+def fit_dictionary(
+    model: Model, dictionary: Dictionary
+) -> Dictionary:  # on the model's device, in its precision
+    "Move a dictionary to a model and test it there. Raises ValueError for bad places and widths."
+    check_place(model, dictionary.module, dictionary.reads)
+    _check_post_norm(model, dictionary)
+    d_in = model.n_heads * model.d_head if dictionary.reads == "z" else model.d_model
+    W_enc = getattr(dictionary, "W_enc", None)
+    if W_enc is not None and len(W_enc) != d_in:
+        raise ValueError(
+            f"the dictionary of {dictionary.module!r} must read {d_in} numbers "
+            f"({dictionary.reads} of {model.name}), got one that reads {len(W_enc)}"
+        )
+    dictionary = _undo_processing(model, dictionary)
+    if isinstance(dictionary, LinearDictionary) and dictionary.reads == "z":
+        dictionary = dictionary if dictionary.meta.get("in_stream") else move_to_stream(model, dictionary)
+    if isinstance(dictionary, LinearDictionary | PursuitDictionary):
+        dictionary = _move_tensors(dictionary, model)
+    acts = dictionary.encode(torch.zeros(1, 1, d_in).to(model.W_U))
+    if acts.shape != (1, 1, dictionary.d_dict):
+        raise ValueError(
+            f"encode of {dictionary!r} must give {dictionary.d_dict} numbers a position, "
+            f"got shape {tuple(acts.shape)}"
+        )
+    recon = dictionary.decode(acts)
+    if recon.shape != (1, 1, model.d_model):
+        raise ValueError(
+            f"the dictionary of {dictionary.module!r} must write {model.d_model} numbers "
+            f"(d_model of {model.name}), got {recon.shape[-1]}"
+        )
+    return dictionary

@@ -56,9 +56,7 @@ def reconstruct(
     "Reconstruct the module's output from `x`, including the skip path of a transcoder."
     recon = dictionary.decode(dictionary.encode(x))
     W_skip = getattr(dictionary, "W_skip", None)
-    if W_skip is None:
-        return recon
-    return recon + F.linear(x, W_skip)
+    return recon if W_skip is None else recon + F.linear(x, W_skip)
 
 # %% ../../nbs/20_protocol.ipynb #777c2c0f
 _GATE_PARAMETERS: dict[str, tuple[str, ...]] = {
@@ -66,6 +64,7 @@ _GATE_PARAMETERS: dict[str, tuple[str, ...]] = {
     "relu": (),
     "topk": ("k",),
     "abstopk": ("k",),
+    "groupmax": ("k",),
     "jumprelu": ("threshold",),
     "gated": ("b_gate", "b_mag", "r_mag"),
 }
@@ -81,7 +80,7 @@ class Gate:
     """
 
     kind: str = "relu"  # one of GATES
-    k: int | None = None  # for "topk" and "abstopk"
+    k: int | None = None  # active features of "topk" and "abstopk", groups of "groupmax"
     threshold: Tensor | None = None  # [d_dict], for "jumprelu"
     b_gate: Tensor | None = None  # [d_dict], for "gated", like r_mag and b_mag
     r_mag: Tensor | None = None
@@ -102,6 +101,11 @@ class Gate:
     def __call__(self, pre: Float[Tensor, "*batch d_dict"]) -> Float[Tensor, "*batch d_dict"]:
         if self.kind == "none":
             return pre
+        if self.kind == "groupmax" and self.k is not None:
+            groups = pre.relu().unflatten(-1, (self.k, -1))
+            largest = groups.argmax(-1, keepdim=True)
+            kept = groups.gather(-1, largest)
+            return torch.zeros_like(groups).scatter(-1, largest, kept).flatten(-2)
         if self.threshold is not None:
             return pre.relu() * (pre > self.threshold)
         if self.r_mag is not None and self.b_mag is not None and self.b_gate is not None:
@@ -109,12 +113,9 @@ class Gate:
             return magnitude * (pre + self.b_gate > 0)
         if self.k is None:
             return pre.relu()
-        return self._keep_largest(pre, self.k)
-
-    def _keep_largest(self, pre: Tensor, k: int) -> Tensor:
         signed = self.kind == "abstopk"
         score = pre.abs() if signed else pre
-        largest = score.topk(k, -1, sorted=False).indices
+        largest = score.topk(self.k, -1, sorted=False).indices
         kept = pre.gather(-1, largest)
         if not signed:
             kept = kept.relu()
@@ -156,6 +157,8 @@ def _check_tensors(dictionary: Any) -> None:
             )
     if gate.k is not None and gate.k > d_dict:
         raise ValueError(f"k must be at most d_dict, {d_dict}, got {gate.k}")
+    if gate.kind == "groupmax" and d_dict % gate.k:
+        raise ValueError(f"k must divide d_dict, {d_dict}, got {gate.k}")
 
 # %% ../../nbs/20_protocol.ipynb #86ac070d
 @dataclass(frozen=True, eq=False)
@@ -199,9 +202,8 @@ class LinearDictionary:
 
     def __repr__(self) -> str:
         skip = "" if self.W_skip is None else ", skip"
-        contents = f"{self.d_dict:,} features, gate {self.gate.kind}{skip}"
-        place = f"{self.module}, reads {self.reads}"
-        return f"LinearDictionary({place}: {contents})"
+        code = f"{self.d_dict:,} features, gate {self.gate.kind}{skip}"
+        return f"LinearDictionary({self.module}, reads {self.reads}: {code})"
 
 # %% ../../nbs/20_protocol.ipynb #67d064f4
 @dataclass(frozen=True, eq=False)
@@ -231,9 +233,8 @@ class FunctionDictionary:
 
     def __repr__(self) -> str:
         decoder = "" if self.W_dec is None else ", linear decoder"
-        contents = f"{self.d_dict:,} features{decoder}"
-        place = f"{self.module}, reads {self.reads}"
-        return f"FunctionDictionary({place}: {contents})"
+        code = f"{self.d_dict:,} features{decoder}"
+        return f"FunctionDictionary({self.module}, reads {self.reads}: {code})"
 
 # %% ../../nbs/20_protocol.ipynb #938ace47
 @dataclass(frozen=True, eq=False)
@@ -279,9 +280,7 @@ class PursuitDictionary:
         return acts @ self.W_dec + self.b_dec
 
     def __repr__(self) -> str:
-        size = f"{self.d_dict:,} features"
-        place = f"{self.module}, reads {self.reads}"
-        return f"PursuitDictionary({place}: {size})"
+        return f"PursuitDictionary({self.module}, reads {self.reads}: {self.d_dict:,} features)"
 
 # %% ../../nbs/20_protocol.ipynb #b571f3c5
 @dataclass(frozen=True, eq=False)
@@ -323,13 +322,11 @@ def find_structure(dictionary: Dictionary) -> Structure:
     "Collect a dictionary's matrices. Raises ValueError if `encode` or `decode` does otherwise."
     claims: dict[str, Any] = {f.name: getattr(dictionary, f.name, None) for f in fields(Structure)}
     for group in (("W_dec", "b_dec"), ("W_enc", "b_enc", "gate")):
-        is_incomplete = any(claims[name] is None for name in group)
-        if is_incomplete:
+        if any(claims[name] is None for name in group):
             claims |= dict.fromkeys(group)
     b_in = getattr(dictionary, "b_in", None)
-    W_enc = claims["W_enc"]
-    if W_enc is not None and b_in is not None:
-        claims["b_enc"] = claims["b_enc"] - b_in @ W_enc
+    if b_in is not None and claims["W_enc"] is not None:
+        claims["b_enc"] = claims["b_enc"] - b_in @ claims["W_enc"]
     structure = Structure(**claims)
     _check_structure(dictionary, structure)
     return structure

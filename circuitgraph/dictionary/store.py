@@ -12,17 +12,20 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .formats import HOOKS, fit_dictionary, from_circuit_tracer
-from .formats import from_dictionary_learning, from_saelens, from_saelens_state
-from .formats import load_tensors
-from .places import check_place, neuron_basis
+from .formats import HOOKS, choose_site, from_circuit_tracer
+from .formats import from_dictionary_learning, from_gemma_scope, from_saelens
+from .formats import from_saelens_state, from_sparsify, hookpoint_site, load_tensors
+from .formats import refuse_cross_layer, saelens_site, scope_site, trainer_site
+from .formats import transcoder_site
+from .places import check_place, fit_dictionary, neuron_basis
 from .protocol import Dictionary, FunctionDictionary, Gate, LinearDictionary
 from .protocol import PursuitDictionary
 from ..model.blocks import Model
@@ -32,27 +35,17 @@ _CFG, _WEIGHTS, _PROGRAMS = "cfg.json", "sae_weights.safetensors", ("encoder.pt2
 _GATE_TENSORS = ("threshold", "b_gate", "r_mag", "b_mag")
 
 
-def _is_tied(d: LinearDictionary) -> bool:
-    "Whether the encoder subtracts the decoder's bias."
-    b_in = d.b_in
-    if b_in is None or b_in.shape != d.b_dec.shape:
-        return False
-    return torch.equal(b_in, d.b_dec)
-
-
 def _saelens_architecture(d: LinearDictionary) -> str | None:
     "SAELens' name for a dictionary's architecture; None if it has no such architecture."
-    tied = _is_tied(d)
     gate = d.gate.kind
-    if d.b_in is not None and not tied:
+    if d.b_in is not None and not torch.equal(d.b_in, d.b_dec):
         return None
     if d.reads not in ("output", "stream"):
-        if tied or gate not in ("relu", "jumprelu"):
+        if d.b_in is not None or gate not in ("relu", "jumprelu"):
             return None
-        return (
-            ("jumprelu_" if gate == "jumprelu" else "") + ("" if d.W_skip is None else "skip_") + "transcoder"
-        )
-    if d.W_skip is not None or gate == "none" or (gate == "gated" and d.b_enc.any()):
+        skip = "" if d.W_skip is None else "skip_"
+        return f"jumprelu_{skip}transcoder" if gate == "jumprelu" else f"{skip}transcoder"
+    if d.W_skip is not None or gate in ("none", "groupmax") or (gate == "gated" and d.b_enc.any()):
         return None
     return "standard" if gate == "relu" else gate
 
@@ -72,7 +65,7 @@ def _describe(d: LinearDictionary | PursuitDictionary) -> tuple[dict[str, Any], 
         cfg = {"architecture": "circuitgraph", "gate": d.gate.kind, "k": d.gate.k}
         tensors["b_in"] = d.b_in
     else:
-        cfg = {"architecture": architecture, "apply_b_dec_to_input": _is_tied(d)}
+        cfg = {"architecture": architecture, "apply_b_dec_to_input": d.b_in is not None}
         if d.gate.k is not None:
             cfg |= {"k": d.gate.k, "rescale_acts_by_decoder_norm": False}
     if architecture == "gated":
@@ -121,8 +114,8 @@ def _trace_functions(dictionary: Dictionary, d_in: int | None) -> dict[str, byte
     dtype = torch.float32 if W_dec is None else W_dec.dtype
     generator = torch.Generator().manual_seed(0)
     programs = {}
-    functions = (dictionary.encode, dictionary.decode)
-    for file, function, width in zip(_PROGRAMS, functions, (d_in, dictionary.d_dict), strict=True):
+    functions = ((dictionary.encode, d_in), (dictionary.decode, dictionary.d_dict))
+    for file, (function, width) in zip(_PROGRAMS, functions, strict=True):
         inputs = torch.randn(2, 1, 7, width, dtype=dtype, generator=generator)
         programs[file] = _trace_function(function, inputs, repr(dictionary))
     return programs
@@ -177,13 +170,10 @@ def save_dictionary(
         cfg = {"architecture": "circuitgraph-functions", "d_in": d_in}
         programs = _trace_functions(d, d_in)
         state = {name: getattr(d, name) for name in ("W_dec", "b_dec") if getattr(d, name, None) is not None}
-    cfg |= {
-        "d_sae": d.d_dict,
-        "device": "cpu",
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-    }
-    cfg["metadata"] = {"hook_name": _hook_of(d), "sae_lens_version": "6.54.12", "circuitgraph": ours}
+    cfg |= {"d_sae": d.d_dict, "device": "cpu"}
+    cfg |= {"normalize_activations": "none", "reshape_activations": "none"}
+    hook = _hook_of(d)
+    cfg["metadata"] = {"hook_name": hook, "sae_lens_version": "6.54.12", "circuitgraph": ours}
     _write_folder(folder, cfg, state, programs)
 
 
@@ -191,10 +181,23 @@ def _hook_of(dictionary: Dictionary) -> str | None:
     "A hook of TransformerLens at the dictionary's place; None for a head."
     kind = dictionary.module[0]
     layer = dictionary.module[1:]
+    is_before = getattr(dictionary, "meta", {}).get("before_post_norm", False)
+    if is_before and dictionary.reads == "output":
+        return f"blocks.{layer}.{'attn' if kind == 'a' else 'mlp'}.hook_out"
     for ending, place in HOOKS.items():
         if place == (kind, dictionary.reads) and ".h" not in layer:
             return f"blocks.{layer}.{ending}"
     return None
+
+# %% ../../nbs/23_store.ipynb #52fe0001
+def _check_trust(folder: Path, trust: bool) -> None:
+    "Raise ValueError for programs that are not trusted."
+    if not trust:
+        raise ValueError(
+            f"{folder} holds programs ({', '.join(_PROGRAMS)}). Opening them can run any code of whoever "
+            "wrote them, with your rights: it could read, send or delete your files. If you wrote them, or "
+            "trust their source, load them with trust=True"
+        )
 
 # %% ../../nbs/23_store.ipynb #b7b9d37b
 def _load_program(path: Path) -> Callable[[Tensor], Tensor]:
@@ -219,6 +222,11 @@ def _read_config(folder: Path, model: Model | None) -> dict[str, Any]:
         cfg = json.loads((folder / _CFG).read_text())
     except ValueError as error:
         raise ValueError(f"{folder / _CFG} can't be read: {error}") from error
+    if not isinstance(cfg, dict):
+        raise ValueError(f"{folder / _CFG} must hold settings by name, got {type(cfg).__name__}")
+    scaler = folder / "activation_scaler.json"
+    if scaler.exists():
+        cfg["norm_scaling_factor"] = json.loads(scaler.read_text()).get("scaling_factor")
     weights_hash = (cfg.get("metadata") or {}).get("circuitgraph", {}).get("weights_hash")
     if model is not None and weights_hash not in (None, model.weights_hash):
         raise ValueError(
@@ -242,21 +250,16 @@ def _from_files(
     if architecture == "circuitgraph":
         gate = Gate(cfg["gate"], cfg["k"], *(state.get(name) for name in _GATE_TENSORS))
         matrices = (state["W_enc"], state["W_dec"], state["b_enc"], state["b_dec"])
-        b_in = state.get("b_in")
-        W_skip = state.get("W_skip")
-        return LinearDictionary(str(module), str(reads), *matrices, gate, b_in, W_skip, ours["meta"])
+        optional = (state.get("b_in"), state.get("W_skip"))
+        return LinearDictionary(str(module), str(reads), *matrices, gate, *optional, ours["meta"])
     made = from_saelens_state(cfg, state, module, reads)
     return replace(made, meta=ours["meta"]) if ours else made
 
 # %% ../../nbs/23_store.ipynb #0d24f05b
-def load_dictionary(
-    folder: str | Path,
-    model: Model | None = None,  # needed for neurons; its hash is compared where the file has one
-    module: str | None = None,  # by default as in the file
-    reads: str | None = None,
+def _read_folder(
+    folder: Path, model: Model | None, module: str | None, reads: str | None, trust: bool
 ) -> Dictionary:
-    "Read a dictionary saved here or by SAELens. Raises ValueError for damaged files and another model."
-    folder = Path(folder)
+    "A dictionary saved here or by SAELens. Raises ValueError for damaged files and another model."
     cfg = _read_config(folder, model)
     ours = (cfg.get("metadata") or {}).get("circuitgraph", {})
     architecture = cfg.get("architecture")
@@ -266,7 +269,10 @@ def load_dictionary(
         if model is None:
             raise ValueError(f"{folder} is the neurons of a model: give the model")
         return neuron_basis(model, str(module))
-    no_tensors = architecture == "circuitgraph-functions" and not (folder / _WEIGHTS).exists()
+    is_program = architecture == "circuitgraph-functions"
+    if is_program:
+        _check_trust(folder, trust)
+    no_tensors = is_program and not (folder / _WEIGHTS).exists()
     state = {} if no_tensors else load_tensors(folder / _WEIGHTS)
     try:
         return _from_files(folder, cfg, state, module, reads)
@@ -276,34 +282,96 @@ def load_dictionary(
             "the files are incomplete"
         ) from None
 
+# %% ../../nbs/23_store.ipynb #52fe0004
+class _Found(NamedTuple):
+    "A dictionary whose tensors are not yet opened."
+
+    module: str
+    read: Callable[[], Dictionary]
+
+
+def _module_of_config(folder: Path, model: Model | None) -> str:
+    "Module of a folder of our own form or that of SAELens."
+    cfg = _read_config(folder, model)
+    ours = (cfg.get("metadata") or {}).get("circuitgraph", {})
+    return ours["module"] if "module" in ours else saelens_site(cfg).module
+
+
+def _find_dictionary(
+    path: Path, model: Model | None, module: str | None, reads: str | None, trust: bool
+) -> _Found | None:
+    "The dictionary of a file that gives its form away; None for any other file."
+    folder = path.parent
+    if path.name == "ae.pt":
+        site = choose_site(partial(trainer_site, folder), module, reads)
+        return _Found(site.module, partial(from_dictionary_learning, folder, module, reads))
+    if path.name == "params.npz":
+        site = choose_site(partial(scope_site, path), module, reads)
+        return _Found(site.module, partial(from_gemma_scope, path, module, reads))
+    if re.fullmatch(r"layer_\d+\.safetensors", path.name):
+        site = choose_site(partial(transcoder_site, path, reads), module, reads)
+        return _Found(site.module, partial(from_circuit_tracer, path, reads, module))
+    if re.fullmatch(r"W_enc_\d+\.safetensors", path.name):
+        refuse_cross_layer(folder)
+    if path.name != _CFG:
+        return None
+    if (folder / "sae.safetensors").exists() and not (folder / _WEIGHTS).exists():
+        site = choose_site(partial(hookpoint_site, folder), module, reads)
+        return _Found(site.module, partial(from_sparsify, folder, module, reads))
+    return _Found(
+        module or _module_of_config(folder, model), partial(_read_folder, folder, model, module, reads, trust)
+    )
+
+# %% ../../nbs/23_store.ipynb #52fe0006
+def load_dictionary(
+    path: str | Path,  # a folder of any form, or a file: layer_{i}.safetensors, params.npz
+    model: Model | None = None,  # needed for neurons; its hash is compared where the file has one
+    module: str | None = None,  # by default as in the file
+    reads: str | None = None,
+    *,
+    trust: bool = False,  # whether programs may be opened, which can run code
+) -> Dictionary:
+    """Read one dictionary saved here or in a form of another library.
+
+    It is not yet fitted to a model, see `fit_dictionary`. Example: `load_dictionary("dictionaries/m3")`.
+    Raises ValueError for damaged files, files of another model, places that are not known, and programs
+    that are not trusted.
+    """
+    path = Path(path)
+    files = [path] if path.is_file() else [path / name for name in (_CFG, "ae.pt", "params.npz")]
+    for file in files:
+        found = _find_dictionary(file, model, module, reads, trust) if file.exists() else None
+        if found is not None:
+            return found.read()
+    raise ValueError(
+        f"{path} holds no {_CFG}, ae.pt or params.npz, and is no layer_*.safetensors: not a dictionary"
+    )
+
 # %% ../../nbs/23_store.ipynb #21c2368e
 _Placed = Mapping[str, tuple[str, str] | None]  # module and place by the name of a folder, file or id
 
 
 def _walk_folder(
-    folder: Path, model: Model, places: _Placed, reads: str | None
-) -> Iterable[tuple[str, Dictionary]]:
+    folder: Path, model: Model, places: _Placed, reads: str | None, trust: bool
+) -> Iterable[tuple[str, _Found]]:
     "Dictionaries below a folder, with the names of their folders or files."
     for path in sorted(folder.rglob("*")):
-        is_layer = re.fullmatch(r"layer_\d+\.safetensors", path.name) is not None
-        if path.name not in (_CFG, "ae.pt") and not is_layer:
+        inner = path.relative_to(folder)
+        if any(part.startswith(".") for part in inner.parts):
             continue
-        parent = path.parent
-        name = str((path if is_layer else parent).relative_to(folder))
+        is_layer = path.name.startswith("layer_")
+        name = str(inner if is_layer else inner.parent)
         module, place = places.get(name) or (None, None)
-        if path.name == _CFG:
-            yield name, load_dictionary(parent, model, module, place)
-        elif path.name == "ae.pt":
-            yield name, from_dictionary_learning(parent, module, place)
-        else:
-            transcoder = from_circuit_tracer(path, place or reads)
-            yield name, transcoder if module is None else replace(transcoder, module=module)
+        found = _find_dictionary(path, model, module, place or (reads if is_layer else None), trust)
+        if found is not None:
+            yield name, found
 
 # %% ../../nbs/23_store.ipynb #253851c1
-def _fetch_release(release: str, places: _Placed) -> Iterable[tuple[str, Dictionary]]:
+def _fetch_release(release: str, places: _Placed) -> Iterable[tuple[str, _Found]]:
     "Dictionaries of a release. Raises ModuleNotFoundError without SAELens, ValueError for none."
     try:
         from sae_lens import SAE
+        from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
         from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
@@ -313,10 +381,18 @@ def _fetch_release(release: str, places: _Placed) -> Iterable[tuple[str, Diction
     known = get_pretrained_saes_directory()
     if release not in known:
         raise ValueError(f"source must be a folder or a release that SAELens knows, got {release!r}: neither")
+
+    def fetch(sae_id: str, module: str | None, reads: str | None) -> Dictionary:
+        return from_saelens(SAE.from_pretrained(release, sae_id), module, reads)
+
     for sae_id in known[release].saes_map:
-        if not places or sae_id in places:
-            module, reads = places.get(sae_id) or (None, None)
-            yield sae_id, from_saelens(SAE.from_pretrained(release, sae_id), module, reads)
+        if places and sae_id not in places:
+            continue
+        module, reads = places.get(sae_id) or (None, None)
+        read = partial(fetch, sae_id, module, reads)
+        if module is None:
+            module = saelens_site(load_sae_config_from_huggingface(release, sae_id)).module
+        yield sae_id, _Found(module, read)
 
 # %% ../../nbs/23_store.ipynb #a0f029fa
 def load_dictionaries(
@@ -324,9 +400,9 @@ def load_dictionaries(
     model: Model,
     *,
     modules: Iterable[str] | None = None,  # modules that must have one; by default all that are there
-    places: _Placed
-    | None = None,  # module and place by folder, file (relative to the source) or id; see below
+    places: _Placed | None = None,  # module and place by folder or file (in the source) or id; see below
     reads: str | None = None,  # place of transcoders whose files don't say it
+    trust: bool = False,  # whether programs may be opened, which can run code
 ) -> dict[str, Dictionary]:  # by module, in the order of computation
     """Load dictionaries and match them to the modules of a model.
 
@@ -334,7 +410,7 @@ def load_dictionaries(
     `places` are fetched; None stands for the place that an id says itself. Example:
     `load_dictionaries("dictionaries", model, modules=["m3", "m4"])`.
     Raises ValueError for a source without dictionaries, files that don't fit the model, two dictionaries
-    for one module, and modules that are missing.
+    for one module, modules that are missing, and programs that are not trusted.
     """
     folder = Path(source)
     places = places or {}
@@ -343,32 +419,28 @@ def load_dictionaries(
         check_place(model, module, "output")
     by_module: dict[str, Dictionary] = {}
     origin: dict[str, str] = {}
-    is_folder = folder.is_dir()
-    source_items = (
-        _walk_folder(folder, model, places, reads) if is_folder else _fetch_release(str(source), places)
-    )
-    for name, dictionary in source_items:
-        module = dictionary.module
+    rank: dict[str, tuple[int, int, int]] = {}
+    if folder.is_dir():
+        items = _walk_folder(folder, model, places, reads, trust)
+    else:
+        items = _fetch_release(str(source), places)
+    for name, (module, read) in items:
         if wanted is not None and module not in wanted:
             continue
         if module in by_module:
             raise ValueError(
                 f"{origin[module]} and {name} are both of {module!r}: keep one, or load them one by one"
             )
-        by_module[module] = fit_dictionary(model, dictionary)
+        by_module[module] = fit_dictionary(model, read())
         origin[module] = name
+        kind, layer, head = check_place(model, module, "output")
+        rank[module] = (layer, "amb".index(kind), head)
     if not by_module and wanted is None:
-        files = f"folders with {_CFG}, layer_*.safetensors, or ae.pt"
-        raise ValueError(f"{source} holds no dictionaries ({files})")
+        raise ValueError(
+            f"{source} holds no dictionaries (folders with {_CFG}, ae.pt or params.npz, layer_*.safetensors)"
+        )
     missing = sorted((wanted or set()) - set(by_module))
     if missing:
         present = ", ".join(sorted(by_module)) or "none of these"
         raise ValueError(f"{source} has no dictionary for {', '.join(missing)}; it has {present}")
-    return {module: by_module[module] for module in sorted(by_module, key=lambda name: _rank(model, name))}
-
-
-def _rank(model: Model, module: str) -> tuple[int, int, int]:
-    "Where a module stands in the order of computation."
-    kind, layer, head = check_place(model, module, "output")
-    within_layer = "amb".index(kind)
-    return layer, within_layer, head
+    return {module: by_module[module] for module in sorted(rank, key=lambda name: rank[name])}

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,7 @@ def _collect(
     scale: dict[str, float] = {}
     batches = range(0, len(corpus), batch_size)
     for start in tqdm(batches, desc=name, unit="batch", disable=not run.progress):
-        tokens = corpus[start : start + batch_size]
-        for module, values in read(tokens).items():
+        for module, values in read(corpus[start : start + batch_size]).items():
             values = values[:, skip_first:].flatten(0, 1)
             if not values.isfinite().all():
                 raise ValueError(
@@ -68,8 +67,7 @@ def _collect(
                 )
             rms = values.square().mean().sqrt()
             scale.setdefault(module, float(rms) or 1.0)
-            first_row = start * n_kept
-            stored[module][first_row:][: len(values)] = values.div(scale[module])
+            stored[module][start * n_kept :][: len(values)] = values.div(scale[module])
     return {module: (stored[module], scale[module]) for module in modules}
 
 # %% ../../nbs/25_train.ipynb #2ebcc0a8
@@ -110,41 +108,29 @@ def collect_gradients(
             names = [name for name, (k, i, _) in places.items() if (k, i) == (kind, layer)]
             if not names:
                 return None
-            output = values["output"]
-            if not output.requires_grad:
-                output.requires_grad_()
-            for name in names:
-                outputs[name] = output
+            output = values["output"].requires_grad_()
+            outputs.update(dict.fromkeys(names, output))
             return output
 
         with torch.enable_grad():
-            stream = visit_modules(model, tokens, store)
-            logits = run_logits(model, stream)
+            logits = run_logits(model, visit_modules(model, tokens, store))
             next_tokens = tokens[:, 1:, None].to(logits.device)
             log_p = logits[:, :-1].log_softmax(-1)
-            log_p_next = log_p.gather(-1, next_tokens)
-            loss = -log_p_next.sum()
-            values = list(outputs.values())
-            gradients = torch.autograd.grad(loss, values)
+            loss = -log_p.gather(-1, next_tokens).sum()
+            gradients = torch.autograd.grad(loss, list(outputs.values()))
         return dict(zip(outputs, gradients, strict=True))
 
     return _collect(model, corpus, list(modules), read, skip_first, "gradients", run)
 
 # %% ../../nbs/25_train.ipynb #b2631c58
-class _GradientPenalty:
-    "The penalty of @eq-gradient in the place of SAELens' own; `gradients` are those of the batch."
-
-    gradients: Tensor
-
-    def __init__(self, sae: Any) -> None:
-        self.sae = sae
-
-    def __call__(self, step_input: Any, feature_acts: Tensor, **_: Tensor) -> dict[str, Tensor]:
-        slopes = self.gradients @ self.sae.W_dec.mT
-        effects = feature_acts * slopes.abs()
-        penalty = effects.sum(-1).mean()
-        coefficient = step_input.coefficients["l1"]
-        return {"l1_loss": coefficient * penalty}
+def _gradient_loss(
+    sae: Any, gradients: Tensor, step_input: Any, feature_acts: Tensor, **_: Tensor
+) -> dict[str, Tensor]:
+    "The penalty of @eq-gradient."
+    slopes = gradients @ sae.W_dec.mT
+    effects = feature_acts * slopes.abs()
+    penalty = effects.sum(-1).mean()
+    return {"l1_loss": step_input.coefficients["l1"] * penalty}
 
 # %% ../../nbs/25_train.ipynb #76fa3372
 def standardise(
@@ -170,9 +156,8 @@ def rescale(
     W_dec = dictionary.W_dec * scale
     b_dec = dictionary.b_dec * scale + mean
     if dictionary.b_in is None:
-        d_in = len(dictionary.W_enc)
         shift = torch.as_tensor(mean)
-        b_in = shift.expand(d_in).clone() if shift.any() else None
+        b_in = shift.expand(len(W_enc)).clone() if shift.any() else None
     elif torch.equal(dictionary.b_in, dictionary.b_dec):
         b_in = b_dec
     else:
@@ -180,63 +165,54 @@ def rescale(
     return replace(dictionary, W_enc=W_enc, W_dec=W_dec, b_dec=b_dec, b_in=b_in)
 
 # %% ../../nbs/25_train.ipynb #f01d00e9
-@dataclass(frozen=True, eq=False)
-class _Training:
-    "All that determines one trained dictionary, and where its checkpoint is kept."
-
-    activations: Tensor  # [n d_model]
-    module: str
-    config: TrainConfig
-    gradients: Tensor | None = None  # [n d_model], for the kind "gradient"
-    checkpoint: Path | None = None
-    checkpoint_every: int = 200  # steps
-    device: torch.device = torch.device("cpu")
-
-    def __post_init__(self) -> None:
-        n = len(self.activations)
-        batch_size = self.config.batch_size
-        if n < batch_size:
-            raise ValueError(
-                f"there must be at least batch_size = {batch_size} activations, got {n}: "
-                "take more text or smaller batches"
-            )
-        needs_gradients = self.config.kind == "gradient"
-        given = self.gradients is not None
-        shape = self.activations.shape
-        if given != needs_gradients or (self.gradients is not None and self.gradients.shape != shape):
-            raise ValueError(
-                "gradients must be given for the kind 'gradient', one for each activation, and for no other; "
-                f"kind is {self.config.kind!r}"
-            )
+def _check_data(activations: Tensor, gradients: Tensor | None, config: TrainConfig) -> None:
+    "Raise ValueError for too few activations, and for gradients that do not suit them or the kind."
+    n = len(activations)
+    if n < config.batch_size:
+        raise ValueError(
+            f"there must be at least batch_size = {config.batch_size} activations, got {n}: "
+            "take more text or smaller batches"
+        )
+    expected = activations.shape if config.kind == "gradient" else None
+    given = None if gradients is None else gradients.shape
+    if given != expected:
+        raise ValueError(
+            "gradients must be given for the kind 'gradient', one for each activation, and for no other; "
+            f"kind is {config.kind!r}"
+        )
 
 # %% ../../nbs/25_train.ipynb #7c0ba32d
 _OnStep = Callable[[int, Tensor | None], None]  # called with steps done since the last call, and the loss
 
 
-def _train(training: _Training, on_step: _OnStep) -> LinearDictionary:
+def _train(
+    activations: Tensor,  # [n d_model]
+    module: str,
+    config: TrainConfig,
+    on_step: _OnStep,
+    gradients: Tensor | None,  # [n d_model], for the kind "gradient"
+    checkpoint: Path | None,
+    checkpoint_every: int,  # steps
+    device: torch.device,
+) -> LinearDictionary:
     "Train one dictionary, from its checkpoint if there is one."
-    activations = training.activations
-    config = training.config
-    device = training.device
-    gradients, checkpoint = training.gradients, training.checkpoint
+    _check_data(activations, gradients, config)
     mean, spread = standardise(activations)
     trainer = make_trainer(config, activations, mean, spread, device)
-    penalty = _GradientPenalty(trainer.sae)
-    if gradients is not None:
-        trainer.sae.calculate_aux_loss = penalty
     if checkpoint is not None and checkpoint.exists():
         load_state(trainer, checkpoint)
     on_step(trainer.n_training_steps, None)
     for step in range(trainer.n_training_steps, config.n_steps):
         batch = draw_batch(len(activations), step, config.batch_size, config.seed)
         if gradients is not None:
-            penalty.gradients = gradients[batch].to(device).float()
+            batch_gradients = gradients[batch].to(device).float()
+            trainer.sae.calculate_aux_loss = partial(_gradient_loss, trainer.sae, batch_gradients)
         output = trainer.step((activations[batch].float() - mean) / spread)
         trainer.n_training_steps += 1
         on_step(1, output.loss.detach())
-        if checkpoint is not None and (step + 1) % training.checkpoint_every == 0:
+        if checkpoint is not None and (step + 1) % checkpoint_every == 0:
             save_state(trainer, checkpoint)
-    trained = from_saelens(trainer.sae, training.module, "output")
+    trained = from_saelens(trainer.sae, module, "output")
     assert isinstance(trained, LinearDictionary)  # no pursuits are trained
     return rescale(trained, spread, mean.to(device))
 
@@ -257,8 +233,7 @@ def train_dictionary(
     module: str,  # whose output they are
     config: TrainConfig,
     *,
-    gradients: Float[Tensor, "n d_model"]
-    | None = None,  # of the loss over their rms, for the kind "gradient"
+    gradients: Float[Tensor, "n d_model"] | None = None,  # of the loss, over their rms, for "gradient"
     checkpoint_every: int = 200,  # steps
     device: str | torch.device = "cpu",
     run: Run = Run(),  # its checkpoint is a file here
@@ -269,7 +244,6 @@ def train_dictionary(
     checkpoint = None if run.checkpoint is None else Path(run.checkpoint)
     device = torch.device(device)
     width = activations.shape[1]
-    training = _Training(activations, module, config, gradients, checkpoint, checkpoint_every, device)
     name = f"{module}, {config.kind}"
     with _one_core(), tqdm(total=config.n_steps, desc=name, unit="step", disable=not run.progress) as bar:
 
@@ -280,7 +254,7 @@ def train_dictionary(
             shown = float(loss) / width
             bar.set_postfix(loss=f"{shown:.3f}")
 
-        return _train(training, on_step)
+        return _train(activations, module, config, on_step, gradients, checkpoint, checkpoint_every, device)
 
 # %% ../../nbs/25_train.ipynb #bd6c8e8b
 def list_modules(
@@ -293,8 +267,8 @@ def list_modules(
     requested = list(modules)
     names = []
     for i, layer in enumerate(model.layers):
-        present = [kind for kind in requested if kind == "a" or (kind == "m" and layer.mlp is not None)]
-        names += [f"{kind}{i}" for kind in present]
+        kinds = ("a",) if layer.mlp is None else ("a", "m")
+        names += [f"{kind}{i}" for kind in requested if kind in kinds]
     names += [name for name in requested if name not in ("a", "m")]
     for name in names:
         check_place(model, name, "output")
@@ -321,8 +295,7 @@ def choose_settings(
     options = dict(PRESETS[preset])
     d_dict = options.pop("expansion") * model.d_model
     chosen = {name: value for name, value in given.items() if value is not None}
-    options = {"d_dict": d_dict} | options
-    return options | chosen
+    return {"d_dict": d_dict} | options | chosen
 
 # %% ../../nbs/25_train.ipynb #c8ebe8f8
 def open_run(
@@ -336,11 +309,8 @@ def open_run(
     path = folder / "train.json"
     if folder.exists() and any(folder.iterdir()):
         stored = json.loads(path.read_text()) if path.exists() else {}
-        differences = [
-            f"{name} {stored.get(name)!r} there, {value!r} here"
-            for name, value in request.items()
-            if stored.get(name) != value
-        ]
+        changed = [name for name, value in request.items() if stored.get(name) != value]
+        differences = [f"{name} {stored.get(name)!r} there, {request[name]!r} here" for name in changed]
         if differences:
             raise ValueError(
                 f"{folder} is not of this run ({'; '.join(differences)}): "
@@ -363,20 +333,15 @@ def load_finished(
 
 # %% ../../nbs/25_train.ipynb #c86c2741
 def _train_at_once(
-    train: Callable[[str, _OnStep], LinearDictionary],
-    names: Sequence[str],
-    n_workers: int,
-    n_steps: int,
-    progress: bool,
+    train: Callable[..., LinearDictionary], names: Sequence[str], n_workers: int, n_steps: int, progress: bool
 ) -> dict[str, LinearDictionary]:
-    "Call `train` for each name, in threads of one core each."
+    "Call `train(name, on_step)` for each name, in threads of one core each."
     stop = threading.Event()
     lock = threading.Lock()
-    desc = f"{len(names)} dictionaries"
-    total = n_steps * len(names)
+    n = len(names)
     with (
         _one_core(),
-        tqdm(total=total, desc=desc, unit="step", disable=not progress) as bar,
+        tqdm(total=n_steps * n, desc=f"{n} dictionaries", unit="step", disable=not progress) as bar,
         ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
 
@@ -395,26 +360,35 @@ def _train_at_once(
             raise
 
 # %% ../../nbs/25_train.ipynb #fb62b197
-def _train_and_save(
-    module: str,
-    on_step: _OnStep,
-    collected: dict[str, tuple[Tensor, float]],  # activations by module; those of `module` are taken out
-    gradients: dict[str, tuple[Tensor, float]],
-    make: Callable[..., _Training],  # from activations, module, gradients and checkpoint
-    folder: Path | None,
+def _train_group(
     model: Model,
-) -> LinearDictionary:
-    "Train one dictionary of a run, and save it if the run has a folder."
-    activations, scale = collected.pop(module)  # freed once this dictionary is trained
-    module_gradients = gradients.pop(module)[0] if gradients else None
-    checkpoint = None if folder is None else folder / f".{module}.ckpt"
-    training = make(activations, module, gradients=module_gradients, checkpoint=checkpoint)
-    of_scaled = _train(training, on_step)
-    trained = rescale(of_scaled, scale)
-    if folder is not None and checkpoint is not None:
-        save_dictionary(trained, folder / module, weights_hash=model.weights_hash)
-        checkpoint.unlink(missing_ok=True)
-    return trained
+    corpus: Tensor,
+    names: Sequence[str],
+    config: TrainConfig,
+    folder: Path | None,
+    checkpoint_every: int,  # steps
+    n_workers: int,
+    run: Run,
+) -> dict[str, LinearDictionary]:
+    "Collect activations, train a dictionary for each module, and save it if the run has a folder."
+    device = model.device
+    collected = collect_activations(model, corpus, names, skip_first=config.skip_first, run=run)
+    gradients = {}
+    if config.kind == "gradient":
+        gradients = collect_gradients(model, corpus, names, skip_first=config.skip_first, run=run)
+
+    def train(name: str, on_step: _OnStep) -> LinearDictionary:
+        activations, scale = collected.pop(name)  # freed once this dictionary is trained
+        grads = gradients.pop(name)[0] if gradients else None
+        checkpoint = None if folder is None else folder / f".{name}.ckpt"
+        trained = _train(activations, name, config, on_step, grads, checkpoint, checkpoint_every, device)
+        trained = rescale(trained, scale)
+        if folder is not None and checkpoint is not None:
+            save_dictionary(trained, folder / name, weights_hash=model.weights_hash)
+            checkpoint.unlink(missing_ok=True)
+        return trained
+
+    return _train_at_once(train, names, n_workers, config.n_steps, run.progress)
 
 # %% ../../nbs/25_train.ipynb #e6404035
 def train_dictionaries(
@@ -445,20 +419,12 @@ def train_dictionaries(
     if n_workers < 1:
         raise ValueError(f"n_workers must be at least 1, got {n_workers}")
     hashes = {"weights_hash": model.weights_hash, "corpus": hash_tokens(corpus)}
-    settings = asdict(config) | hashes
-    folder = open_run(out, settings)
+    folder = open_run(out, asdict(config) | hashes)
     finished = load_finished(folder, names, model)
     remaining = [name for name in names if name not in finished]
     n_copies = 2 if config.kind == "gradient" else 1
     group_size = max(1, int(run.memory // (corpus.numel() * model.d_model * 2 * n_copies)))
-    make = partial(_Training, config=config, checkpoint_every=checkpoint_every, device=model.device)
     for start in range(0, len(remaining), group_size):
         group = remaining[start : start + group_size]
-        collected = collect_activations(model, corpus, group, skip_first=config.skip_first, run=run)
-        gradients = {}
-        if config.kind == "gradient":
-            gradients = collect_gradients(model, corpus, group, skip_first=config.skip_first, run=run)
-        data = {"collected": collected, "gradients": gradients}
-        train = partial(_train_and_save, **data, make=make, folder=folder, model=model)
-        finished |= _train_at_once(train, group, n_workers, config.n_steps, run.progress)
+        finished |= _train_group(model, corpus, group, config, folder, checkpoint_every, n_workers, run)
     return {name: finished[name] for name in names}

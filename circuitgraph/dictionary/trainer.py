@@ -69,9 +69,7 @@ class TrainConfig:
 
     def at_width(self, d_model: int) -> "TrainConfig":
         "The config for activations of this width, with `d_dict` filled in."
-        if self.d_dict is not None:
-            return self
-        return replace(self, d_dict=4 * d_model)
+        return self if self.d_dict is not None else replace(self, d_dict=4 * d_model)
 
 # %% ../../nbs/24_trainer.ipynb #54ab47e6
 def _saelens_options(config: TrainConfig, d_dict: int) -> dict[str, Any]:
@@ -120,8 +118,7 @@ class _TopKReconstruct(torch.autograd.Function):
         "Reconstruction `[batch d_model]`, active features `[batch k]`, their activations, pre-activations."
         centred = x - b_dec
         pre = torch.addmm(b_enc, centred, W_enc)
-        norms = W_dec.norm(dim=1)
-        score = pre * norms
+        score = pre * W_dec.norm(dim=1)
         active = score.topk(k, sorted=False).indices
         acts = pre.gather(1, active).relu()
         ctx.save_for_backward(centred, W_enc, W_dec, active, acts)
@@ -135,27 +132,22 @@ class _TopKReconstruct(torch.autograd.Function):
         x, W_enc, W_dec, active, acts = ctx.saved_tensors
         n, k = active.shape
         d_dict = len(W_dec)
+        columns = active.flatten()
         row_starts = torch.arange(0, n * k + 1, k)
         zeros = torch.zeros(n * k)
-        pattern = torch.sparse_csr_tensor(
-            row_starts, active.flatten(), zeros, (n, d_dict), check_invariants=False
-        )
-        dot_g = torch.sparse.sampled_addmm(
-            pattern, g, W_dec.mT, beta=0
-        ).values()  # d_j . g, where j is active
-        g_pre = dot_g.view(n, k) * (acts > 0)
-        order = active.flatten().argsort()
-        count = active.flatten().bincount(minlength=d_dict)
-        starts = count.cumsum(0).roll(1)
+        pattern = torch.sparse_csr_tensor(row_starts, columns, zeros, (n, d_dict), check_invariants=False)
+        products = torch.sparse.sampled_addmm(pattern, g, W_dec.mT, beta=0)  # d_j . g, where j is active
+        g_pre = products.values().view(n, k) * (acts > 0)
+        order = columns.argsort()
+        starts = columns.bincount(minlength=d_dict).cumsum(0).roll(1)
         starts[0] = 0
 
         def sum_by_feature(weights: Tensor, rows: Tensor) -> Tensor:
             # a bag for each feature: the activations in which it is active
             sorted_weights = weights.flatten()[order]
-            members = order // k
-            return F.embedding_bag(members, rows, starts, per_sample_weights=sorted_weights, mode="sum")
+            return F.embedding_bag(order // k, rows, starts, per_sample_weights=sorted_weights, mode="sum")
 
-        g_b_enc = torch.zeros(d_dict).index_add(0, active.flatten(), g_pre.flatten())
+        g_b_enc = torch.zeros(d_dict).index_add(0, columns, g_pre.flatten())
         g_W_enc = sum_by_feature(g_pre, x).mT
         g_W_dec = sum_by_feature(acts, g)
         return None, g_W_enc, g_b_enc, g_W_dec, g.sum(0) - W_enc @ g_b_enc, None
@@ -171,8 +163,7 @@ def _revival_loss(sae: Any, x: Tensor, recon: Tensor, dead: Tensor) -> Tensor:
     k = min(most, len(features))
     acts = torch.addmm(sae.b_enc[features], x - sae.b_dec, sae.W_enc[:, features])
     if k < len(features):
-        score = acts * W_dec.norm(dim=1)
-        largest = score.topk(k, sorted=False).indices
+        largest = (acts * W_dec.norm(dim=1)).topk(k, sorted=False).indices
         acts = acts * torch.zeros_like(acts).scatter(1, largest, 1.0)
     error = (x - recon).detach()
     weight = sae.cfg.aux_loss_coefficient * min(len(features) / most, 1.0)
@@ -184,14 +175,9 @@ def _step_output(sae: Any, x: Tensor, recon: Tensor, acts: Tensor, pre: Tensor, 
     from sae_lens.saes.sae import TrainStepOutput
 
     losses = {"mse_loss": sae.mse_loss_fn(recon, x).sum(-1).mean(), **losses}
-    return TrainStepOutput(
-        sae_in=x,
-        sae_out=recon,
-        feature_acts=acts,
-        hidden_pre=pre,
-        loss=torch.stack(list(losses.values())).sum(),
-        losses=losses,
-    )
+    loss = torch.stack(list(losses.values())).sum()
+    tensors: dict[str, Any] = {"sae_in": x, "sae_out": recon, "feature_acts": acts, "hidden_pre": pre}
+    return TrainStepOutput(**tensors, loss=loss, losses=losses)
 
 # %% ../../nbs/24_trainer.ipynb #09b27715
 def _topk_pass(sae: Any, step_input: Any) -> Any:
@@ -247,11 +233,9 @@ class _JumpReLU(torch.autograd.Function):
         "Gradients of pre-activations and thresholds."
         above, within_band, threshold = ctx.saved_tensors
         from_acts = threshold * (g * within_band).sum(0)
-        n_within_band = within_band.sum(0)
-        from_l0 = g_l0 * n_within_band / len(g)
+        from_l0 = g_l0 * within_band.sum(0) / len(g)
         g_threshold = (from_acts + from_l0) / -ctx.bandwidth
-        g_pre = g * above
-        return g_pre, g_threshold, None
+        return g * above, g_threshold, None
 
 # %% ../../nbs/24_trainer.ipynb #71e71101
 def _jumprelu_pass(sae: Any, step_input: Any) -> Any:
@@ -321,8 +305,7 @@ def _make_sae(config: TrainConfig, activations: Tensor, mean: Tensor, spread: fl
         sae: Any = make(sae_config(d_in=d_in, d_sae=d_dict, **_saelens_options(config, d_dict)))
         sample = activations[torch.randperm(len(activations))[:20_000]]
     with torch.no_grad():
-        standard = (sample.float() - mean) / spread
-        directions = whiten(standard)[:d_dict]
+        directions = whiten((sample.float() - mean) / spread)[:d_dict]
         first = sae.W_dec[: len(directions)]
         sae.W_dec[: len(directions)] = directions * first.norm(dim=1, keepdim=True)
         sae.W_enc.copy_(sae.W_dec.mT)
@@ -363,28 +346,24 @@ def make_trainer(
         group["fused"] = True  # one pass over the weights
     return trainer
 
-# %% ../../nbs/24_trainer.ipynb #23b635f6
+# %% ../../nbs/24_trainer.ipynb #a3bc9912
 _COUNTS = (
     *("n_training_steps", "n_training_samples", "act_freq_scores"),
     *("n_forward_passes_since_fired", "n_frac_active_samples"),
 )
 
 
-def _state_of(trainer: Any) -> dict[str, Any]:
-    "Everything that a trainer has learned and counted."
-    return {
+def save_state(trainer: Any, path: Path) -> None:
+    "Write a trainer's checkpoint in place of an older one."
+    state = {
         "sae": trainer.sae.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "lr_scheduler": trainer.lr_scheduler.state_dict(),
         "coefficients": {name: s.state_dict() for name, s in trainer.coefficient_schedulers.items()},
         "counts": {name: getattr(trainer, name) for name in _COUNTS},
     }
-
-# %% ../../nbs/24_trainer.ipynb #a3bc9912
-def save_state(trainer: Any, path: Path) -> None:
-    "Write a trainer's checkpoint in place of an older one."
     unfinished = path.with_suffix(".new")
-    torch.save(_state_of(trainer), unfinished)
+    torch.save(state, unfinished)
     unfinished.replace(path)
 
 # %% ../../nbs/24_trainer.ipynb #de3c504b

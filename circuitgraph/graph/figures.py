@@ -46,10 +46,7 @@ def node_strength(
     by: str = "weight",  # "weight", "abs_weight" or "rms_weight", in absolute value
 ) -> np.ndarray:  # [n_nodes]
     "Sum of the sizes of the edges at one of their ends, on the common scale."
-    node = graph.edges[end].cat.codes
-    size = edge_sizes(graph, by)
-    n_nodes = len(graph.nodes)
-    return np.bincount(node, size, minlength=n_nodes)
+    return np.bincount(graph.edges[end].cat.codes, edge_sizes(graph, by), minlength=len(graph.nodes))
 
 # %% ../../nbs/32_figures.ipynb #37b19783
 def rank_edges(
@@ -62,16 +59,13 @@ def rank_edges(
     "Order the edges by size. Raises ValueError for a node that the graph lacks or a count below zero."
     if n is not None and n < 0:
         raise ValueError(f"n must be at least 0, got {n}")
-    size = edge_sizes(graph, by)
-    edges = graph.edges.assign(size=size)
-    order = np.argsort(-size, kind="stable")
+    edges = graph.edges.assign(size=edge_sizes(graph, by))
+    order = np.argsort(-edges["size"].to_numpy(), kind="stable")
     if node is not None:
         if node not in set(graph.nodes["name"]):
             allowed = f"one of the graph's {len(graph.nodes)} (graph.nodes['name'])"
             raise ValueError(f"node must be {allowed}, got {node!r}")
-        leaves = edges["source"] == node
-        enters = edges["target"] == node
-        touches = (leaves | enters).to_numpy()
+        touches = ((edges["source"] == node) | (edges["target"] == node)).to_numpy()
         order = order[touches[order]]
     return edges.iloc[order[:n]]
 
@@ -125,16 +119,6 @@ def _bend_edges(places: pd.DataFrame, edges: pd.DataFrame) -> np.ndarray:
     gap = np.full((len(edges), 1, 2), np.nan)
     return np.concatenate([line, gap], 1).astype(np.float32)
 
-# %% ../../nbs/32_figures.ipynb #6106d96e
-def _edge_labels(edges: pd.DataFrame) -> list[str]:
-    "Ends, port, weight and magnitude of each edge."
-    labels = []
-    rows = zip(name_edges(edges), edges["weight"], edges["abs_weight"], strict=True)
-    for name, weight, size in rows:
-        shown_name = html.escape(name)
-        labels.append(f"{shown_name}<br>mean {weight:+.4g}, mean |w| {size:.4g}")
-    return labels
-
 # %% ../../nbs/32_figures.ipynb #8bbcb02e
 def _band_traces(places: pd.DataFrame, edges: pd.DataFrame, largest: float) -> list[go.Scatter]:
     "Lines of a band of edges, by sign, and invisible points in their middle that say what they are."
@@ -146,8 +130,10 @@ def _band_traces(places: pd.DataFrame, edges: pd.DataFrame, largest: float) -> l
     for name, mask in (("raises", raises), ("lowers", ~raises)):
         x, y = lines[mask, :, 0].ravel(), lines[mask, :, 1].ravel()
         traces.append(go.Scatter(x=x, y=y, line={"color": SIGN_COLOURS[name], "width": width}, **options))
+    rows = zip(name_edges(edges), edges["weight"], edges["abs_weight"], strict=True)
+    texts = [f"{html.escape(e)}<br>mean {w:+.4g}, mean |w| {size:.4g}" for e, w, size in rows]
     x, y = lines[:, 4, 0], lines[:, 4, 1]
-    label = {"text": _edge_labels(edges), "hoverinfo": "text", "showlegend": False}
+    label = {"text": texts, "hoverinfo": "text", "showlegend": False}
     return [*traces, go.Scatter(x=x, y=y, mode="markers", marker={"size": 9, "opacity": 0}, **label)]
 
 # %% ../../nbs/32_figures.ipynb #976b321e
@@ -155,11 +141,9 @@ def _node_traces(
     graph: Graph, places: pd.DataFrame, sized: pd.DataFrame, drawn: np.ndarray
 ) -> list[go.Scatter]:
     "Nodes by kind, as large as what goes out of them along the edges of a table that has their `size`."
-    out, into = (
-        np.bincount(sized[end].cat.codes, sized["size"], minlength=len(graph.nodes))
-        for end in ("source", "target")
-    )
-    kinds, xy = graph.nodes["kind"].to_numpy(), places.to_numpy()
+    kinds, xy, n_nodes = graph.nodes["kind"].to_numpy(), places.to_numpy(), len(graph.nodes)
+    ends = (sized[end].cat.codes for end in ("source", "target"))
+    out, into = (np.bincount(node, sized["size"], minlength=n_nodes) for node in ends)
     size = 5 + 17 * np.sqrt(out / max(out.max(), 1e-12))
     strengths = zip(graph.nodes["name"], out, into, strict=True)
     texts = [f"{name}<br>strength out {o:.3g}, in {i:.3g}" for name, o, i in strengths]
@@ -179,9 +163,8 @@ def _describe_drawing(ranked: pd.DataFrame, n: int) -> str:
     size = ranked["size"].to_numpy()
     carried = size[:n].sum() / size.sum() if size.any() else 0.0
     smallest = size[n - 1] if n else 0
-    drawn = f"{n:,} of {len(size):,} edges"
-    limit = f"those of size {smallest:.3g} and above"
-    return f"{drawn}, {limit}; they carry {carried:.0%} of the total"
+    drawn = f"{n:,} of {len(size):,} edges, those of size {smallest:.3g} and above"
+    return f"{drawn}; they carry {carried:.0%} of the total"
 
 # %% ../../nbs/32_figures.ipynb #91f9efd1
 def slider_stops(
@@ -220,8 +203,7 @@ def draw_layers(
     drawn = np.ones(len(graph.nodes), dtype=bool)
     if len(drawn) > MOST_NODES:
         shown = ranked.iloc[: stops[-1]]
-        ends = pd.concat([shown[end].cat.codes for end in ("source", "target")])
-        drawn = np.isin(np.arange(len(drawn)), ends)
+        drawn = graph.nodes["name"].isin([*shown["source"], *shown["target"]]).to_numpy()
     traces = []
     for band, (start, stop) in enumerate(zip([0, *stops], stops, strict=False)):
         for trace in _band_traces(places, ranked.iloc[start:stop], largest):
@@ -264,8 +246,7 @@ def plot_layers(
     figure = draw_layers(graph, ranked, sized, stops=stops, active=active, height=height)
     if len(levels):
         n_kinds = len(set(graph.nodes["kind"]))
-        slider = _slider(ranked, stops, active, n_kinds)
-        figure.update_layout(sliders=[slider])
+        figure.update_layout(sliders=[_slider(ranked, stops, active, n_kinds)])
     return figure
 
 # %% ../../nbs/32_figures.ipynb #ba57a52f
@@ -309,8 +290,7 @@ def sum_modules(
     total, count = np.zeros((2, len(names), len(names)))
     np.add.at(total, cell, edge_sizes(graph, by))
     np.add.at(count, cell, 1)
-    readers = module[np.unique(target)]
-    n_readers = np.bincount(readers, minlength=len(names))[:, None]
+    n_readers = np.bincount(module[np.unique(target)], minlength=len(names))[:, None]
     size = np.where(count > 0, total / np.maximum(n_readers, 1), np.nan)
     table = pd.DataFrame(size, index=names, columns=names)
     return table.loc[count.any(1), count.any(0)]
@@ -382,11 +362,7 @@ def plot_strength(
         label = {"text": group["name"], "hovertemplate": "%{text}: %{y:.3g}<extra></extra>"}
         style = {"mode": "markers", "name": str(kind), "marker": marker}
         figure.add_scatter(x=group["y"], y=group["out"], **style, **label)
-    yaxis = {
-        "title": "strength out (shares of readers)",
-        "type": "log",
-        "dtick": 1,
-        "exponentformat": "power",
-    }
+    title = "strength out (shares of readers)"
+    yaxis = {"title": title, "type": "log", "dtick": 1, "exponentformat": "power"}
     layout = {"template": "plotly_white", "height": 420, "margin": {"t": 20}}
     return figure.update_layout(xaxis={"title": "layer"}, yaxis=yaxis, **layout)

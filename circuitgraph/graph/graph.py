@@ -21,7 +21,7 @@ import pandas as pd
 
 from .tables import EDGE_KEY, FORMAT_VERSION, GraphError, META_KEYS, SETTINGS, WEIGHTS
 from .tables import check_edges, check_nodes, encode_edges, load_tables, name_edges
-from .tables import save_tables
+from .tables import replace_file, save_tables
 
 # %% ../../nbs/30_graph.ipynb #b662a438
 def _count_tokens(texts: list[dict[str, Any]]) -> int:
@@ -475,11 +475,13 @@ def to_igraph(graph: Graph) -> igraph.Graph:
 # %% ../../nbs/30_graph.ipynb #8609039d
 def save_graphml(graph: Graph, path: str | Path) -> None:
     "Write GraphML, which Gephi, Cytoscape and igraph read."
-    nx.write_graphml(to_networkx(graph), path)
+    with replace_file(path) as partial:
+        nx.write_graphml(to_networkx(graph), partial)
 
 
 def save_gexf(graph: Graph, path: str | Path) -> None:
     "Write GEXF, the format of Gephi; metadata are left out."
     converted = to_networkx(graph)
     converted.graph.clear()
-    nx.write_gexf(converted, path)
+    with replace_file(path) as partial:
+        nx.write_gexf(converted, partial)

@@ -19,6 +19,7 @@ import pandas as pd
 from scipy import sparse
 
 from .graph import Graph, end_codes
+from .tables import replace_file
 from ..model.blocks import Model
 
 # %% ../../nbs/65_influence.ipynb #321173c6
@@ -35,10 +36,8 @@ def _check_prompt_graph(graph: Graph) -> pd.DataFrame:
 def _merge_ports(graph: Graph) -> sparse.csr_array:
     "Weights `[target source]`, ports summed."
     source, target = end_codes(graph)
-    weights = graph.edges["weight"].to_numpy()
-    entries = (weights, (target, source))
-    n = len(graph.nodes)
-    return sparse.csr_array(entries, shape=(n, n))  # sums entries at the same place
+    weights, n = graph.edges["weight"].to_numpy(), len(graph.nodes)
+    return sparse.csr_array((weights, (target, source)), shape=(n, n))  # sums entries at the same place
 
 
 def _list_probabilities(nodes: pd.DataFrame) -> np.ndarray:
@@ -51,11 +50,8 @@ def _normalise(weights: sparse.csr_array, leaf: np.ndarray) -> sparse.csr_array:
     "Absolute weights as shares of all into their reader; nothing into a leaf."
     size = abs(weights)
     total = np.asarray(size.sum(1)).ravel()
-    is_shared = (total > 0) & ~leaf
-    inverse = 1 / np.maximum(total, 1e-300)
-    factor = np.where(is_shared, inverse, 0)
-    scaling = sparse.diags_array(factor)
-    return sparse.csr_array(scaling @ size)
+    factor = np.where((total > 0) & ~leaf, 1 / np.maximum(total, 1e-300), 0)
+    return sparse.csr_array(sparse.diags_array(factor) @ size)
 
 
 def _sum_paths(shares: sparse.csr_array, start: np.ndarray) -> np.ndarray:
@@ -79,22 +75,13 @@ def add_influence(
         add_influence(graph).nodes.nlargest(10, "influence")
 
     Raises ValueError for a graph without positions. Source: @ameisen2025circuit."""
-    nodes = _measure_influence(graph)
-    return Graph(nodes, graph.edges, graph.meta)
-
-
-def _measure_influence(graph: Graph) -> pd.DataFrame:
-    "Nodes with the columns of `add_influence`."
     nodes = _check_prompt_graph(graph)
-    is_error = (nodes["kind"] == "error").to_numpy()
-    shares = _normalise(_merge_ports(graph), is_error)
-    probabilities = _list_probabilities(nodes)
-    influence = _sum_paths(shares, probabilities)
-    order = np.argsort(-influence, kind="stable")
-    total = max(influence.sum(), 1e-300)
-    cumulative = np.empty(len(nodes))
-    cumulative[order] = np.cumsum(influence[order]) / total
-    return nodes.assign(influence=influence, cumulative_influence=cumulative)
+    shares = _normalise(_merge_ports(graph), (nodes["kind"] == "error").to_numpy())
+    influence = _sum_paths(shares, _list_probabilities(nodes))
+    order, cumulative = np.argsort(-influence, kind="stable"), np.empty(len(nodes))
+    cumulative[order] = np.cumsum(influence[order]) / max(influence.sum(), 1e-300)
+    nodes = nodes.assign(influence=influence, cumulative_influence=cumulative)
+    return Graph(nodes, graph.edges, graph.meta)
 
 # %% ../../nbs/65_influence.ipynb #a0841dcc
 def score_prompt(
@@ -162,7 +149,7 @@ def prune_by_influence(
     for name, value in (("node_share", node_share), ("edge_share", edge_share)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {value}")
-    nodes = _measure_influence(graph)
+    nodes = add_influence(graph).nodes
     keep, pairs = _choose_edges(graph, nodes, node_share, edge_share)
     source, target = end_codes(graph)
     pair_of_edge = target.astype(np.int64) * len(nodes) + source
@@ -194,55 +181,43 @@ _TYPES = {"m": ("cross layer transcoder", "mlp reconstruction error"), "a": ("lo
 
 def _decode_token(model: Model, token: int) -> str:
     "A token as text; its number where the model has no tokenizer."
-    if model.tokenizer is None:
-        return f"<{token}>"
-    return model.tokenizer.decode([token])
-
-
-def _pair_numbers(x: int, y: int) -> int:
-    "Cantor's number for a pair: how the format makes a feature's number unique over layers."
-    total = x + y
-    return total * (total + 1) // 2 + y
+    return f"<{token}>" if model.tokenizer is None else model.tokenizer.decode([token])
 
 # %% ../../nbs/65_influence.ipynb #pg28
 def _describe_input(row: dict[str, Any], model: Model) -> dict[str, Any]:
     "An embedding, or `const`."
     p, token = row["position"], row["token"]
     text = f'Emb: "{_decode_token(model, token)}"' if token >= 0 else ""
-    return {
-        "node_id": f"E_{token}_{p}",
-        "feature": p,
-        "layer": "E",
-        "feature_type": "embedding",
-        "clerp": text,
-    }
+    record = {"node_id": f"E_{token}_{p}", "feature": p, "layer": "E", "feature_type": "embedding"}
+    return record | {"clerp": text}
 
 
 def _describe_output(row: dict[str, Any], model: Model) -> dict[str, Any]:
     "An output token."
     token, layer, probability = row["token"], model.n_layers + 1, row["probability"]
+    named = row["name"].split("/")[1].split("@")[0].split("-")
+    text = '" rather than "'.join(_decode_token(model, int(part)) for part in named)
     return {
-        "node_id": f"{layer}_{token}_{row['position']}",
+        "node_id": f"{layer}_{row['name'].split('/')[1].replace('@', '_')}",
         "feature": token,
         "layer": str(layer),
         "feature_type": "logit",
         "influence": None,
         "token_prob": probability,
-        "clerp": f'Output "{_decode_token(model, token)}" (p={probability:.3f})',
+        "clerp": f'Output "{text}" (p={probability:.3f})',
     }
 
 
 def _describe_inner(row: dict[str, Any]) -> dict[str, Any]:
     "A node between input and output."
-    kind = row["kind"]
-    layer = row["layer"]
-    index = row["index"]
+    kind, layer, index = row["kind"], row["layer"], row["index"]
     module = row["name"].partition("@")[0].partition("/")[0]
-    letter = module[0]
-    head = module.partition(".")[2]
+    letter, head, number = module[0], module.partition(".")[2], -1
     if kind == "feature":
         prefix = ("" if letter == "m" else "a") + (f"{head}." if head else "")
         mark, text, type_name = f"{prefix}{index}", f"{module}/{index}", _TYPES[letter][0]
+        total = layer + index
+        number = total * (total + 1) // 2 + index  # Cantor's for the pair, unique over layers
     elif kind == "error":
         mark, text, type_name = f"error-{letter}{head}", f"{module}: error", _TYPES[letter][1]
     else:
@@ -250,7 +225,7 @@ def _describe_inner(row: dict[str, Any]) -> dict[str, Any]:
     label = row.get("label")
     return {
         "node_id": f"{layer}_{mark}_{row['position']}",
-        "feature": _pair_numbers(layer, index) if kind == "feature" else -1,
+        "feature": number,
         "layer": str(layer),
         "feature_type": type_name,
         "activation": row["activation"],
@@ -277,7 +252,7 @@ def _list_links(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], float]:
     "Records and links without `const`, and the share of the absolute weight that goes with it."
     kind, ids, edges = nodes["kind"].to_numpy(), np.array([r["node_id"] for r in records]), graph.edges
-    ends = {end: ids[edges[end].cat.codes.to_numpy()] for end in ("source", "target")}
+    ends = {end: ids[edges[end].cat.codes] for end in ("source", "target")}
     table = pd.DataFrame(ends | {"weight": edges["weight"].to_numpy()})
     pairs = pd.Series(table.groupby(["target", "source"], sort=False)["weight"].sum())
     weights = zip(pairs.index, pairs.tolist(), strict=True)
@@ -301,23 +276,21 @@ def _describe_settings(meta: Mapping[str, Any], left_out: float) -> dict[str, An
     settings["left_out"] = {"const": left_out}
     described: dict[str, Any] = {"generation_settings": settings}
     pattern = r"prune_by_influence\(node_share=(.+), edge_share=(.+)\)"
-    steps = (re.fullmatch(pattern, step) for step in meta["history"])
-    pruned = [step for step in steps if step is not None]
-    if pruned:
-        last = pruned[-1]
-        node_share, edge_share = map(float, last.groups())
-        described["node_threshold"] = node_share
-        described["pruning_settings"] = {"node_threshold": node_share, "edge_threshold": edge_share}
+    for step in meta["history"]:  # the last pruning counts
+        if found := re.fullmatch(pattern, step):
+            node_share, edge_share = map(float, found.groups())
+            described["node_threshold"] = node_share
+            described["pruning_settings"] = {"node_threshold": node_share, "edge_threshold": edge_share}
     return described
 
 
 def _write_json(content: dict[str, Any], path: Path) -> Path:
     "Write a file beside the old one, then take its place."
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.new")
     text = json.dumps(content, allow_nan=False, ensure_ascii=False)
-    partial.write_text(text, encoding="utf-8")
-    return partial.replace(path)
+    with replace_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return path
 
 # %% ../../nbs/65_influence.ipynb #c86aa360
 def save_attribution_graph(
@@ -339,7 +312,7 @@ def save_attribution_graph(
     nodes = _check_prompt_graph(graph)
     _check_file(graph, model, slug)
     if "cumulative_influence" not in nodes:
-        nodes = _measure_influence(graph)
+        nodes = add_influence(graph).nodes
     texts = [_decode_token(model, token) for token in nodes.loc[nodes["kind"] == "embed", "token"].tolist()]
     records = [_describe_node(row, model) for row in nodes.to_dict("records")]
     records, links, left_out = _list_links(graph, nodes, records)

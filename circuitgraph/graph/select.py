@@ -18,14 +18,11 @@ def _reach(seeds: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
     "Nodes that seeds reach along edges from `start` to `end`, which all point one way in the order of nodes."
     reached = seeds.copy()
     backwards = len(end) > 0 and end[0] < start[0]
-    depth = -end if backwards else end
-    order = np.argsort(depth, kind="stable")
+    order = np.argsort(-end if backwards else end, kind="stable")
     changes = np.flatnonzero(np.diff(end[order])) + 1
     for edges in np.split(order, changes):  # the edges into one node
         if len(edges):
-            node = end[edges[0]]
-            is_reached = reached[start[edges]].any()
-            reached[node] |= is_reached
+            reached[end[edges[0]]] |= reached[start[edges]].any()
     return reached
 
 # %% ../../nbs/31_select.ipynb #6d5f1a78
@@ -35,9 +32,7 @@ def prune_dangling(graph: Graph) -> Graph:
     kind = graph.nodes["kind"]
     is_input = kind.isin(["embed", "pos_embed", "const"]).to_numpy()
     is_output = (kind == "logits").to_numpy()
-    from_input = _reach(is_input, source, target)
-    to_output = _reach(is_output, target, source)
-    is_on_path = from_input[source] & to_output[target]
+    is_on_path = _reach(is_input, source, target)[source] & _reach(is_output, target, source)[target]
     return keep_mask(graph, is_on_path, "prune_dangling()")
 
 # %% ../../nbs/31_select.ipynb #4dfab692
@@ -46,8 +41,7 @@ def _greedy_order(graph: Graph, n: int, by: str) -> list[int]:
     size = magnitude(graph, by)
     source, target = end_codes(graph)
     edges_into = pd.Series(range(len(size))).groupby(target).indices
-    is_logits = graph.nodes["name"] == "logits"
-    connected = set(np.flatnonzero(is_logits).tolist())
+    connected = set(np.flatnonzero(graph.nodes["name"] == "logits").tolist())
     heap = [(-size[edge], edge) for node in connected for edge in edges_into.get(node, [])]
     heapq.heapify(heap)
     taken = []

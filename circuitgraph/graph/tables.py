@@ -5,18 +5,24 @@
 # %% auto #0
 __all__ = ['NODE_COLUMNS', 'EDGE_KEY', 'WEIGHTS', 'EDGE_COLUMNS', 'ATTRIBUTION_KEYS', 'FEATURE_KEYS', 'PROMPT_KEYS', 'SETTINGS',
            'META_KEYS', 'FORMAT_VERSION', 'PORTS', 'FILES', 'GraphError', 'name_edges', 'check_nodes', 'encode_edges',
-           'check_edges', 'check_output_folder', 'save_tables', 'load_tables']
+           'check_edges', 'replace_file', 'check_output_folder', 'save_tables', 'load_tables']
 
 # %% ../../nbs/29_tables.ipynb #09222f0b
 import hashlib
 import json
+import os
+import re
+import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 
 # %% ../../nbs/29_tables.ipynb #3cf39f95
 NODE_COLUMNS = ("name", "module", "kind", "layer", "index", "frequency", "mean_activation")
@@ -25,11 +31,15 @@ WEIGHTS = ("weight", "abs_weight", "rms_weight")
 EDGE_COLUMNS = (*EDGE_KEY, *WEIGHTS, "count")
 ATTRIBUTION_KEYS = ("target", "attribution", "n_steps", "baseline", "norm", "pattern", "ports", "skip_first")
 FEATURE_KEYS = ("dictionaries", "others", "keep", "share")  # where the nodes are features
-PROMPT_KEYS = ("positions", "n_logits", "logit_mass")  # where positions are kept
+PROMPT_KEYS = ("positions", "n_logits", "logit_mass", "targets")  # where positions are kept
 SETTINGS = ("nodes", *ATTRIBUTION_KEYS, *FEATURE_KEYS, *PROMPT_KEYS)
-META_KEYS = ("format_version", "model", "corpus", "seed", "versions", "history", *SETTINGS)
+META_KEYS = ("format_version", "model", "corpus", "seed", "versions", "history", "mean_over", *SETTINGS)
 FORMAT_VERSION = 1
 PORTS = ("q", "k", "v", "mlp", "logits", "in")
+FILES = ("nodes.parquet", "edges.parquet")
+_RECORD = "meta.json"
+_LOCK = ".graph.lock"
+_PATIENCE = 600  # seconds that a save waits for another one
 
 # %% ../../nbs/29_tables.ipynb #533a8a74
 class GraphError(ValueError):
@@ -45,10 +55,8 @@ def name_edges(
 ) -> list[str]:
     "Name edges as `source->target<port>`; the port is written for q, k and v only."
     source, target, port = (edges[column].astype(str).to_numpy().astype(object) for column in EDGE_KEY)
-    is_written = np.isin(port, ("q", "k", "v"))
-    suffix = np.where(is_written, "<" + port + ">", "")
-    names = source + "->" + target + suffix
-    return names.tolist()
+    suffix = np.where(np.isin(port, ("q", "k", "v")), "<" + port + ">", "")
+    return (source + "->" + target + suffix).tolist()
 
 # %% ../../nbs/29_tables.ipynb #90d6b8d7
 def check_nodes(nodes: pd.DataFrame) -> None:
@@ -94,22 +102,99 @@ def check_edges(table: pd.DataFrame) -> None:
         infinite = ~np.isfinite(table[column].to_numpy(dtype=float))
         refuse(infinite, f"{column} must be finite, but that of {{}} is not")
 
-# %% ../../nbs/29_tables.ipynb #ea6bf77a
-FILES = ("nodes.parquet", "edges.parquet")
+# %% ../../nbs/29_tables.ipynb #sv102
+def _sync_folder(folder: Path) -> None:
+    "Wait until the names of a folder's files are on the disk, where the system can do so."
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+# %% ../../nbs/29_tables.ipynb #sv104
+@contextmanager
+def replace_file(
+    path: str | Path,  # of the file to write; it may exist
+) -> Iterator[Path]:  # where to write it until the block ends
+    """Replace a file whole, or leave it as it was.
+
+    Example: `with replace_file("curve.csv") as partial: curve.to_csv(partial)`.
+    Raises OSError for a folder that can't be written; nothing is left of an attempt that failed.
+    """
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f".{secrets.token_hex(8)}.new{target.suffix}")
+    if target.exists() and not target.is_file():
+        partial = target  # a device or a pipe takes what it is given; a folder refuses it
+    try:
+        if partial != target:
+            partial.open("xb").close()
+            if target.exists():
+                shutil.copymode(target, partial)
+        yield partial
+        if partial != target:
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            partial.replace(target)
+            _sync_folder(target.parent)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"path {path} can't be written ({reason}); name another, or make room") from error
+    finally:
+        if partial != target:
+            with suppress(OSError):
+                partial.unlink()
+
+# %% ../../nbs/29_tables.ipynb #sv105
+def _read_own_record(folder: Path) -> dict[str, Any]:
+    "The content of a graph's `meta.json`; empty if there is none, or if it is not a graph's."
+    try:
+        content = json.loads((folder / _RECORD).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
+        return {}  # any other error must be heard: a graph that can't be read now is still a graph
+    if not isinstance(content, dict) or not {"meta", "sha256", "self"} <= set(content):
+        return {}
+    meta, hashes = content["meta"], content["sha256"]
+    if not isinstance(meta, dict) or not isinstance(hashes, dict) or not set(FILES) <= set(hashes):
+        return {}
+    numbers = (meta.get("format_version"), content.get("generation", 0))
+    return content if all(isinstance(number, int) for number in numbers) else {}
+
+# %% ../../nbs/29_tables.ipynb #sv107
+_UNFINISHED = re.compile(r"\.(nodes\.parquet|edges\.parquet|meta\.json)-(new|[0-9a-f]{64})")
+
+
+def _refuse_other_files(folder: Path) -> None:
+    "Raises ValueError if a folder holds files, and none of them says that they are a graph's."
+    if not folder.is_dir() or _read_own_record(folder):
+        return
+    names = sorted(path.name for path in folder.iterdir())
+    others = [name for name in names if name != _LOCK and not _UNFINISHED.fullmatch(name)]
+    if not others:
+        return
+    shown = ", ".join(others[:3])
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    missing = f"its {_RECORD} is not a graph's" if _RECORD in others else "it is not a graph's"
+    raise ValueError(f"folder {folder} holds {shown}{more}, and {missing}; name an empty folder or a new one")
 
 # %% ../../nbs/29_tables.ipynb #996addcf
 def check_output_folder(
     folder: str | Path,  # where a graph is to be saved
-) -> Path:
-    "Check that a graph can be saved there: OSError if not, ValueError if the folder holds something else."
+) -> Path:  # the same folder
+    """Check that a graph can be saved in a folder: a new one, an empty one, or one that holds a graph.
+
+    Example: `check_output_folder("graphs/smollm2-head")`.
+    Raises ValueError for a file and for a folder of other files, and OSError if it can't be written.
+    """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder must be a folder or not exist, got the file {folder}; name another")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "meta.json").exists():
-        raise ValueError(f"folder {folder} holds files that are not a graph's; name an empty or a new one")
+    place = Path(os.path.realpath(folder))
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"folder must be a folder or not exist, got the file {folder}; name another")
+        _refuse_other_files(place)
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place if place.exists() else place.parent):
             pass
     except OSError as error:
         reason = error.strerror or error
@@ -121,47 +206,96 @@ def _digest(data: bytes) -> str:
     "SHA-256, in hexadecimal."
     return hashlib.sha256(data).hexdigest()
 
-# %% ../../nbs/29_tables.ipynb #1215917a
-def _write_files(nodes: pd.DataFrame, edges: pd.DataFrame, meta: dict[str, Any], folder: Path) -> None:
-    "Both tables, and the metadata with the hashes of the tables and of itself."
-    for name, table in zip(FILES, (nodes, edges), strict=True):
-        table.to_parquet(folder / name)
-    hashes = {name: _digest((folder / name).read_bytes()) for name in FILES}
-    content = {"meta": meta, "sha256": hashes}
+# %% ../../nbs/29_tables.ipynb #sv110
+def _write_beside(folder: Path, name: str, data: bytes) -> Path:
+    "Write what is to become a file of the graph under a name that carries its hash."
+    partial = folder / f".{name}-new"
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    if (folder / name).exists():
+        shutil.copymode(folder / name, partial)
+    return partial.replace(folder / f".{name}-{_digest(data)}")
+
+# %% ../../nbs/29_tables.ipynb #sv112
+def _tidy(folder: Path) -> None:
+    "Give the tables of the saved graph their plain names, and remove what unfinished saves left."
+    hashes = _read_own_record(folder).get("sha256", {})
+    stated = {folder / f".{name}-{hashes.get(name)}": folder / name for name in FILES}
+    for staged, plain in stated.items():
+        with suppress(OSError):
+            staged.replace(plain)
+    for path in list(folder.iterdir()):
+        if _UNFINISHED.fullmatch(path.name) and path not in stated:
+            path.unlink(missing_ok=True)
+
+# %% ../../nbs/29_tables.ipynb #sv114
+def _replace_graph(folder: Path, tables: dict[str, bytes], meta: dict[str, Any]) -> None:
+    "Write a graph into a folder that we have locked; until its last file is replaced, the old graph stands."
+    _tidy(folder)
+    hashes = {name: _digest(data) for name, data in tables.items()}
+    generation = _read_own_record(folder).get("generation", 0) + 1
+    content = {"meta": meta, "sha256": hashes, "generation": generation}
     itself = _digest(json.dumps(content, sort_keys=True).encode())
-    (folder / "meta.json").write_text(json.dumps(content | {"self": itself}, indent=1))
+    record = json.dumps(content | {"self": itself}, indent=1)
+    for name, data in tables.items():
+        _write_beside(folder, name, data)
+    staged = _write_beside(folder, _RECORD, record.encode())
+    _sync_folder(folder)
+    staged.replace(folder / _RECORD)
+    _sync_folder(folder)
+
+# %% ../../nbs/29_tables.ipynb #sv116
+def _leave(folder: Path) -> None:
+    "Tidy up after a save; the graph is in place or the save has failed, so an error here changes neither."
+    with suppress(OSError):
+        _tidy(folder)
+        if [path.name for path in folder.iterdir()] == [_LOCK]:
+            (folder / _LOCK).unlink()
 
 # %% ../../nbs/29_tables.ipynb #f38a9ddd
 def save_tables(
     nodes: pd.DataFrame,  # one row a node
     edges: pd.DataFrame,  # one row an edge
     meta: dict[str, Any],  # what JSON can hold
-    folder: str | Path,  # made if it does not exist; a graph that it holds is replaced
-) -> Path:
-    "Save a graph: OSError if that fails (an earlier graph stays), ValueError for a folder of other files."
+    folder: str | Path,  # made if it does not exist; a graph that it holds is replaced, other files stay
+) -> Path:  # the same folder
+    """Save a graph as three files of a folder.
+
+    Example: `save_tables(graph.nodes, graph.edges, graph.meta, "graphs/smollm2-head")`.
+    Raises ValueError for a folder of other files, and OSError if a file can't be written; an earlier
+    graph is then intact.
+    """
+    tables = {name: table.to_parquet() for name, table in zip(FILES, (nodes, edges), strict=True)}
     folder = check_output_folder(folder)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    old = partial.with_name(f"{partial.name}.old")
+    place = Path(os.path.realpath(folder))
+    is_new = not place.exists()
+    is_saved = False
     try:
-        _write_files(nodes, edges, meta, partial)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        place.mkdir(exist_ok=True)
+        with FileLock(place / _LOCK).acquire(timeout=_PATIENCE, poll_interval=0.02):
+            _refuse_other_files(place)
+            try:
+                _replace_graph(place, tables, meta)
+                is_saved = True
+            finally:
+                _leave(place)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        problem = f"could not be saved to {folder} ({error})"
-        raise OSError(f"graph {problem}; what was there before is intact") from error
-    folder.chmod(0o755)
+        if not is_saved:  # else the lock could not be given back, which ends with this process
+            problem = f"graph could not be saved to {folder} ({error})"
+            raise OSError(f"{problem}; what was there before is intact") from error
+    finally:
+        if is_new:
+            with suppress(OSError):
+                place.rmdir()  # it is empty if the save failed, and else this does nothing
     return folder
 
 # %% ../../nbs/29_tables.ipynb #b1e98834
-def _read_record(path: Path) -> dict[str, Any]:
+def _check_record(data: bytes, path: Path) -> dict[str, Any]:
     "Metadata and hashes. Raises GraphError if they are not what was saved, or of a newer format."
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(data)
     except ValueError as error:
         raise GraphError(f"{path} is truncated or edited: it is not JSON ({error})") from error
     stated = content.pop("self", None) if isinstance(content, dict) else None
@@ -173,20 +307,44 @@ def _read_record(path: Path) -> dict[str, Any]:
         raise GraphError(f"{path} has format {version}, and {limit}")
     return content
 
+# %% ../../nbs/29_tables.ipynb #sv202
+def _read_table(folder: Path, name: str, sha256: str) -> pd.DataFrame:
+    "The table with this hash. Raises GraphError if the folder does not hold it."
+    found = False
+    for path in (folder / f".{name}-{sha256}", folder / name):
+        if not path.is_file():
+            continue
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            found = True
+            if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
+                file.seek(0)
+                return pd.read_parquet(file)
+    if not found:
+        raise GraphError(f"{folder / name} is missing: {folder} is not a saved graph")
+    raise GraphError(f"{folder / name} is truncated or edited: its hash is not the one that was saved")
+
 # %% ../../nbs/29_tables.ipynb #56110da7
 def load_tables(
     folder: str | Path,  # a folder that `save_tables` wrote
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:  # nodes, edges, metadata
-    "Load a graph. Raises GraphError, with the file's name, for a missing, damaged or newer file."
+    """Load a graph.
+
+    Example: `nodes, edges, meta = load_tables("graphs/smollm2-head")`.
+    Raises GraphError, with the file's name, for a missing, damaged or newer file.
+    """
     folder = Path(folder)
-    for name in ("meta.json", *FILES):
-        if not (folder / name).is_file():
-            raise GraphError(f"{folder / name} is missing: {folder} is not a saved graph")
-    content = _read_record(folder / "meta.json")
-    for name in FILES:
-        if _digest((folder / name).read_bytes()) != content["sha256"][name]:
-            raise GraphError(
-                f"{folder / name} is truncated or edited: its hash is not the one that was saved"
-            )
-    nodes, edges = (pd.read_parquet(folder / name) for name in FILES)
-    return nodes, edges, content["meta"]
+    path = folder / _RECORD
+    earlier = None
+    while True:
+        if not path.is_file():
+            raise GraphError(f"{path} is missing: {folder} is not a saved graph")
+        data = path.read_bytes()
+        content = _check_record(data, path)
+        try:
+            nodes, edges = (_read_table(folder, name, content["sha256"][name]) for name in FILES)
+        except GraphError:
+            if data == earlier:
+                raise
+            earlier = data
+        else:
+            return nodes, edges, content["meta"]

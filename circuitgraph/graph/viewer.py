@@ -7,8 +7,6 @@ __all__ = ['CURVE_COLUMNS', 'ABLATION_COLOURS', 'view', 'plot_curve', 'view_abla
 
 # %% ../../nbs/64_viewer.ipynb #d086005a
 import html
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from .figures import LEVELS, draw_layers, edge_sizes, plot_layers, plot_matrix
 from .figures import plot_strength, plot_weights, rank_edges, show_figure, slider_stops
 from .graph import Graph, density
 from .select import select_edges
-from .tables import ATTRIBUTION_KEYS, name_edges
+from .tables import ATTRIBUTION_KEYS, name_edges, replace_file
 
 # %% ../../nbs/64_viewer.ipynb #f03a58fa
 def _list_edges(ranked: pd.DataFrame, n: int) -> str:
@@ -55,19 +53,18 @@ def _select_stop(stops: Sequence[int], value: int) -> ipywidgets.SelectionSlider
 # %% ../../nbs/64_viewer.ipynb #c06d28b0
 def _draw_first(graph: Graph, ranked: pd.DataFrame, sized: pd.DataFrame, *, n: int, height: int) -> go.Figure:
     "Draw the first `n` edges of a ranking, in bands of rank."
-    below = [level for level in LEVELS if level < n]
-    stops = [*below, n]
+    stops = [*(level for level in LEVELS if level < n), n]
     return draw_layers(graph, ranked, sized, stops=stops, active=len(stops) - 1, height=height)
 
 # %% ../../nbs/64_viewer.ipynb #ffedc31e
 ALL_NODES = "all nodes"
 
 
-def _select_weight() -> ipywidgets.Dropdown:
-    "A menu of the three weights."
-    weights = [("mean weight", "weight"), ("mean |weight|", "abs_weight"), ("root mean square", "rms_weight")]
-    layout = {"width": "240px"}
-    return ipywidgets.Dropdown(options=weights, description="size by", layout=layout)
+WEIGHT_NAMES = [
+    ("mean weight", "weight"),
+    ("mean |weight|", "abs_weight"),
+    ("root mean square", "rms_weight"),
+]
 
 
 def _select_node(graph: Graph) -> ipywidgets.Combobox:
@@ -95,7 +92,8 @@ def view(
         view(graph, 100)
     """
     slider = _select_stop(slider_stops(n_edges, len(graph)), min(n_edges, len(graph)))
-    weight, node = _select_weight(), _select_node(graph)
+    weight = ipywidgets.Dropdown(options=WEIGHT_NAMES, description="size by", layout={"width": "240px"})
+    node = _select_node(graph)
     plot, table = ipywidgets.Output(), ipywidgets.HTML()
     sized = graph.edges.assign(size=edge_sizes(graph))
 
@@ -165,9 +163,8 @@ def _mark_budget(rows: pd.DataFrame) -> go.Scatter:
     colours = [ABLATION_COLOURS.get(mode, "#888888") for mode in rows["ablation"]]
     marker = {"size": 14, "color": "rgba(0,0,0,0)", "line": {"color": colours, "width": 2.5}}
     hidden = {"name": "selected", "showlegend": False, "hoverinfo": "skip"}
-    return go.Scatter(
-        x=list(rows["n_edges"]), y=list(rows["faithfulness"]), mode="markers", marker=marker, **hidden
-    )
+    x, y = list(rows["n_edges"]), list(rows["faithfulness"])
+    return go.Scatter(x=x, y=y, mode="markers", marker=marker, **hidden)
 
 # %% ../../nbs/64_viewer.ipynb #12142fbd
 def _curve_title(curve: pd.DataFrame) -> str:
@@ -221,8 +218,7 @@ def _select_judged(graph: Graph, curve: pd.DataFrame) -> dict[int, list[str]]:
     judged = {}
     for n, kept in zip(curve["n_edges"], curve["n_kept"], strict=True):
         if n not in judged:
-            selected = select_edges(graph, int(n), curve.attrs["method"], by=curve.attrs["by"])
-            judged[int(n)] = selected.edge_names
+            judged[n] = select_edges(graph, int(n), curve.attrs["method"], by=curve.attrs["by"]).edge_names
         if len(judged[n]) != kept:
             counts = f"the curve says that {kept} were kept, and of this graph {len(judged[n])} are"
             raise ValueError(
@@ -233,16 +229,14 @@ def _select_judged(graph: Graph, curve: pd.DataFrame) -> dict[int, list[str]]:
 # %% ../../nbs/64_viewer.ipynb #ab514755
 def _describe_budget(curve: pd.DataFrame, n: int) -> str:
     "What was measured at a budget, in one line of HTML."
-    rows = curve.loc[curve["n_edges"] == n].to_dict("records")
-    measured = []
+    rows, measured = curve.loc[curve["n_edges"] == n].to_dict("records"), []
     for row in rows:
         colour, mode = ABLATION_COLOURS.get(row["ablation"], "#888888"), html.escape(row["ablation"])
         name = f'<b style="color: {colour}">{mode} ablation</b> ({int(row["n_run"]):,} edges run)'
         faithfulness = f"{row['faithfulness']:z.3f} [{row['low']:z.3f}, {row['high']:z.3f}]"
         measured.append(f"{name}: faithfulness {faithfulness}, KL {row['kl']:z.3f} nats")
     size = f"budget {n:,}: {int(rows[0]['n_kept']):,} edges kept, {int(rows[0]['n_nodes']):,} nodes"
-    text = "; ".join([size, *measured])
-    return f'<div class="ablation-reading" style="line-height: 1.5">{text}</div>'
+    return f'<div class="ablation-reading" style="line-height: 1.5">{"; ".join([size, *measured])}</div>'
 
 # %% ../../nbs/64_viewer.ipynb #55d2a0cb
 def view_ablation(
@@ -276,12 +270,9 @@ def view_ablation(
 # %% ../../nbs/64_viewer.ipynb #6a71e989
 def _list_settings(graph: Graph) -> str:
     "Where a graph came from, as a table in HTML."
-    meta = graph.meta
-    model = meta.get("model", {})
-    texts = [
-        f"{text['n_sequences']} sequences of {text['seq_len']} tokens, hash {text['sha256'][:16]}…"
-        for text in meta.get("corpus", [])
-    ]
+    meta, model = graph.meta, graph.meta.get("model", {})
+    size = "{n_sequences} sequences of {seq_len} tokens, hash {sha256:.16}…"
+    texts = [size.format(**text) for text in meta.get("corpus", [])]
     rows = {
         "model": model.get("name", ""),
         "hash of its weights": model.get("weights_hash", ""),
@@ -292,16 +283,14 @@ def _list_settings(graph: Graph) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in meta.get("versions", {}).items()),
         "selections and merges": "; ".join(meta.get("history", [])) or "none",
     }
-    cells = [
-        f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(text))}</td></tr>" for key, text in rows.items()
-    ]
-    return f"<table>{''.join(cells)}</table>"
+    cells = ((html.escape(key), html.escape(str(text))) for key, text in rows.items())
+    lines = [f"<tr><th>{key}</th><td>{text}</td></tr>" for key, text in cells]
+    return f"<table>{''.join(lines)}</table>"
 
 # %% ../../nbs/64_viewer.ipynb #f7d9bc4b
 def _show_tables(graph: Graph) -> list[tuple[str, str, str]]:
     "Heading, sentence and content of the sections without a figure: origin, density, largest edges."
-    weights = (("mean weight", "weight"), ("mean |weight|", "abs_weight"))
-    dense = pd.concat({name: density(graph, by) for name, by in weights})
+    dense = pd.concat({name: density(graph, by) for name, by in WEIGHT_NAMES[:2]})
     origin = (
         "Every edge is a direct dependency through the residual stream. Its weight is attributed to the "
         "writer: a mean share of what a module writes, a part of a feature's mean activation, or logits, for "
@@ -357,17 +346,6 @@ th, td {{ overflow-wrap: anywhere }} td {{ font-variant-numeric: tabular-nums }}
 </body></html>
 """
 
-
-def _fill_page(graph: Graph, n_edges: int) -> str:
-    "The whole page."
-    meta = graph.meta
-    title = f"The {meta.get('nodes', '')} graph of {meta.get('model', {}).get('name', 'a model')}"
-    origin, dense, largest = _show_tables(graph)
-    layers, *others = _show_figures(graph, n_edges)
-    sections = [origin, layers, dense, *others, largest]
-    body = "\n".join(f"<h2>{heading}</h2>\n<p>{text}</p>\n{content}" for heading, text, content in sections)
-    return _PAGE.format(title=html.escape(title), plotlyjs=get_plotlyjs(), body=body)
-
 # %% ../../nbs/64_viewer.ipynb #f3ceb127
 def write_report(
     graph: Graph,
@@ -381,19 +359,13 @@ def write_report(
 
         write_report(graph, "report.html")
     """
-    path = Path(path)
-    page = _fill_page(graph, n_edges)
-    partial = None
-    options = {"prefix": f".{path.name}-", "suffix": ".new", "delete": False, "encoding": "utf-8"}
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, **options) as file:
-            partial = Path(file.name)
-            file.write(page)
-        partial.chmod(0o644)
-        os.replace(partial, path)
-    except OSError as error:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
-        reason = error.strerror or error
-        raise OSError(f"path {path} can't be written ({reason}); name another, or make room") from error
+    path, meta = Path(path), graph.meta
+    title = f"The {meta.get('nodes', '')} graph of {meta.get('model', {}).get('name', 'a model')}"
+    origin, dense, largest = _show_tables(graph)
+    layers, *others = _show_figures(graph, n_edges)
+    sections = [origin, layers, dense, *others, largest]
+    body = "\n".join(f"<h2>{heading}</h2>\n<p>{text}</p>\n{content}" for heading, text, content in sections)
+    page = _PAGE.format(title=html.escape(title), plotlyjs=get_plotlyjs(), body=body)
+    with replace_file(path) as partial:
+        partial.write_text(page, encoding="utf-8")
     return path

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,12 @@ from ..ablation.judge import compare_curves
 from ..ablation.selection import count_edges
 from ..attribution.method import Attribution
 from ..build.build import build_graph, complete_graph
-from ..cut import Cut, FeatureCut, ModuleCut, hash_dictionary, open_cut
+from ..cut import FeatureCut, hash_dictionary, open_cut
 from ..data.corpus import Corpus
 from ..data.task import Task, text_task
 from ..dictionary.protocol import Dictionary
-from ..graph.graph import Graph, magnitude
+from ..graph.graph import Graph, magnitude, merge_graphs
+from ..graph.tables import WEIGHTS, replace_file
 from .feature_circuits import find_feature_circuit, random_features
 from .flow import trace_flow
 from .masks import integrate_masks, learn_masks, prune_greedily
@@ -50,7 +51,7 @@ TextOrTask = Int[Tensor, "seq pos"] | Corpus | Task
 def _tokens_of(data: TextOrTask) -> Tensor:
     if isinstance(data, Task):
         return data.clean
-    return data.tokens if isinstance(data, Corpus) else data
+    return data.whole() if isinstance(data, Corpus) else data
 
 
 def _task_of(data: TextOrTask) -> Task:
@@ -73,56 +74,68 @@ def _by_judging(make: GraphMethod, **options: Any) -> GraphMethod:
     return run
 
 
-def _by_task(make: GraphMethod, **options: Any) -> GraphMethod:
-    "The shape of all, for a method of a task."
+def _by_run(read: Callable[[TextOrTask], Any], make: GraphMethod, **options: Any) -> GraphMethod:
+    "The shape of all, for a method of what `read` makes of the data: a task, or the tokens of a text."
 
     def run(model: Model, data: TextOrTask, nodes: Any, progress: bool = True) -> Graph:
-        task = _task_of(data)
+        read_data = read(data)
         execution = Run(progress=progress)
-        return make(model, task, nodes, run=execution, **options)
+        return make(model, read_data, nodes, run=execution, **options)
 
     return run
+
+
+def _join_lengths(graphs: Sequence[Graph], n_positions: Sequence[int]) -> Graph:
+    "The mean over all positions of graphs of prompts that have different lengths."
+    if graphs[0].meta["corpus"]:
+        return reduce(merge_graphs, graphs)
+    share = np.array(n_positions) / sum(n_positions)
+    edges = graphs[0].edges
+    for column in WEIGHTS:
+        power = 2 if column == "rms_weight" else 1
+        values = np.stack([graph.edges[column].to_numpy() ** power for graph in graphs])
+        edges[column] = (share @ values) ** (1 / power)
+    return Graph(graphs[0].nodes, edges, graphs[0].meta)
 
 
 def _by_text(make: GraphMethod, **options: Any) -> GraphMethod:
-    "The shape of all, for a method of a text."
+    "The shape of all, for a method of texts, which sees prompts of each length by themselves: no padding."
+    of_tokens = _by_run(_tokens_of, make, **options)
 
     def run(model: Model, data: TextOrTask, nodes: Any, progress: bool = True) -> Graph:
-        tokens = _tokens_of(data)
-        execution = Run(progress=progress)
-        return make(model, tokens, nodes, run=execution, **options)
+        if not isinstance(data, Task) or data.lengths is None:
+            return of_tokens(model, data, nodes, progress)
+        graphs, n_positions = [], []
+        for length in data.lengths.unique().tolist():
+            prompts = data.clean[data.lengths == length, :length]
+            graphs.append(of_tokens(model, prompts, nodes, progress))
+            n_positions.append(len(prompts) * (length - 1))  # the first one is left out
+        return _join_lengths(graphs, n_positions)
 
     return run
 
 
-def _random(
-    model: Model,
-    data: Any,  # noqa: ARG001
-    nodes: str,
-    progress: bool = True,  # noqa: ARG001
-    seed: int = 0,
-) -> Graph:
+_by_task = partial(_by_run, _task_of)
+
+
+def _random(model: Model, data: Any, nodes: str, seed: int = 0, **_: Any) -> Graph:  # noqa: ARG001
     "The shape of all, for random scores."
     return random_graph(model, nodes, seed)
 
 # %% ../../nbs/76_compare.ipynb #74buildc
-def _explain(target: str, attribution: str, **options: Any) -> Callable[..., Graph]:
+def _explain(target: str, attribution: str, **options: Any) -> GraphMethod:
     "`build_graph` with one attribution; without options, those that are usual for the target."
     rule = attribution
     if options:
         rule = Attribution(attribution, **options)
-    return partial(build_graph, attribution=rule, target=target)
+    shape = _by_task if target == "metric" else _by_text
+    return shape(build_graph, attribution=rule, target=target)
 
 # %% ../../nbs/76_compare.ipynb #74tablem
 def _module_methods(value: str) -> dict[str, GraphMethod]:
     "Methods between modules."
-
-    def metric(attribution: str, **options: Any) -> GraphMethod:
-        return _by_task(_explain("metric", attribution, **options))
-
-    def values(attribution: str) -> GraphMethod:
-        return _by_text(_explain("node", attribution, skip_first=0))
-
+    metric = partial(_explain, "metric")
+    values = partial(_explain, "node", skip_first=0)
     return {
         "exact patching": _by_judging(patch_edges, value=value),
         "EAP": metric("eap", baseline=value),
@@ -156,18 +169,14 @@ def _feature_methods() -> dict[str, GraphMethod]:
     circuit = partial(_by_task, find_feature_circuit, threshold=0.0)
     merged = {"skip_first": 0, "ports": "merged"}
 
-    def random(
-        model: Model,
-        data: TextOrTask,
-        dictionaries: Any,
-        progress: bool = True,  # noqa: ARG001
-    ) -> Graph:
-        return random_features(model, _task_of(data), dictionaries)
+    def random(model: Model, data: TextOrTask, nodes: Any, **_: Any) -> Graph:
+        task = _task_of(data)
+        return random_features(model, task, nodes)
 
     return {
-        "IG of values": _by_text(_explain("node", "ig", **merged)),
-        "gradient of values": _by_text(_explain("node", "gradient", **merged)),
-        "metric": _by_task(_explain("metric", "ig", **merged)),
+        "IG of values": _explain("node", "ig", **merged),
+        "gradient of values": _explain("node", "gradient", **merged),
+        "metric": _explain("metric", "ig", **merged),
         "sparse feature circuit": circuit(),
         "sparse feature circuit, as coded": circuit(error_edges=False),
         "sparse feature circuit, no pairs": circuit(baseline="zero"),
@@ -192,19 +201,6 @@ def list_methods(
         raise ValueError(f"value must be 'mean' or 'corrupted', got {value!r}")
     return _feature_methods() if nodes == "feature" else _module_methods(value)
 
-# %% ../../nbs/76_compare.ipynb #74rank1
-def _rank_truth(sizes: np.ndarray, is_true: np.ndarray) -> dict[str, float]:
-    "ROC AUC and average precision of sizes (@eq-ranks)."
-    n_true = is_true.sum()
-    n_other = (~is_true).sum()
-    mean_rank = rankdata(sizes)[is_true].mean()
-    least_rank = (n_true + 1) / 2
-    roc_auc = (mean_rank - least_rank) / n_other
-    true_above = rankdata(-sizes[is_true], "max")
-    all_above = rankdata(-sizes, "max")[is_true]
-    precision = (true_above / all_above).mean()
-    return {"roc_auc": float(roc_auc), "average_precision": float(precision)}
-
 # %% ../../nbs/76_compare.ipynb #06d5dcfd
 def score_ranks(
     graph: Graph,
@@ -223,7 +219,13 @@ def score_ranks(
         n_unlisted_true = len(true - set(size.index))
         is_true = np.append(size.index.isin(list(true)), unlisted < n_unlisted_true)
         sizes = np.append(size, np.full(len(unlisted), -1.0))
-        ranks |= _rank_truth(sizes, is_true)
+        mean_rank = rankdata(sizes)[is_true].mean()
+        least_rank = (is_true.sum() + 1) / 2
+        n_other = (~is_true).sum()
+        ranks["roc_auc"] = float((mean_rank - least_rank) / n_other)
+        true_above = rankdata(-sizes[is_true], "max")
+        all_above = rankdata(-sizes, "max")[is_true]
+        ranks["average_precision"] = float((true_above / all_above).mean())
     if exact is not None:
         other = pd.Series(magnitude(exact, "weight"), exact.edge_names)
         ranks["spearman"] = float(size.reindex(other.index).fillna(-1).corr(other, method="spearman"))
@@ -231,10 +233,8 @@ def score_ranks(
 
 # %% ../../nbs/76_compare.ipynb #cb68eb38
 @contextmanager
-def watch_memory(
-    every: float = 0.01,  # seconds between two samples
-) -> Iterator[list[float]]:  # one number: the largest resident set so far, MB
-    "Sample the memory of this process while the block runs."
+def watch_memory(every: float = 0.01) -> Iterator[list[float]]:
+    "Sample every so many seconds the largest resident set of this process so far, MB, while the block runs."
     process, done = psutil.Process(), threading.Event()
     peak = [process.memory_info().rss / 2**20]
 
@@ -271,10 +271,6 @@ class Comparing:
 Nodes = str | Mapping[str, Dictionary]  # a grain, or dictionaries by module
 
 
-def _dictionaries(nodes: Nodes) -> Mapping[str, Dictionary] | None:
-    return None if isinstance(nodes, str) else nodes
-
-
 def _try_method(
     name: str, make: GraphMethod, model: Model, data: TextOrTask, nodes: Nodes, **options: Any
 ) -> tuple[Graph, dict[str, float]] | None:
@@ -293,11 +289,8 @@ def _try_method(
     return graph, {"seconds": time.process_time() - start, "memory": peak[0]}
 
 # %% ../../nbs/76_compare.ipynb #74judgec
-def _judge_graph(
-    model: Model, graph: Graph, data: TextOrTask, budgets: Budgets, value: str, judging: Judging, nodes: Nodes
-) -> pd.DataFrame:
+def _judge(model: Model, graph: Graph, data: TextOrTask, budgets: Budgets, **options: Any) -> pd.DataFrame:
     "The curve of a graph, with its areas over the range of budgets beside each point."
-    options = {"value": value, "dictionaries": _dictionaries(nodes), "judging": judging}
     areas, curve = compare_curves(model, {"graph": graph}, data, budgets, **options)
     n_edges = budgets.n_edges or ()
     width = (max(n_edges) - min(n_edges)) / max(1, len(graph))
@@ -305,14 +298,13 @@ def _judge_graph(
     return curve.drop(columns="graph").join(areas, on="ablation")
 
 # %% ../../nbs/76_compare.ipynb #74countc
-def _count_all(cut: Cut) -> int:
-    "How many edges the architecture allows between the nodes of a cut."
+def _count_all(model: Model, graph: Graph, dictionaries: Mapping[str, Dictionary] | None) -> int:
+    "How many edges the architecture allows between the nodes of a graph like this one."
+    cut = open_cut(model, graph, dictionaries)
     if isinstance(cut, FeatureCut):
         every_node = np.ones(len(cut.names), dtype=bool)
         return count_edges(cut, every_node)
-    if isinstance(cut, ModuleCut):
-        return len(complete_graph(cut.model, cut.grain))
-    raise TypeError(f"the edges of a {type(cut).__name__} can't be counted")
+    return len(complete_graph(model, graph.meta["nodes"]))
 
 
 def _name_nodes(nodes: Nodes) -> str:
@@ -335,6 +327,15 @@ def _open_table(path: Path | None) -> pd.DataFrame:
         raise ValueError(
             f"out must be a table of this function or a new file, but {path} has no column {lacks[0]!r}"
         )
+    return table
+
+
+def _add_rows(table: pd.DataFrame, rows: pd.DataFrame, path: Path | None) -> pd.DataFrame:
+    "A table with more rows, which is also written to a file."
+    table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
+    if path is not None:
+        with replace_file(path) as partial_table:
+            table.to_csv(partial_table, index=False)
     return table
 
 
@@ -371,7 +372,7 @@ def compare_methods(
         complete_graph(model, nodes).keep(list(comparing.truth))
     path = None if comparing.out is None else Path(comparing.out)
     table = _open_table(path)
-    grain = _name_nodes(nodes)
+    grain, dictionaries = _name_nodes(nodes), None if isinstance(nodes, str) else nodes
     run = Run(progress=comparing.progress)
     budgets = Budgets(sorted(set(n_edges)), comparing.selection, clip=True)
     for seed in comparing.seeds:
@@ -379,6 +380,7 @@ def compare_methods(
         name = _name_data(data, test, value)
         setting = dict(zip(SETTING, (name, grain, value, comparing.selection, seed), strict=True))
         judging = Judging(n_boot=comparing.n_boot, seed=seed, run=run)
+        options = {"value": value, "dictionaries": dictionaries, "judging": judging}
         for method, make in methods.items():
             row = setting | {"method": method}
             if len(table.merge(pd.DataFrame([row]))):  # it is known
@@ -387,11 +389,9 @@ def compare_methods(
             if tried is None:
                 continue
             graph, cost = tried
-            n_all = _count_all(open_cut(model, graph, _dictionaries(nodes)))
+            n_all = _count_all(model, graph, dictionaries)
             ranks = score_ranks(graph, n_all, comparing.truth, comparing.exact)
-            curve = _judge_graph(model, graph, test, budgets, value, judging, nodes)
+            curve = _judge(model, graph, test, budgets, **options)
             rows = curve.assign(**row, **cost, **ranks).round(5)
-            table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
-            if path is not None:
-                table.to_csv(path, index=False)
+            table = _add_rows(table, rows, path)
     return table

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['ModuleValues', 'GRADIENT_MEMORY', 'list_circuit_parts', 'list_direct_writers', 'NodeValues', 'map_values',
            'read_nodes', 'write_nodes', 'trace_nodes', 'open_reads', 'nodes_vjp', 'decoder_vjp', 'weigh_direct_edges',
-           'list_direct_edges', 'OpenRun', 'make_feature_graph', 'describe_task', 'describe_text', 'check_numbers',
-           'place_effects']
+           'list_direct_edges', 'OpenRun', 'make_feature_graph', 'describe_task', 'describe_text', 'check_numbers']
 
 # %% ../../nbs/73_direct_edges.ipynb #f323fc3e
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -77,28 +76,15 @@ def list_circuit_parts(
         if ends_layer and name in dictionaries:
             end = len(table)
             block = Part(name, "block", part.layer, dictionaries[name], None, end, end)
-            add(block, _stream_rows(block))
+            features = [(f"{name}/{j}", name, "feature", part.layer, j) for j in range(block.n_nodes - 1)]
+            add(block, [*features, (f"{name}/err", name, "error", part.layer, -1)])
     end = len(table)
     add(Part("logits", "logits", -1, None, None, end, end), rows[-1:])
     return parts, pd.DataFrame(table, columns=nodes.columns)
 
-
-def _stream_rows(part: Part) -> list[tuple[str, str, str, int, int]]:
-    "The nodes of a residual stream: name, module, kind, layer, index."
-    name = part.module
-    layer = part.layer
-    rows = []
-    for j in range(part.n_nodes - 1):
-        rows.append((f"{name}/{j}", name, "feature", layer, j))
-    rows.append((f"{name}/err", name, "error", layer, -1))
-    return rows
-
 # %% ../../nbs/73_direct_edges.ipynb #73adjc
-def list_direct_writers(
-    parts: Sequence[Part],
-    reader: int,  # its position among the parts
-) -> Sequence[Part]:
-    "List the parts that a part reads directly: those since the last residual stream with nodes."
+def list_direct_writers(parts: Sequence[Part], reader: int) -> Sequence[Part]:
+    "List what the part at a position reads directly: the parts since the last residual stream with nodes."
     streams = [i for i, part in enumerate(parts[:reader]) if part.kind == "block"]
     first = streams[-1] if streams else 0
     n_before = parts[reader].n_before
@@ -126,11 +112,6 @@ class NodeValues(NamedTuple):
         features, error = kept[..., :-1], kept[..., -1:]
         return NodeValues(self.acts * features, self.rest * error)
 
-    @property
-    def zeros(self) -> "NodeValues":
-        "Zeros of this shape."
-        return self.map(torch.zeros_like)
-
 
 ModuleValues = dict[str, NodeValues]  # by module
 
@@ -140,17 +121,12 @@ def map_values(function: Callable[[Tensor], Tensor], values: Mapping[str, NodeVa
     return {module: nodes.map(function) for module, nodes in values.items()}
 
 # %% ../../nbs/73_direct_edges.ipynb #f37326c0
-def read_nodes(
-    model: Model,
-    part: Part,
-    places: Mapping[str, Tensor],  # tensors at a module, as `visit_modules` gives them
-) -> NodeValues:
-    "Decompose a module's output into the values of its nodes (@eq-nodes)."
+def read_nodes(model: Model, part: Part, places: Mapping[str, Tensor]) -> NodeValues:
+    "Decompose a module's output into the values of its nodes, from the tensors at its places (@eq-nodes)."
     dictionary = part.dictionary
     whole = places["stream"] if part.kind == "block" else part_output(model, part, places)
     if dictionary is None:
-        no_acts = whole.new_zeros(*whole.shape[:2], 0)
-        return NodeValues(no_acts, whole)
+        return NodeValues(whole[..., :0], whole)
     acts = dictionary.encode(places[dictionary.reads])
     error = whole - dictionary.decode(acts)
     return NodeValues(acts, error)
@@ -170,10 +146,8 @@ def write_nodes(
 @torch.no_grad()
 def trace_nodes(
     model: Model, tokens: Int[Tensor, "batch pos"], parts: Sequence[Part]
-) -> tuple[
-    ModuleValues, list[Float[Tensor, "batch pos d_model"]]
-]:  # by module; streams before each layer, and the last
-    "Compute the values of all nodes on a text."
+) -> tuple[ModuleValues, list[Float[Tensor, "batch pos d_model"]]]:  # by module; streams
+    "Compute the values of all nodes on a text, and the streams before each layer and after the last."
     streams = []
     values = {}
     by_module = {part.module: part for part in parts}
@@ -201,9 +175,7 @@ def open_reads(
     first: int = 0,  # positions from this one on are opened
     linearise: Callable[[str, int, Mapping[str, Tensor]], Mapping[str, Tensor]]
     | None = None,  # other tensors there
-) -> tuple[
-    ModuleValues, dict[str, Float[Tensor, "batch pos d_model"]]
-]:  # functions of what modules read; what they read
+) -> tuple[ModuleValues, dict[str, Float[Tensor, "batch pos d_model"]]]:  # values; what modules read
     "Run a model and keep, for each module, how its nodes depend on the stream that it reads."
     values = {}
     reads = {}
@@ -242,9 +214,7 @@ def nodes_vjp(
     values: NodeValues,  # of the part, as functions of what it reads
     cotangents: NodeValues,  # zero for a node that does not read
     read: Float[Tensor, "batch pos d_model"],  # what the part reads
-) -> Iterator[
-    tuple[Int[Tensor, "reader cell"], Float[Tensor, "reader cell pos d_model"]]
-]:  # nodes; gradients
+) -> Iterator[tuple[Int[Tensor, "reader cell"], Float[Tensor, "reader cell pos d_model"]]]:  # nodes; grads
     "Pull nodes back to what their part reads, another node in each cell (@eq-vjp); zero if there are fewer."
     with torch.enable_grad():
         acts, rest = values.map(partial(_fold, part))
@@ -252,7 +222,8 @@ def nodes_vjp(
         of_features = (d_acts * acts).sum(1)
         of_error = (d_rest * rest).sum((1, 2))
         total = torch.cat([of_features, of_error[:, None]], 1)
-    features = d_acts * acts if _is_gated(part) else d_acts
+    gate = None if part.structure is None else part.structure.gate
+    features = d_acts if gate is None or gate.kind == "none" else d_acts * acts
     error_reads = (d_rest != 0).flatten(1).any(1)
     reading = torch.cat([(features != 0).any(1), error_reads[:, None]], 1)
     reads, order = (x.mT for x in reading.sort(dim=1, descending=True, stable=True))
@@ -264,12 +235,6 @@ def nodes_vjp(
         one_hot = F.one_hot(readers, total.shape[1]) * real
         (grad,) = torch.autograd.grad(total, read, one_hot, is_grads_batched=True, retain_graph=True)
         yield readers, grad.reshape(len(readers), *rest.shape)
-
-
-def _is_gated(part: Part) -> bool:
-    if part.structure is None or part.structure.gate is None:
-        return False
-    return part.structure.gate.kind != "none"
 
 # %% ../../nbs/73_direct_edges.ipynb #73decc
 def decoder_vjp(
@@ -368,9 +333,8 @@ def make_feature_graph(
     port = np.where(ends["target"] == "logits", "logits", "in")
     hashes = {name: hash_dictionary(d) for name, d in dictionaries.items()}
     options = {"nodes": "feature", "others": "layer", "baseline": "zero", "dictionaries": hashes}
-    defaults = {name: 0.0 for name in ("frequency", "mean_activation") if name not in nodes}
     return Graph(
-        nodes.assign(**defaults),
+        nodes.assign(frequency=0.0, mean_activation=0.0),
         table.assign(**ends, port=port, count=0, **sizes),
         complete_graph(model, "layer", ports="merged").meta | options | dict(meta),
     )
@@ -393,11 +357,3 @@ def check_numbers(threshold: float = 0, n_steps: int = 1) -> None:
         raise ValueError(f"threshold must be at least 0, got {threshold}")
     if n_steps < 1:
         raise ValueError(f"n_steps must be at least 1, got {n_steps}")
-
-# %% ../../nbs/73_direct_edges.ipynb #d30fed17
-def place_effects(effects: Mapping[int, np.ndarray], n_nodes: int) -> np.ndarray:
-    "Effects by node from those by part; `const` and `logits` have none."
-    placed = np.zeros(n_nodes)
-    for first, values in effects.items():
-        placed[first : first + len(values)] = values
-    return placed

@@ -27,19 +27,10 @@ from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph
 from .direct_edges import ModuleValues, NodeValues, OpenRun, check_numbers
 from .direct_edges import describe_task, list_circuit_parts, list_direct_edges
-from .direct_edges import make_feature_graph, map_values, open_reads, place_effects
-from .direct_edges import read_nodes, trace_nodes, write_nodes
+from .direct_edges import make_feature_graph, map_values, open_reads, read_nodes
+from .direct_edges import trace_nodes, write_nodes
 from ..model.blocks import Model
 from ..options import Run
-
-# %% ../../nbs/74_feature_circuits.ipynb #73first
-def _first_change(model: Model, task: Task, baseline: str) -> int:
-    "The first position where a node can change: where prompts of a pair differ, in a causal model."
-    is_causal = all(layer.attn.causal for layer in model.layers)
-    if baseline == "zero" or not is_causal:
-        return 0
-    differs = (task.clean != task.corrupted).any(0)
-    return int(differs.int().argmax())
 
 # %% ../../nbs/74_feature_circuits.ipynb #73runs
 @dataclass(frozen=True, eq=False)
@@ -53,39 +44,29 @@ class PathRuns:
     base: ModuleValues  # at the other end of the path
     streams: list[Tensor]  # before each layer and the last, on clean prompts, at all positions
     first: int  # position that changes first
-    batch_size: int  # prompts at a time, each as often as it is at another point of the path
-
-    @property
-    def changes(self) -> ModuleValues:
-        "What each node loses on its path."
-        changes = {}
-        for module, nodes in self.clean.items():
-            changes[module] = nodes.map(torch.sub, self.base[module])
-        return changes
-
-    @property
-    def batches(self) -> list[slice]:
-        "Prompts, batch by batch."
-        starts = range(0, len(self.task), self.batch_size)
-        return [slice(i, i + self.batch_size) for i in starts]
+    changes: ModuleValues  # what each node loses on its path
+    batches: list[slice]  # prompts, batch by batch
+    n_points: int  # points of a path at a time
 
 # %% ../../nbs/74_feature_circuits.ipynb #73runsc
 def _open_runs(model: Model, task: Task, parts: list[Part], baseline: str, run: Run) -> PathRuns:
     "Trace both ends of the paths."
-    first = _first_change(model, task, baseline)
+    first = 0
+    if baseline == "corrupted" and all(layer.attn.causal for layer in model.layers):
+        first = int((task.clean != task.corrupted).any(0).int().argmax())
     clean, streams = trace_nodes(model, task.clean, parts)
     if baseline == "zero":
         base = map_values(torch.zeros_like, clean)
     else:
         base, _ = trace_nodes(model, task.corrupted, parts)
-
-    def from_first(x: Tensor) -> Tensor:
-        return x[:, first:]
-
-    clean = map_values(from_first, clean)
-    base = map_values(from_first, base)
-    size = run.sequences_at_a_time(from_first(task.clean))
-    return PathRuns(model, task, parts, clean, base, streams, first, size)
+    clean, base = (map_values(lambda x: x[:, first:], values) for values in (clean, base))
+    changes = {}
+    for module, nodes in clean.items():
+        changes[module] = nodes.map(torch.sub, base[module])
+    size = run.sequences_at_a_time(task.clean[:, first:])
+    batches = [slice(i, i + size) for i in range(0, len(task), size)]
+    n_points = max(1, size // len(task))
+    return PathRuns(model, task, parts, clean, base, streams, first, changes, batches, n_points)
 
 # %% ../../nbs/74_feature_circuits.ipynb #73movedc
 def _run_moved(
@@ -133,10 +114,9 @@ def _point_gradients(
 def average_gradients(runs: PathRuns, part: Part, n_steps: int) -> NodeValues:
     "Average the gradient of a task's mean metric at one module's nodes over a path (@eq-node-effect)."
     start, end = runs.clean[part.module], runs.base[part.module]
-    total, batches = start.zeros, runs.batches
+    total, batches = start.map(torch.zeros_like), runs.batches
     points = torch.arange(n_steps, dtype=torch.float64) / n_steps
-    at_a_time = max(1, runs.batch_size // len(runs.task))
-    for some in points.split(at_a_time):
+    for some in points.split(runs.n_points):
         share = some.to(start.rest)[:, None, None, None]
         leaves = start.map(lambda a, b, share=share: torch.lerp(a, b, share), end)
         leaves = leaves.map(lambda x: x.requires_grad_())
@@ -158,18 +138,16 @@ def _node_effects(
     runs: PathRuns, n_steps: int, threshold: float, progress: bool
 ) -> tuple[np.ndarray, ModuleValues]:  # effects by node; cotangents by module
     "Effects of all nodes, and the cotangents of those that read."
-    effects, changes = {}, runs.changes
-    final = final_gradients(runs.model, runs.task, runs.streams[-1])
-    final = final[:, runs.first :]
+    effects = np.zeros(runs.parts[-1].first + 1)
+    final = final_gradients(runs.model, runs.task, runs.streams[-1])[:, runs.first :]
     cotangents = {"logits": NodeValues(final[..., :0], final)}
     for part in tqdm(runs.parts[:-1], desc="node effects", unit="module", disable=not progress):
         grads = average_gradients(runs, part, n_steps)
-        by_position = grads.times(changes[part.module])
-        effects[part.first] = by_position.sum((0, 1)).double().cpu().numpy()
+        by_position = grads.times(runs.changes[part.module])
+        effects[part.nodes] = by_position.sum((0, 1)).double().cpu().numpy()
         sizes = (by_position * len(runs.task)).abs()
         cotangents[part.module] = grads.where(sizes > threshold)
-    n_nodes = runs.parts[-1].first + 1
-    return place_effects(effects, n_nodes), cotangents
+    return effects, cotangents
 
 # %% ../../nbs/74_feature_circuits.ipynb #73cedgesc
 def _circuit_edges(
@@ -241,12 +219,10 @@ def _check_circuit(model: Model, task: Task, baseline: str, threshold: float, n_
 
 # %% ../../nbs/74_feature_circuits.ipynb #73nodesck
 def _check_ablation(graph: Graph, dictionaries: Mapping[str, Dictionary], value: str, errors: str) -> None:
-    for name, got, allowed in (
-        ("value", value, ("mean", "zero")),
-        ("errors", errors, ("default", "keep", "remove")),
-    ):
-        if got not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {got!r}")
+    if value not in ("mean", "zero"):
+        raise ValueError(f"value must be one of 'mean', 'zero', got {value!r}")
+    if errors not in ("default", "keep", "remove"):
+        raise ValueError(f"errors must be one of 'default', 'keep', 'remove', got {errors!r}")
     if "effect" not in graph.nodes:
         raise ValueError(
             "graph must hold the effects of its nodes, as find_feature_circuit gives them, got one by "
@@ -348,7 +324,6 @@ def random_features(
             drawn = generator.permutation(writers)[:n_edges]
             tables.append(pd.DataFrame({"source": drawn, "target": reader}))
     edges = pd.concat(tables)
-    scores = generator.random(len(edges))
-    edges = edges.assign(weight=scores)
+    edges["weight"] = generator.random(len(edges))
     meta = {"attribution": "random", "seed": seed} | describe_task(task)
     return make_feature_graph(model, dictionaries, nodes, [edges], meta)

@@ -20,7 +20,7 @@ from ..data.corpus import check_tokens
 from ..graph.graph import Graph
 from .patching import score_graph
 from ..model.blocks import Model
-from ..model.modules import Reader, Trace, list_readers, trace_modules
+from ..model.modules import Trace, list_readers, trace_modules
 from ..options import Run
 
 # %% ../../nbs/72_flow.ipynb #7264a9b8
@@ -51,10 +51,8 @@ class Proximity:
         return proximity / proximity.sum(-1, keepdim=True)
 
 # %% ../../nbs/72_flow.ipynb #72directc
-def _direct_shares(
-    model: Model, trace: Trace, grain: str, proximity: Proximity
-) -> Iterator[Float[Tensor, "batch pos writer"]]:
-    "Shares of all earlier writers at once in what each reader reads."
+def _direct_shares(model: Model, trace: Trace, grain: str, proximity: Proximity) -> Iterator[Tensor]:
+    "Shares `[batch pos writer]` of all earlier writers at once in what each reader reads."
     readers, writers = list_readers(model, grain)
     for reader in readers:
         if "const" in writers:
@@ -64,24 +62,9 @@ def _direct_shares(
         whole = trace.reads[reader.module]
         yield proximity.shares(before, whole)
 
-# %% ../../nbs/72_flow.ipynb #72checkp
-def _split_checkpoint(
-    model: Model, trace: Trace, reader: Reader, stream: Float[Tensor, "batch pos d_model"]
-) -> Float[Tensor, "batch pos part d_model"]:
-    "The stream before a module, what each of its nodes writes, and its biases."
-    layer = model.layers[reader.layer]
-    biases = [layer.attn.b_O] if reader.kind in ("attn", "block") else []
-    if layer.mlp is not None and reader.kind in ("mlp", "block"):
-        biases.append(layer.mlp.b_out)
-    written = trace.writes[:, :, reader.row : reader.row + len(reader.names)]
-    constants = [bias.expand_as(stream)[:, :, None] for bias in biases if bias is not None]
-    return torch.cat([stream[:, :, None], written, *constants], 2)
-
 # %% ../../nbs/72_flow.ipynb #72checkc
-def _checkpoint_shares(
-    model: Model, trace: Trace, grain: str, proximity: Proximity
-) -> Iterator[Float[Tensor, "batch pos writer"]]:
-    "Shares in what each reader reads, passed on from checkpoint to checkpoint (@eq-checkpoint)."
+def _checkpoint_shares(model: Model, trace: Trace, grain: str, proximity: Proximity) -> Iterator[Tensor]:
+    "The same shares, passed on from checkpoint to checkpoint (@eq-checkpoint)."
     readers, writers = list_readers(model, grain)
     stream, n_first = trace.reads[readers[0].module], readers[0].n_before
     shares = trace.writes.new_zeros(trace.writes.shape[:3])
@@ -94,7 +77,13 @@ def _checkpoint_shares(
         yield (before_layer if parallel else shares)[:, :, : reader.n_before]
         if reader.kind == "logits":
             return
-        parts, n_nodes = _split_checkpoint(model, trace, reader, stream), len(reader.names)
+        layer, n_nodes = model.layers[reader.layer], len(reader.names)
+        biases = [layer.attn.b_O] if reader.kind in ("attn", "block") else []
+        if layer.mlp is not None and reader.kind in ("mlp", "block"):
+            biases.append(layer.mlp.b_out)
+        constants = [bias.expand_as(stream)[:, :, None] for bias in biases if bias is not None]
+        written = trace.writes[:, :, reader.row : reader.row + n_nodes]
+        parts = torch.cat([stream[:, :, None], written, *constants], 2)
         stream = parts.sum(2)
         passed = proximity.shares(parts, stream)
         shares = shares * passed[:, :, :1]
@@ -130,9 +119,8 @@ def trace_flow(
     check_skip(corpus, skip_first)
     sums = np.zeros((3, len(list_edges(model, nodes))))
     share_of = _checkpoint_shares if checkpoints else _direct_shares
-    for tokens in tqdm(
-        corpus.split(run.batch_size or 4), desc="flow", unit="batch", disable=not run.progress
-    ):
+    batches = corpus.split(run.batch_size or 4)
+    for tokens in tqdm(batches, desc="flow", unit="batch", disable=not run.progress):
         by_reader = share_of(model, trace_modules(model, tokens, nodes), nodes, proximity)
         columns = [
             shares[:, skip_first:].flatten(0, 1)

@@ -6,7 +6,6 @@
 __all__ = ['MaskedModel', 'open_masked', 'prune_greedily', 'MaskConfig', 'HardConcrete', 'learn_masks', 'integrate_masks']
 
 # %% ../../nbs/71_masks.ipynb #1c8677f7
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count, product
@@ -36,20 +35,13 @@ class MaskedModel:
     judge: Judge
     model_logp: list[Tensor]  # the model's own log-probabilities, by batch
 
-    def run(self, masks: Iterable[Float[Tensor, " edge"]], batch: int) -> Iterator[Tensor]:
-        "What `logits` reads in the graphs of masks; gradients flow back to masks that ask for them."
+    def scores(self, masks: Iterable[Float[Tensor, " edge"]], batch: int) -> Iterator[Tensor]:
+        "The metric of each input of a batch, mask by mask; gradients flow back to masks that ask for them."
         judge = self.judge
+        rows = judge.batches[batch]
         selections = (ModuleSelection(mask, len(mask)) for mask in masks)
-        rows = judge.batches[batch]
-        return judge.run(selections, rows)
-
-    def score(self, stream: Float[Tensor, "prompt pos d_model"], batch: int) -> Float[Tensor, " prompt"]:
-        "The metric of each input of a batch, from what `logits` reads."
-        judge = self.judge
-        rows = judge.batches[batch]
-        model_logp = self.model_logp[batch]
-        scores = judge.data.score(stream, model_logp, rows, judge.cut.model)
-        return scores["metric"]
+        for stream in judge.run(selections, rows):
+            yield judge.score(stream, self.model_logp[batch], rows)["metric"]
 
 # %% ../../nbs/71_masks.ipynb #71openc
 @torch.no_grad()
@@ -65,33 +57,21 @@ def open_masked(
     judge = open_judge(cut_model(model, nodes), data, value, quiet)
     logp = []
     for rows in judge.batches:
-        stream = judge.own_stream(rows)
-        logp.append(judge.data.model_logp(stream, rows, model))
+        logits = judge.data.where_scored(judge.own_logits(rows), rows)
+        logp.append(logits.log_softmax(-1))
     return MaskedModel(judge, logp)
 
-# %% ../../nbs/71_masks.ipynb #71turn
-def _run_in_turn(masked: MaskedModel, batch: int) -> Callable[[Tensor], Tensor]:
-    "A function that runs one batch under a mask and continues from the mask that it ran before."
-    queue: deque[Tensor] = deque()
-    streams = masked.run((queue.popleft() for _ in count()), batch)
-
-    def run(mask: Tensor) -> Tensor:
-        queue.append(mask)
-        return next(streams)
-
-    return run
-
 # %% ../../nbs/71_masks.ipynb #71lossc
-def _open_loss(masked: MaskedModel) -> Callable[[Tensor], float]:
-    "A function from a mask to minus the mean metric under it."
-    runs = [_run_in_turn(masked, batch) for batch in range(len(masked.model_logp))]
+def _open_loss(masked: MaskedModel, mask: Tensor) -> Callable[[], float]:
+    "A function that gives minus the mean metric under a mask as it is when we ask."
+    runs = []
+    for batch in range(len(masked.model_logp)):
+        masks = (mask.clone() for _ in count())
+        runs.append(masked.scores(masks, batch))
 
-    def loss(mask: Tensor) -> float:
-        scores = []
-        for batch, run in enumerate(runs):
-            stream = run(mask)
-            scores.append(masked.score(stream, batch))
-        return -float(torch.cat(scores).mean())
+    def loss() -> float:
+        scores = torch.cat([next(run) for run in runs])
+        return -float(scores.mean())
 
     return loss
 
@@ -113,29 +93,28 @@ def prune_greedily(
     """
     every = complete_graph(model, nodes)
     judging = replace(judging, metric=judging.metric or "kl")
-    loss = _open_loss(open_masked(model, nodes, data, value, judging))
+    masked = open_masked(model, nodes, data, value, judging)
     source, target = (every.edges[end].cat.codes.to_numpy() for end in ("source", "target"))
     mask = torch.ones(len(every), dtype=model.dtype, device=model.device)
+    loss = _open_loss(masked, mask)
     rise = np.zeros(len(every))
     n_read_by = np.zeros(len(every.nodes), dtype=int)  # kept edges out of each node
     n_read_by[-1] = 1  # the output itself is `logits`
-    current = loss(mask.clone())
+    current = loss()
     edges = reversed(range(len(every)))
     for edge in tqdm(edges, total=len(every), desc="ACDC", unit="edge", disable=not judging.run.progress):
         mask[edge] = 0
         if not n_read_by[target[edge]]:
             continue
-        without = loss(mask.clone())
+        without = loss()
         rise[edge] = without - current
         if rise[edge] < threshold:
             current = without
         else:
             mask[edge] = 1
             n_read_by[source[edge]] += 1
-    method = f"ACDC, threshold {threshold:g}"
-    scored = score_graph(model, nodes, rise, method)
-    kept = (mask != 0).cpu().numpy()
-    return scored.keep(kept)
+    scored = score_graph(model, nodes, rise, f"ACDC, threshold {threshold:g}")
+    return scored.keep((mask != 0).cpu().numpy())
 
 # %% ../../nbs/71_masks.ipynb #71config
 @dataclass(frozen=True)
@@ -190,14 +169,14 @@ def learn_masks(
     theta = torch.full((len(every),), 3.0, requires_grad=True)
     adam = torch.optim.Adam([theta], config.lr)
     n_batches = len(masked.model_logp)
-    for _ in tqdm(range(config.n_steps), desc="masks", unit="step", disable=not judging.run.progress):
+    steps = range(config.n_steps)
+    for _ in tqdm(steps, desc="masks", unit="step", disable=not judging.run.progress):
         batch = int(torch.randint(n_batches, (), generator=generator))
         with torch.enable_grad():
             mask = distribution.sample(theta, generator).to(model.W_U)
             share_open = distribution.probability_open(theta).mean()
             penalty = config.sparsity_penalty * share_open
-            stream = next(masked.run([mask], batch))
-            score = masked.score(stream, batch).mean()
+            score = next(masked.scores([mask], batch)).mean()
             loss = penalty - score
         adam.zero_grad()
         loss.backward()
@@ -247,7 +226,7 @@ def integrate_masks(
     for (point, weight), batch in tqdm(steps, desc="masks", unit="step", disable=not judging.run.progress):
         with torch.enable_grad():
             mask = point.to(model.W_U).requires_grad_()
-            stream = next(masked.run([mask], batch))
-            (grad,) = torch.autograd.grad(masked.score(stream, batch).sum(), mask)
+            total = next(masked.scores([mask], batch)).sum()
+            (grad,) = torch.autograd.grad(total, mask)
         scores += weight * grad.double().cpu() / len(masked.judge.data.tokens)
     return score_graph(model, nodes, scores.numpy(), f"gradients along masks, {path}")

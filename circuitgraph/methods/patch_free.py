@@ -28,7 +28,7 @@ from ..graph.graph import Graph
 from .direct_edges import GRADIENT_MEMORY, NodeValues, OpenRun, check_numbers
 from .direct_edges import decoder_vjp, describe_task, describe_text, list_circuit_parts
 from .direct_edges import list_direct_writers, make_feature_graph, map_values
-from .direct_edges import open_reads, place_effects, trace_nodes
+from .direct_edges import open_reads, trace_nodes
 from .flow import check_skip
 from ..model.blocks import MLP, Model, Norm, apply_norm, freeze_block, get_mlp, norm_scale
 from ..model.blocks import norm_vjp, run_attention, run_mlp, write_heads
@@ -61,13 +61,8 @@ def _freeze_all_ratios(model: Model) -> Model:
     return replace(model, layers=tuple(layers))
 
 # %% ../../nbs/75_patch_free.ipynb #73linc
-def linearise_module(
-    model: Model,  # with MLPs of `freeze_ratios`
-    kind: str,
-    layer: int,
-    places: Mapping[str, Tensor],  # tensors at the module, as `visit_modules` gives them
-) -> dict[str, Tensor]:
-    "Compute the tensors at a module with patterns, norm scales and neurons' ratios frozen."
+def linearise_module(model: Model, kind: str, layer: int, places: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    "Compute the tensors at a module with frozen patterns and scales; the MLPs are those of `freeze_ratios`."
     x = places["input"]
     norm = norm_before(model, f"{kind}{layer}")
     inner = {}
@@ -86,8 +81,7 @@ def linearise_module(
         y = run_mlp(model, layer, x, scale=scale, post_scale=post_scale)[0]
         bias = get_mlp(model, layer).b_out
     y = y if bias is None else y + bias
-    names = [place for place in PLACES if place != "z"]
-    outer = {name: encoder_input(norm, name, x, y, scale=scale) for name in names}
+    outer = {name: encoder_input(norm, name, x, y, scale=scale) for name in PLACES if name != "z"}
     return inner | outer
 
 # %% ../../nbs/75_patch_free.ipynb #73startc
@@ -102,15 +96,15 @@ def _linear_final_gradients(model: Model, task: Task, final: Float[Tensor, "prom
 # %% ../../nbs/75_patch_free.ipynb #73backc
 def _trace_back(
     batch: OpenRun, final: Float[Tensor, "prompt pos d_model"], traced: Callable[[Tensor], Tensor]
-) -> tuple[dict[int, np.ndarray], list[pd.DataFrame]]:  # effects by part; edges
+) -> tuple[np.ndarray, list[pd.DataFrame]]:  # effects by node; edges
     "Hierarchical attribution on one batch (@eq-hierarchy)."
     grads = map_values(torch.zeros_like, batch.clean) | {"logits": NodeValues(final[..., :0], final)}
-    effects, edges = {}, []
+    effects, edges = np.zeros(batch.parts[-1].first + 1), []
     for i, part in reversed(list(enumerate(batch.parts))):
         cotangents = grads[part.module]
         if part.kind != "logits":
             by_position = cotangents.times(batch.clean[part.module])
-            effects[part.first] = by_position.sum((0, 1)).double().cpu().numpy()
+            effects[part.nodes] = by_position.sum((0, 1)).double().cpu().numpy()
             acts, rest = cotangents.where(traced(by_position))
             cotangents = NodeValues(acts, rest * (part.dictionary is None))
         if part.kind == "embed":
@@ -143,7 +137,12 @@ def trace_contributions(
     """
     check_numbers(threshold)
     check_tokens(task.clean, model, "clean")
-    _refuse_streams(dictionaries)
+    blocks = [name for name in dictionaries if name.startswith("b")]
+    if blocks:
+        raise ValueError(
+            "the basic units are the outputs of modules and not the stream itself: "
+            f"leave out {', '.join(blocks)}"
+        )
     parts, nodes = list_circuit_parts(model, dictionaries)
     linear, size = _freeze_all_ratios(model), run.sequences_at_a_time(task.clean)
     clean, streams = trace_nodes(model, task.clean, parts)
@@ -157,20 +156,11 @@ def trace_contributions(
         before = [x[rows] for x in streams]
         opened = open_reads(linear, task.clean[rows], parts, before, linearise=linearise)
         batch = OpenRun(parts, *opened, values, values)
-        by_part, listed = _trace_back(batch, final[rows], lambda x: x * len(task) > threshold)
-        effects += place_effects(by_part, len(nodes))
+        by_node, listed = _trace_back(batch, final[rows], lambda x: x * len(task) > threshold)
+        effects += by_node
         edges += listed
     meta = {"attribution": f"patch-free circuit, threshold {threshold:g}"} | describe_task(task)
     return make_feature_graph(model, dictionaries, nodes.assign(effect=effects), edges, meta)
-
-
-def _refuse_streams(dictionaries: Mapping[str, Dictionary]) -> None:
-    streams = [name for name in dictionaries if name.startswith("b")]
-    if streams:
-        raise ValueError(
-            "the basic units are the outputs of modules and not the stream itself: "
-            f"leave out {', '.join(streams)}"
-        )
 
 # %% ../../nbs/75_patch_free.ipynb #73two
 def _run_between(
@@ -216,7 +206,7 @@ def _attribute_layer(
             grad = torch.autograd.grad(code, leaf, one_hot, is_grads_batched=True, retain_graph=True)[0]
             shares.append(torch.einsum("rbpn, bpn -> brn", grad, clean))
         total = total + weight * torch.cat(shares, 1)
-    return total.unflatten(1, (-1, upper.d_dict))
+    return total.unflatten(1, (-1, upper.d_dict)).double().cpu()
 
 # %% ../../nbs/75_patch_free.ipynb #73pairc
 def _check_chain(model: Model, dictionaries: Mapping[str, Dictionary]) -> list[int]:
@@ -272,10 +262,7 @@ def weigh_interactions(
     for lower, upper in zip(chain, chain[1:], strict=False):
         name = f"{lower.module} to {upper.module}"
         batches = tqdm(corpus.split(run.batch_size or 4), desc=name, unit="batch", disable=not run.progress)
-        shares = (
-            _attribute_layer(model, tokens, lower, upper, n_steps, skip_first).double().cpu()
-            for tokens in batches
-        )
+        shares = (_attribute_layer(model, tokens, lower, upper, n_steps, skip_first) for tokens in batches)
         table = _average_interactions(shares, n_positions)
         edges.append(
             table.assign(source=first + table["source"], target=first + lower.d_dict + table["target"])

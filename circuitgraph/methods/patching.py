@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..ablation.judge import minimality
-from ..attribution.closed_form import attention_vjp, project_qkv
+from ..attribution.closed_form import attention_vjp
 from ..attribution.metric import final_gradients, score_task, write_gradients
 from ..build.build import complete_graph
 from ..build.modules import list_edges
@@ -26,7 +26,7 @@ from ..data.corpus import Corpus
 from ..data.task import Task
 from ..graph.graph import Graph
 from ..model.blocks import Model, apply_norm, attention_mask, attention_pattern, norm_scale
-from ..model.blocks import norm_vjp
+from ..model.blocks import norm_vjp, project_qkv
 from ..model.modules import Trace, list_readers, trace_modules
 from ..options import Judging, Run
 
@@ -52,12 +52,8 @@ def score_graph(
     return Graph(every.nodes, edges, every.meta | {"attribution": method})
 
 # %% ../../nbs/70_patching.ipynb #70randomc
-def random_graph(
-    model: Model,
-    nodes: str = "head",  # grain: "block", "layer" or "head"
-    seed: int = 0,
-) -> Graph:
-    "Draw the score of each edge evenly from (0, 1)."
+def random_graph(model: Model, nodes: str = "head", seed: int = 0) -> Graph:
+    "Draw the score of each edge between blocks, layers or heads evenly from (0, 1)."
     generator = np.random.default_rng(seed)
     n_edges = len(list_edges(model, nodes))
     scores = generator.random(n_edges)
@@ -170,25 +166,6 @@ _ATP_NAMES = {
     (False, False): "AtP",
 }  # by exact_softmax and grad_drop
 
-
-def _check_atp(nodes: str, value: str) -> None:
-    if nodes == "block":
-        raise ValueError("nodes must be 'layer' or 'head': a block has no ports to tell apart")
-    if value not in ("corrupted", "mean"):
-        raise ValueError(f"value must be 'corrupted' or 'mean', got {value!r}")
-
-
-def _weaker_ends(model: Model, grain: str, written: Tensor, ports: Tensor) -> Tensor:
-    "Scores of all edges from those of writers and of ports."
-    by_port = iter(ports)
-    scores = []
-    for reader in list_readers(model, grain)[0]:
-        writers = written[: reader.n_before]
-        n_ports = len(reader.names) * len(reader.ports)
-        for _ in range(n_ports):
-            scores.append(torch.minimum(writers, next(by_port)))
-    return torch.cat(scores)
-
 # %% ../../nbs/70_patching.ipynb #70atp
 @torch.no_grad()
 def patch_nodes(
@@ -207,7 +184,10 @@ def patch_nodes(
     With both options this is AtP*, without both it is AtP. Raises ValueError for a metric without
     gradient and for unknown values. Source: @kramar2024atp.
     """
-    _check_atp(nodes, value)
+    if nodes == "block":
+        raise ValueError("nodes must be 'layer' or 'head': a block has no ports to tell apart")
+    if value not in ("corrupted", "mean"):
+        raise ValueError(f"value must be 'corrupted' or 'mean', got {value!r}")
     layers = list(range(model.n_layers)) if grad_drop and model.n_layers > 1 else [-1]
     name = _ATP_NAMES[exact_softmax, grad_drop]
     written, ports = torch.zeros(()), torch.zeros(())
@@ -219,7 +199,13 @@ def patch_nodes(
             sizes = [x.abs().sum(0).double().cpu() / len(task) for x in effects]
             written = written + sizes[0] / max(1, len(layers) - 1)
             ports = ports + sizes[1] / max(1, len(layers) - 1)
-    return score_graph(model, nodes, _weaker_ends(model, nodes, written, ports).numpy(), name)
+    by_port = iter(ports)
+    scores = []
+    for reader in list_readers(model, nodes)[0]:
+        for _ in range(len(reader.names) * len(reader.ports)):
+            weaker = torch.minimum(written[: reader.n_before], next(by_port))
+            scores.append(weaker)
+    return score_graph(model, nodes, torch.cat(scores).numpy(), name)
 
 # %% ../../nbs/70_patching.ipynb #63bf1ee3
 @torch.no_grad()

@@ -21,7 +21,10 @@ from .blocks import Layer, Model, Norm, run_attention, run_block, run_mlp, write
 def _position_table(model: Model) -> Tensor | None:
     "The learned position embedding `[pos d_model]`, where the model has one."
     component = getattr(getattr(model.bridge, "pos_embed", None), "original_component", None)
-    return getattr(component, "weight", None)
+    table = getattr(component, "weight", None)
+    return (
+        None if table is None else table[getattr(component, "offset", 0) :]
+    )  # OPT's first row is position -2
 
 
 def embed_tokens(
@@ -29,10 +32,10 @@ def embed_tokens(
 ) -> dict[str, Float[Tensor, "batch pos d_model"]]:  # "embed" and, with learned positions, "pos_embed"
     "What the embeddings write."
     tokens = tokens.to(model.device)
-    writes = {"embed": model.bridge.embed.original_component(tokens)}
+    writes = {"embed": model.bridge.embed.original_component(tokens).to(model.dtype)}
     table = _position_table(model)
     if table is not None:
-        writes["pos_embed"] = table[: tokens.shape[1]].expand(len(tokens), -1, -1)
+        writes["pos_embed"] = table[: tokens.shape[1]].to(model.dtype).expand(len(tokens), -1, -1)
     return writes
 
 # %% ../../nbs/11_modules.ipynb #7b1c9f2d
