@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from circuitgraph.dictionary.places import neuron_basis
+from circuitgraph.dictionary.store import load_dictionary, save_dictionary
 from circuitgraph.build.build import build_graph, clear_checkpoint
 from circuitgraph.cli import app
 from circuitgraph.graph.graph import Graph, save_gexf, save_graphml
@@ -418,3 +420,14 @@ def test_tables_of_something_else_are_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"edges-0\.parquet is of something else .* name another"):
         build(model, tokens, dictionaries, checkpoint=tmp_path)
     assert contents(tmp_path) == before
+
+
+def test_saving_a_dictionary_leaves_other_hidden_folders(tmp_path):
+    mine = tmp_path / ".m0.partial"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    model = tiny_model("llama")
+    save_dictionary(neuron_basis(model, "m0"), tmp_path / "m0")
+    assert load_dictionary(tmp_path / "m0", model).module == "m0"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".m0.partial", "m0"]
+    assert (mine / "thesis.txt").read_text() == "mine"

@@ -481,7 +481,11 @@ def permute_positions(
 
 def _count_movable(masks: np.ndarray, token: np.ndarray, counted: np.ndarray) -> np.ndarray:
     "How many positions of each behaviour have a token that also occurs outside it, where positions count."
-    return np.array([(mask & np.isin(token, token[counted & ~mask])).sum() for mask in masks])
+    movable = []
+    for mask in masks:
+        outside = token[counted & ~mask]
+        movable.append((mask & np.isin(token, outside)).sum())
+    return np.array(movable)
 
 # %% ../../nbs/86_behaviour.ipynb #d0d7a589
 @dataclass(frozen=True)

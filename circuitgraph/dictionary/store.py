@@ -9,7 +9,7 @@ __all__ = ['save_dictionary', 'load_dictionary', 'load_dictionaries']
 import io
 import json
 import re
-import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -125,17 +125,17 @@ def _write_folder(
     folder: Path, cfg: Mapping[str, Any], state: Mapping[str, Tensor], programs: Mapping[str, bytes]
 ) -> None:
     "Write a dictionary's files to a new folder, all or none."
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    config = json.dumps(cfg, indent=1)
-    (partial / _CFG).write_text(config)
-    if state:
-        tensors = {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
-        save_file(tensors, partial / _WEIGHTS)
-    for name, program in programs.items():
-        (partial / name).write_bytes(program)
-    partial.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        written = Path(scratch) / "written"
+        written.mkdir()
+        (written / _CFG).write_text(json.dumps(cfg, indent=1))
+        if state:
+            tensors = {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
+            save_file(tensors, written / _WEIGHTS)
+        for name, program in programs.items():
+            (written / name).write_bytes(program)
+        written.rename(folder)
 
 # %% ../../nbs/23_store.ipynb #a8ea0aa7
 def save_dictionary(

@@ -151,7 +151,11 @@ class Attention:
 
     def linear(self, port: str) -> tuple[Tensor, Tensor | None]:
         "Weight and bias of a port: `q`, `k` or `v`."
-        return {"q": (self.W_Q, self.b_Q), "k": (self.W_K, self.b_K), "v": (self.W_V, self.b_V)}[port]
+        if port == "q":
+            return self.W_Q, self.b_Q
+        if port == "k":
+            return self.W_K, self.b_K
+        return self.W_V, self.b_V
 
     def head_norm(self, port: str) -> HeadNorm | None:
         "The norm after a port's projection, if it has one."
