@@ -9,7 +9,7 @@ from transformers import GenerationMixin
 import circuitgraph as cg
 from circuitgraph.model.decompose import UnsupportedModel
 from circuitgraph.model.loading import load_model
-from families import hugging_face
+from families import LLAMA3, hugging_face
 
 pytestmark = pytest.mark.filterwarnings("ignore", "error:::circuitgraph")
 
@@ -19,14 +19,7 @@ ROPES = [
     {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
     {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 24},
     {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16},
-    {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
-        "rope_theta": 1e4,
-    },
+    LLAMA3,
 ]
 ACTS = ["gelu", "gelu_new", "relu", "silu", "gelu_pytorch_tanh"]
 
