@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -24,7 +24,7 @@ from ..model.modules import trace_modules
 
 # %% ../../nbs/61_module_ablation.ipynb #c04e2f96
 class _Write(torch.autograd.Function):
-    "Put what a module writes, less its ablated value, into the buffer `[batch pos writer d_model]`."
+    "Put what a module writes, less its ablated value, into the buffer `[writer batch pos d_model]`."
 
     @staticmethod
     def forward(  # noqa: PLR0913  (autograd's shape: a tensor for each input)
@@ -33,30 +33,27 @@ class _Write(torch.autograd.Function):
         order: Tensor,
         buffer: Tensor,
         grads: list[Tensor],
-        first: int,
+        rows: slice,
         base: Tensor | None,
     ) -> Tensor:
-        "Fill the writer's rows of the buffer, and hand the order on."
-        ctx.grads, ctx.span = grads, slice(first, first + y.shape[2])
-        rows = buffer[:, :, ctx.span]
+        "Fill the writers' rows of the buffer, and hand the order on."
+        ctx.grads, ctx.rows = grads, rows
         if base is None:
-            rows.copy_(y)
+            buffer[rows].copy_(y)
         else:
-            torch.sub(y, base[:, :, ctx.span], out=rows)
+            torch.sub(y, base, out=buffer[rows])
         return order.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_order: Tensor) -> tuple[Tensor | None, ...]:
         "Take the gradient that later readers have added for these rows."
-        d_y = None
-        if ctx.grads:
-            d_y = ctx.grads[0][:, :, ctx.span]
+        d_y = ctx.grads[0][ctx.rows] if ctx.grads else None
         return d_y, d_order, None, None, None, None
 
 
 class _Mix(torch.autograd.Function):
-    "Mask times the buffer from `first` on: `[name_port writer]` to `[batch pos name_port d_model]`."
+    "Mask times some rows of the buffer: `[name_port writer]` to `[name_port batch pos d_model]`."
 
     @staticmethod
     def forward(
@@ -65,14 +62,13 @@ class _Mix(torch.autograd.Function):
         order: Tensor,  # noqa: ARG004  (it carries the gradient)
         buffer: Tensor,
         grads: list[Tensor],
-        first: int,
+        rows: slice,
     ) -> Tensor:
         "Mix what earlier writers wrote."
         ctx.save_for_backward(mask)
-        ctx.buffer = buffer
-        ctx.grads = grads
-        ctx.span = slice(first, first + mask.shape[1])
-        return mask @ buffer[:, :, ctx.span]
+        ctx.buffer, ctx.grads, ctx.rows = buffer, grads, rows
+        mixed = mask @ buffer[rows].flatten(1)
+        return mixed.unflatten(1, buffer.shape[1:])
 
     @staticmethod
     @once_differentiable
@@ -81,23 +77,22 @@ class _Mix(torch.autograd.Function):
         (mask,) = ctx.saved_tensors
         if not ctx.grads:
             ctx.grads.append(torch.zeros_like(ctx.buffer))
-        d_writes = ctx.grads[0][:, :, ctx.span]
-        d_writes += mask.mT @ d_x
-        writes = ctx.buffer[:, :, ctx.span]
-        by_position = d_x @ writes.mT
-        d_mask = by_position.sum((0, 1))
+        d_x = d_x.flatten(1)
+        ctx.grads[0][ctx.rows].flatten(1).addmm_(mask.mT, d_x)
+        writes = ctx.buffer[ctx.rows].flatten(1)
+        d_mask = d_x @ writes.mT
         return d_mask, d_x.new_zeros(()), None, None, None
 
 # %% ../../nbs/61_module_ablation.ipynb #mab07
-def _read_modules(parts: list[Reader], masks: dict[str, Tensor]) -> set[str]:
-    "Modules from which some path of kept edges leads to logits."
+def _find_read(parts: list[Reader], masks: dict[str, Tensor]) -> tuple[np.ndarray, set[str]]:
+    "Writers that are read on some path of kept edges to logits, and the modules on such paths."
     is_read, modules = np.zeros(parts[-1].n_before, dtype=bool), {"logits"}
     for part in reversed(parts):
         if part.kind != "logits" and not is_read[part.row : part.row + len(part.names)].any():
             continue
         modules.add(part.module)
         is_read[: part.n_before] |= (masks[part.module] != 0).any(0).cpu().numpy()
-    return modules
+    return is_read, modules
 
 # %% ../../nbs/61_module_ablation.ipynb #589aa5bc
 class ModuleRun:
@@ -118,24 +113,40 @@ class ModuleRun:
         self.sizes = [len(part.names) * len(part.ports) * part.n_before for part in self.parts]
         self.biases = sum_biases(cut.model, cut.grain)
         self.mask, self.done = None, set()  # of the run before: its mask, and the modules that are written
-        self.start()
+        self.start(np.arange(len(self.writers)))
 
-    def start(self) -> None:
-        "Begin an empty buffer with the embeddings in it; they depend on no mask."
-        shape = *self.tokens.shape, len(self.writers), self.model.d_model
+    def start(self, in_buffer: Int[np.ndarray, " row"]) -> None:
+        "Begin an empty buffer for some writers, with the embeddings in it; they depend on no mask."
+        self.in_buffer = in_buffer
+        shape = len(in_buffer), *self.tokens.shape, self.model.d_model
         self.buffer = torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
         self.order, self.grads, self.halves = self.model.W_U.new_zeros(()), [], {}
         for i, y in enumerate(embed_tokens(self.model, self.tokens).values()):
             self.write(y.detach()[:, :, None], i)
 
-    def write(self, y: Tensor, first: int) -> None:
-        "Put what writers `first` and after write into the buffer."
-        base = None if self.other is None else self.other.writes
-        self.order = _Write.apply(y, self.order, self.buffer, self.grads, first, base)
+    def rows(self, first: int, n_writers: int) -> tuple[slice, list[int]]:
+        "The rows of the buffer for some writers, and which of these writers have one."
+        start, stop = np.searchsorted(self.in_buffer, (first, first + n_writers))
+        having = self.in_buffer[start:stop] - first
+        return slice(int(start), int(stop)), having.tolist()
 
-    def mix(self, mask: Tensor, first: int = 0) -> Tensor:
+    def write(self, y: Float[Tensor, "batch pos name d_model"], first: int) -> None:
+        "Put what writers `first` and after write into the buffer."
+        rows, having = self.rows(first, y.shape[2])
+        if not having:
+            return
+        base = None
+        if self.other is not None:
+            base = self.other.writes[:, :, self.in_buffer[rows]].permute(2, 0, 1, 3)
+        y = y[:, :, having].permute(2, 0, 1, 3)
+        self.order = _Write.apply(y, self.order, self.buffer, self.grads, rows, base)
+
+    def mix(self, mask: Float[Tensor, "name_port writer"], first: int = 0) -> Tensor:
         "Mask times the buffer from writer `first` on."
-        return _Mix.apply(mask, self.order, self.buffer, self.grads, first)
+        rows, having = self.rows(first, mask.shape[1])
+        if len(having) < mask.shape[1]:
+            mask = mask[:, having]
+        return _Mix.apply(mask, self.order, self.buffer, self.grads, rows)
 
     def read_kept(self, part: Reader, masks: dict[str, Tensor], mlp: str | None) -> Tensor:
         "What kept edges bring to a part; `mlp` names an MLP whose share of the product is taken along."
@@ -146,25 +157,25 @@ class ModuleRun:
         if mlp is None:
             return self.mix(mask)
         both = self.mix(torch.cat([mask, masks[mlp][:, : part.n_before]]))
-        self.halves[mlp] = both[:, :, len(mask) :], part.n_before
-        return both[:, :, : len(mask)]
+        self.halves[mlp] = both[len(mask) :], part.n_before
+        return both[: len(mask)]
 
     def read_ablated(self, part: Reader, mask: Tensor) -> Tensor | None:
         "What ablated edges and biases bring to a part; None where that is nothing."
         if self.other is not None:
-            return self.other.reads[part.module][:, :, None]
+            return self.other.reads[part.module]
         biases = self.biases[part.module]
         if self.mean is not None:
             means = self.mean[:, :, : part.n_before]
-            return (1 - mask) @ means + biases
+            return ((1 - mask) @ means + biases).permute(2, 0, 1, 3)
         if "const" in self.writers[: part.n_before]:
             const = self.writers.index("const")
-            return mask[:, const, None] * biases
+            return (mask[:, const, None] * biases)[:, None, None]
         return None
 
     def read(
         self, part: Reader, masks: dict[str, Tensor], mlp: str | None = None
-    ) -> Float[Tensor, "batch pos name_port d_model"]:
+    ) -> Float[Tensor, "name_port batch pos d_model"]:
         "What the ports of a part read."
         x = self.read_kept(part, masks, mlp)
         constant = self.read_ablated(part, masks[part.module])
@@ -172,32 +183,41 @@ class ModuleRun:
             return x
         return x + constant if self.grad else x.add_(constant)
 
-    def __call__(self, mask: Float[Tensor, " place"]) -> Float[Tensor, "batch pos d_model"]:
+    def __call__(
+        self,
+        mask: Float[Tensor, " place"],
+        support: Bool[Tensor, " place"] | None = None,  # edges with a value or a gradient; by default all
+    ) -> Float[Tensor, "batch pos d_model"]:
         "What `logits` reads in the graph of a mask."
-        split = zip(self.parts, mask.split(self.sizes), strict=True)
-        masks = {part.module: m.view(-1, part.n_before) for part, m in split}
-        wanted = self.plan(mask, masks)
+        masks = self.split(mask)
+        wanted = self.plan(mask, torch.ones_like(mask) if support is None else support)
         for part in self.parts[:-1]:
             if part.module not in wanted:
                 continue
             mlp = f"m{part.layer}" if part.kind == "attn" and f"m{part.layer}" in wanted else None
-            x = self.read(part, masks, mlp)
+            x = self.read(part, masks, mlp).permute(1, 2, 0, 3)
             self.write(run_reader(self.model, part, x, self.patterns.get(part.module)), part.row)
             if not self.grad:
                 self.done.add(part.module)
         self.mask = mask
-        return self.read(self.parts[-1], masks)[:, :, 0]
+        return self.read(self.parts[-1], masks)[0]
 
-    def plan(self, mask: Tensor, masks: dict[str, Tensor]) -> set[str]:
+    def split(self, mask: Tensor) -> dict[str, Tensor]:
+        "A mask by module, `[name_port writer]`."
+        by_part = zip(self.parts, mask.split(self.sizes), strict=True)
+        return {part.module: m.view(-1, part.n_before) for part, m in by_part}
+
+    def plan(self, mask: Tensor, support: Tensor) -> set[str]:
         "The modules that must be computed for a mask: not those before the first reader whose mask is new."
         if self.grad:
-            self.start()
-            return {part.module for part in self.parts}
+            is_read, modules = _find_read(self.parts, self.split(support))
+            self.start(np.flatnonzero(is_read))
+            return modules
         changed = torch.zeros(1, 1) if self.mask is None else (mask != self.mask).nonzero()
         n_same = int(changed[0]) if len(changed) else len(mask)
         ends = zip(self.parts, np.cumsum(self.sizes), strict=True)
         self.done &= {part.module for part, end in ends if end <= n_same}
-        return _read_modules(self.parts, masks) - self.done
+        return _find_read(self.parts, self.split(mask))[1] - self.done
 
 # %% ../../nbs/61_module_ablation.ipynb #mab09
 def own_patterns(cut: ModuleCut, tokens: Int[Tensor, "batch pos"]) -> dict[str, Tensor]:
@@ -221,5 +241,5 @@ def run_module_selections(
             with torch.no_grad():
                 run = ModuleRun(cut, tokens, values, grad)
         with torch.set_grad_enabled(grad):
-            stream = run(selection.mask.to(cut.model.dtype))
+            stream = run(selection.mask.to(cut.model.dtype), selection.support)
         yield stream

@@ -90,6 +90,8 @@ class ModuleSelection:
 
     mask: Bool[Tensor, " place"] | Float[Tensor, " place"]
     n_edges: int  # edges among what is kept
+    # edges that have a value or are asked for a gradient, which spares the work on others; by default all
+    support: Bool[Tensor, " place"] | None = None
 
     def __invert__(self) -> "ModuleSelection":
         "What is not kept."
