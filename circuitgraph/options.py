@@ -9,6 +9,7 @@ __all__ = ['Run', 'Pruning', 'Judging', 'Budgets']
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -95,16 +96,17 @@ class Judging:
 # %% ../nbs/17_options.ipynb #op13
 @dataclass(frozen=True)
 class Budgets:
-    """Say how many edges the points of a curve keep, and how these are selected.
+    """Say how many edges the points of a curve keep, and the rule that selects them.
 
-    "top" takes the edges of the largest |weight|; "greedy" takes the largest that lead to the output:
+    Rules are named and explained in `circuitgraph.graph.select`:
 
         ablation_curve(model, graph, corpus, [100, 1_000, 10_000])
         ablation_curve(model, graph, corpus, Budgets([100, 1_000], method="greedy", by="abs_weight"))
+        ablation_curve(model, graph, corpus, Budgets([100, 1_000], method=Coverage(share=0.9)))
 
     The functions that take it raise ValueError for a budget beyond a graph's edges, unless `clip`."""
 
     n_edges: Sequence[int] | None = None  # by default 0.1 % to 100 % of a graph's edges
-    method: str = "top"  # "top" (the largest edges) or "greedy" (the largest that lead to the output)
-    by: str = "weight"  # "weight", "abs_weight" or "rms_weight", in absolute value
+    method: Any = None  # a selection rule or its name, such as "greedy"; by default that of `select_edges`
+    by: str | None = None  # "weight", "abs_weight" or "rms_weight"; by default the rule's own: "weight"
     clip: bool = False  # whether a budget beyond a graph's edges means all of them; else it is refused

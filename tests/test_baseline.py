@@ -192,6 +192,68 @@ def test_a_dropped_layer_passes_nothing_back(name, drop):
     assert abs(found - (high - low) / 2e-5) < 1e-7 * max(1, abs(found)) and abs(found) > 1e-3
 
 
+def three_layers(name):
+    """A tiny model with its first layer once more at the end."""
+    model = tiny_model(name, dtype=torch.float64)
+    return replace(model, layers=[*model.layers, model.layers[0]])
+
+
+def effects_while_held(model, task, held):
+    """Mean size of each module's first-order effect while one layer writes what it wrote on clean prompts."""
+    clean, other = (trace_modules(model, tokens, "layer") for tokens in (task.clean, task.corrupted))
+    zeros = {}
+
+    def visit(kind, layer, places):
+        if kind == "b":
+            return None
+        zeros[f"{kind}{layer}"] = zero = torch.zeros_like(places["output"], requires_grad=True)
+        moved = places["output"] + zero
+        return moved.detach() if layer == held else moved
+
+    final = visit_modules(model, task.clean, visit, start=(0, embed(model, task.clean)))
+    grad = final_gradients(model, task, final.detach()) * len(task)
+    slopes = torch.autograd.grad(final, list(zeros.values()), grad, materialize_grads=True)
+    rows = {reader.module: reader.row for reader in list_readers(model, "layer")[0]}
+    change = clean.writes - other.writes
+    effects = {m: (change[:, :, rows[m]] * g).sum((1, 2)) for m, g in zip(zeros, slopes, strict=True)}
+    effects["logits"] = ((clean.reads["logits"] - other.reads["logits"]) * grad).sum((1, 2))
+    return {module: float(effect.detach().abs().mean()) for module, effect in effects.items()}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox"])
+def test_graddrop_is_the_published_mean(name):
+    """A layer that is held keeps its own nodes too: L - 1 terms for them, L for what `logits` reads."""
+    model = three_layers(name)
+    task = make_task(model)
+    sizes = pd.DataFrame([effects_while_held(model, task, layer) for layer in range(3)])
+    wanted = sizes.sum() / [2 if module != "logits" else 3 for module in sizes]
+    assert all(sizes[m][int(m[1])] == 0 for m in sizes if m != "logits") and (sizes["m2"][:2] > 1e-3).all()
+    graph = patch_nodes(model, task, "layer", exact_softmax=False, run=QUIET)
+    found = dict(zip(graph.edge_names, graph.edges["weight"], strict=True))
+    for i in range(3):
+        assert np.isclose(found[f"embed->m{i}"], wanted[f"m{i}"], rtol=1e-9)
+        assert np.isclose(found[f"a{i}->logits"], min(wanted[f"a{i}"], wanted["logits"]), rtol=1e-9)
+    assert np.isclose(found["embed->logits"], wanted["logits"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("nodes", ["layer", "head"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_graddrop_leaves_direct_effects_as_they_are(nodes, exact):
+    """No layer follows the last one, so that blocking the others changes nothing for its nodes and ports."""
+    model = three_layers("llama")
+    task = make_task(model)
+    plain, dropped = (
+        patch_nodes(model, task, nodes, exact_softmax=exact, grad_drop=drop, run=QUIET).edges
+        for drop in (False, True)
+    )
+    last = plain["source"].isin(["embed"]) & plain["target"].astype(str).str.startswith(
+        ("a2", "m2", "logits")
+    )
+    assert last.sum() >= 5 and (plain["weight"][last] > 0).all()
+    assert np.allclose(plain["weight"][last], dropped["weight"][last], rtol=1e-9)
+    assert not np.allclose(plain["weight"], dropped["weight"], rtol=0.05)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "qwen2"])
 def test_patched_queries_and_keys_by_hand(name):

@@ -356,7 +356,8 @@ def test_subgraphs_by_budget_are_those_of_a_plain_search(seed):
                 and len(pruned) <= n
                 and ends(prune_dangling(pruned)) == ends(pruned)
             )
-    assert "greedy(" in str(select_edges(graph, 2, "greedy").meta["history"])
+    history = ["select_edges(2, Greedy(by='weight', signed=False))", "prune_dangling()"]
+    assert select_edges(graph, 2, "greedy").meta["history"] == history
 
 
 def test_budgets_are_refused_out_of_range():
@@ -365,7 +366,7 @@ def test_budgets_are_refused_out_of_range():
         for n in (-1, len(graph) + 1):
             with pytest.raises(ValueError, match=r"n must lie in \[0, "):
                 select_edges(graph, n, method)
-    with pytest.raises(ValueError, match="method must be 'top' or 'greedy', got 'best'"):
+    with pytest.raises(ValueError, match="method must be one of 'top', 'greedy', .*got 'best'"):
         select_edges(graph, 1, "best")
 
 

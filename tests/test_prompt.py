@@ -19,8 +19,8 @@ from circuitgraph.graph.graph import Graph
 from circuitgraph.model.blocks import norm_scale, run_logits
 from circuitgraph.model.loading import TINY_MODELS, tiny_model
 from circuitgraph.model.modules import embed_tokens
-from circuitgraph.graph.influence import add_influence, prune_by_influence, save_attribution_graph
-from circuitgraph.graph.influence import score_prompt
+from circuitgraph.graph.influence import add_influence
+from circuitgraph.graph.prompt_view import prune_by_influence, save_attribution_graph, score_prompt
 from circuitgraph.options import Pruning, Run
 from oracles import random_tokens
 from short import build_graph
@@ -670,7 +670,7 @@ def test_more_is_refused(small, tmp_path):
     with pytest.raises(ValueError, match="give dictionaries"):
         build(model, tokens, "head")
     summed = build_graph(model, tokens, dictionaries, progress=False)
-    for function in (add_influence, score_prompt, prune_by_influence):
+    for function in (score_prompt, prune_by_influence):
         pytest.raises(ValueError, function, summed).match("keeps positions")
     with pytest.raises(ValueError, match="keeps positions"):
         save_attribution_graph(summed, model, tmp_path / "x.json", slug="x")

@@ -28,7 +28,7 @@ from ..data.corpus import Corpus, check_tokens
 from ..data.task import METRICS, Task, check_task, score_answers
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph
-from ..graph.select import select_edges
+from ..graph.select import find_rule, select_edges
 from ..graph.tables import name_edges
 from ..model.blocks import Model, run_logits
 from ..options import Budgets, Judging, Run
@@ -437,11 +437,9 @@ def list_budgets(
 def _spend(graph: Graph, budgets: Budgets) -> dict[int, Graph]:
     "The subgraph of each budget, by its number of edges."
     sizes = sorted(set(list_budgets(graph) if budgets.n_edges is None else budgets.n_edges))
-    limit = len(graph) if budgets.clip else None
-    return {
-        n: select_edges(graph, n if limit is None else min(n, limit), budgets.method, by=budgets.by)
-        for n in sizes
-    }
+    limit = len(graph) if budgets.clip else max(sizes, default=0)
+    rule = find_rule(budgets.method, budgets.by)
+    return {n: select_edges(graph, min(n, limit), rule) for n in sizes}
 
 # %% ../../nbs/63_judging.ipynb #6467377d
 def area_between(
@@ -557,7 +555,8 @@ def compare_curves(
 def _describe_curves(judge: Judge, budgets: Budgets) -> dict[Hashable, Any]:
     "The options of a table of curves."
     data = judge.data
-    options: dict[Hashable, Any] = {"value": judge.value_name, "method": budgets.method, "by": budgets.by}
+    rule = find_rule(budgets.method, budgets.by)
+    options: dict[Hashable, Any] = {"value": judge.value_name, "method": rule.name, "by": rule.by}
     options |= {"metric": data.metric_name, "data": data.task.name if data.task else "text"}
     return options | {"n_inputs": len(data.tokens), "exact": judge.judging.exact}
 

@@ -19,7 +19,8 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 
-from .tables import EDGE_KEY, FORMAT_VERSION, GraphError, META_KEYS, SETTINGS, WEIGHTS
+from .tables import EDGE_KEY, FORMAT_VERSION, GraphError, META_KEYS, OF_THE_WHOLE
+from .tables import SETTINGS, WEIGHTS
 from .tables import check_edges, check_nodes, encode_edges, load_tables, name_edges
 from .tables import replace_file, save_tables
 
@@ -423,17 +424,25 @@ def _check_texts(a: Graph, b: Graph) -> None:
         sizes = f"got {len(a)} and {len(b)}; merge before selecting"
         raise ValueError(f"graphs of different texts must have the same edges to be merged, {sizes}")
 
+# %% ../../nbs/30_graph.ipynb #30whole2
+def _drop_whole(table: pd.DataFrame) -> pd.DataFrame:
+    "A table without the columns that depend on all edges of its graph."
+    return table.drop(columns=list(OF_THE_WHOLE), errors="ignore")
+
 # %% ../../nbs/30_graph.ipynb #3472279d
 def merge_graphs(
     a: Graph,  # a graph
     b: Graph,  # another text's, or other edges of the same text
 ) -> Graph:
-    "Merge two parts of one graph: means over both texts, or the union of disjoint edges over one."
+    """Merge two parts of one graph: means over both texts, or the union of disjoint edges over one.
+
+    Columns of influence are dropped: they hold of one part only.
+    """
     _check_settings(a, b)
     texts_a, texts_b = a.meta.get("corpus", []), b.meta.get("corpus", [])
     meta = a.meta | {"history": [*a.meta["history"], *b.meta["history"], "merge"]}
     if texts_a == texts_b:
-        return Graph(a.nodes, _join_edges(a, b), meta)
+        return Graph(_drop_whole(a.nodes), _drop_whole(_join_edges(a, b)), meta)
     _check_texts(a, b)
     n, m = _count_tokens(texts_a), _count_tokens(texts_b)
     nodes = a.nodes
@@ -446,7 +455,8 @@ def merge_graphs(
         edges = a.edges.assign(**_average_weights(a.edges, b.edges, n_a, n_b))
     if "kept" in nodes:
         nodes = nodes.assign(kept=_average_kept(a, b, edges))
-    return Graph(nodes, edges, meta | {"corpus": [*texts_a, *texts_b]})
+    meta |= {"corpus": [*texts_a, *texts_b]}
+    return Graph(_drop_whole(nodes), _drop_whole(edges), meta)
 
 # %% ../../nbs/30_graph.ipynb #1e5c80e7
 def to_networkx(graph: Graph) -> nx.MultiDiGraph:
@@ -468,7 +478,7 @@ def to_igraph(graph: Graph) -> igraph.Graph:
     converted = igraph.Graph(len(graph.nodes), list(zip(source, target, strict=True)), directed=True)
     for column in graph.nodes:
         converted.vs[column] = graph.nodes[column].tolist()
-    for column in ("port", *WEIGHTS, "count"):
+    for column in graph.edges.columns.drop(["source", "target"]):
         converted.es[column] = graph.edges[column].tolist()
     return converted
 

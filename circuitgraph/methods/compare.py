@@ -34,6 +34,7 @@ from ..data.corpus import Corpus
 from ..data.task import Task, text_task
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph, magnitude, merge_graphs
+from ..graph.select import SelectionRule, find_rule
 from ..graph.tables import WEIGHTS, replace_file
 from .feature_circuits import find_feature_circuit, random_features
 from .flow import trace_flow
@@ -253,12 +254,13 @@ def watch_memory(every: float = 0.01) -> Iterator[list[float]]:
 # %% ../../nbs/76_compare.ipynb #74optsc
 @dataclass(frozen=True, eq=False)
 class Comparing:
-    "How methods are compared. Raises ValueError for no seed."
+    "How methods are compared. Raises ValueError for no seed, no rule and an unknown rule."
 
     seeds: Sequence[int] = (0,)  # of drawn prompts, of methods that draw, and of the bootstrap
     truth: Sequence[str] | None = None  # the true edges by name, where they are known
     exact: Graph | None = None  # a graph of exact patching, with which all are compared
-    selection: str = "greedy"  # how a budget is spent: "top" or "greedy", as in `ablation_curve`
+    # how a budget is spent: a rule or its name, or several, each of which selects from the same graphs
+    selection: str | SelectionRule | Sequence[str | SelectionRule] = "greedy"
     n_boot: int = 1000  # resamples of the inputs for the intervals
     out: str | Path | None = None  # a CSV file; methods whose rows it holds for a setting are not run again
     progress: bool = True
@@ -266,6 +268,15 @@ class Comparing:
     def __post_init__(self) -> None:
         if not self.seeds:
             raise ValueError("seeds must hold at least one")
+        if not self.rules:
+            raise ValueError("selection must hold at least one rule")
+
+    @property
+    def rules(self) -> list[SelectionRule]:
+        "The rules that spend the budgets. Raises ValueError for an unknown name."
+        selection = self.selection
+        chosen = [selection] if isinstance(selection, str | SelectionRule) else selection
+        return [find_rule(rule) for rule in chosen]
 
 # %% ../../nbs/76_compare.ipynb #22132022
 Nodes = str | Mapping[str, Dictionary]  # a grain, or dictionaries by module
@@ -339,6 +350,18 @@ def _add_rows(table: pd.DataFrame, rows: pd.DataFrame, path: Path | None) -> pd.
     return table
 
 
+def _list_missing(
+    table: pd.DataFrame, setting: tuple[str, str, str], rules: Sequence[SelectionRule], seed: int, method: str
+) -> list[tuple[SelectionRule, dict[str, Any]]]:
+    "The rules under which a method has no rows for a task, nodes and value; with what such rows say."
+    missing = []
+    for rule in rules:
+        row = dict(zip(SETTING, (*setting, rule.name, seed), strict=True)) | {"method": method}
+        if not len(table.merge(pd.DataFrame([row]))):
+            missing.append((rule, row))
+    return missing
+
+
 def _name_data(data: TextOrTask, test: TextOrTask, value: str) -> str:
     'The task\'s name, or "text". Raises ValueError for corrupted values of a text.'
     has_pairs = isinstance(data, Task) and isinstance(test, Task)
@@ -360,7 +383,7 @@ def compare_methods(
 ) -> pd.DataFrame:  # setting, method, seed; cost; ranks; the columns of `ablation_curve`; cpr and cmd
     """Find a graph by each method and judge it on other data.
 
-    The table has one row for each seed, method, ablation mode and budget, with the cost (seconds, memory in
+    The table has one row for each seed, method, rule, ablation mode and budget, with the cost (seconds, memory in
     MB), `roc_auc`, `average_precision`, `spearman`, faithfulness with its interval, and the areas with
     theirs. Methods that cannot are left out with a warning.
     Example: `compare_methods(model, task, other_task, list_methods(), [100, 1_000])`.
@@ -374,16 +397,15 @@ def compare_methods(
     table = _open_table(path)
     grain, dictionaries = _name_nodes(nodes), None if isinstance(nodes, str) else nodes
     run = Run(progress=comparing.progress)
-    budgets = Budgets(sorted(set(n_edges)), comparing.selection, clip=True)
     for seed in comparing.seeds:
         data, test = (draw(seed) if callable(draw) else draw for draw in (found_on, judged_on))
         name = _name_data(data, test, value)
-        setting = dict(zip(SETTING, (name, grain, value, comparing.selection, seed), strict=True))
         judging = Judging(n_boot=comparing.n_boot, seed=seed, run=run)
         options = {"value": value, "dictionaries": dictionaries, "judging": judging}
         for method, make in methods.items():
-            row = setting | {"method": method}
-            if len(table.merge(pd.DataFrame([row]))):  # it is known
+            setting = (name, grain, value)
+            missing = _list_missing(table, setting, comparing.rules, seed, method)
+            if not missing:
                 continue
             tried = _try_method(method, make, model, data, nodes, seed=seed, progress=run.progress)
             if tried is None:
@@ -391,7 +413,9 @@ def compare_methods(
             graph, cost = tried
             n_all = _count_all(model, graph, dictionaries)
             ranks = score_ranks(graph, n_all, comparing.truth, comparing.exact)
-            curve = _judge(model, graph, test, budgets, **options)
-            rows = curve.assign(**row, **cost, **ranks).round(5)
-            table = _add_rows(table, rows, path)
+            for rule, row in missing:
+                budgets = Budgets(sorted(set(n_edges)), rule, clip=True)
+                curve = _judge(model, graph, test, budgets, **options)
+                rows = curve.assign(**row, **cost, **ranks).round(5)
+                table = _add_rows(table, rows, path)
     return table

@@ -124,7 +124,8 @@ def _patch_batch(
     model: Model, grain: str, clean: Trace, base: Trace, grads: Mapping[str, Tensor], exact_softmax: bool
 ) -> tuple[Tensor, Tensor]:
     "Effects on each prompt: of what every module writes `[prompt writer]`, and of its ports `[prompt port]`."
-    written = torch.where((clean.writes != base.writes).any(3).any(1), torch.inf, 0)
+    has_changed = (clean.writes != base.writes).any(3).any(1)
+    written = torch.where(has_changed, torch.inf, 0).to(clean.writes)
     ports = []
     for reader in list_readers(model, grain)[0]:
         rows = slice(reader.row, reader.row + len(reader.names))
@@ -166,6 +167,29 @@ _ATP_NAMES = {
     (False, False): "AtP",
 }  # by exact_softmax and grad_drop
 
+# %% ../../nbs/70_patching.ipynb #70homes2
+_OUTSIDE = -2  # of the embeddings and `logits`, which are in no layer; -1 is no layer that is dropped
+
+
+def _list_layers(model: Model, grain: str) -> tuple[Int[Tensor, " writer"], Int[Tensor, " port"]]:
+    "The layer of each writer and of each port of each reader, in the order of `_patch_batch`."
+    readers, writers = list_readers(model, grain)
+    by_writer, by_port = torch.full((len(writers),), _OUTSIDE), []
+    for reader in readers:
+        layer = _OUTSIDE if reader.kind == "logits" else reader.layer
+        by_port += [layer] * (len(reader.names) * len(reader.ports))
+        if reader.kind != "logits":
+            by_writer[reader.row : reader.row + len(reader.names)] = layer
+    return by_writer, torch.tensor(by_port)
+
+
+def _take_term(
+    size: Float[Tensor, " node"], layer: Int[Tensor, " node"], dropped: int, n_layers: int
+) -> Float[Tensor, " node"]:
+    "A term of GradDrop's mean: nothing for nodes of the layer that is dropped."
+    n_terms = torch.where(layer == _OUTSIDE, n_layers, max(1, n_layers - 1))
+    return torch.where(layer == dropped, 0, size / n_terms)
+
 # %% ../../nbs/70_patching.ipynb #70atp
 @torch.no_grad()
 def patch_nodes(
@@ -181,7 +205,7 @@ def patch_nodes(
 ) -> Graph:
     """Score edges by the weaker of their ends, each by attribution patching (@eq-atp, @eq-weaker-end).
 
-    With both options this is AtP*, without both it is AtP. Raises ValueError for a metric without
+    GradDrop averages over the layers that a node is not in (@eq-graddrop). With both options this is AtP*, without both it is AtP. Raises ValueError for a metric without
     gradient and for unknown values. Source: @kramar2024atp.
     """
     if nodes == "block":
@@ -190,6 +214,7 @@ def patch_nodes(
         raise ValueError(f"value must be 'corrupted' or 'mean', got {value!r}")
     layers = list(range(model.n_layers)) if grad_drop and model.n_layers > 1 else [-1]
     name = _ATP_NAMES[exact_softmax, grad_drop]
+    homes = _list_layers(model, nodes)
     written, ports = torch.zeros(()), torch.zeros(())
     batches = _patch_batches(model, task, nodes, value, metric, run)
     for tokens, clean, base, grad in tqdm(batches, desc=name, unit="batch", disable=not run.progress):
@@ -197,8 +222,8 @@ def patch_nodes(
             grads = write_gradients(model, tokens, grad, drop=layer)
             effects = _patch_batch(model, nodes, clean, base, grads, exact_softmax)
             sizes = [x.abs().sum(0).double().cpu() / len(task) for x in effects]
-            written = written + sizes[0] / max(1, len(layers) - 1)
-            ports = ports + sizes[1] / max(1, len(layers) - 1)
+            terms = [_take_term(*pair, layer, len(layers)) for pair in zip(sizes, homes, strict=True)]
+            written, ports = written + terms[0], ports + terms[1]
     by_port = iter(ports)
     scores = []
     for reader in list_readers(model, nodes)[0]:
