@@ -271,7 +271,7 @@ def evaluate(  # noqa: PLR0913
             typer.echo(f"wrote {out}")
 
 # %% ../nbs/90_cli.ipynb #74be42cd
-_SLOW = ("exact patching", "ACDC", "EAP-IG, activations", "occlusion of values")
+_SLOW = ("exact patching", "ACDC", "node gates", "EAP-IG, activations", "occlusion of values")
 
 
 def _choose_methods(names: str | None, available: dict[str, Any]) -> dict[str, Any]:
