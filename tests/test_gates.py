@@ -42,7 +42,7 @@ def test_larger_budgets_hold_smaller_ones():
     assert not any(name.startswith("const") for name in large)
 
 
-def test_a_stopped_search_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+def test_a_stopped_search_goes_on_to_the_same_bits(tmp_path):
     made, config = known.chain(), GateConfig(n_steps=4)
     whole = search_gates(made.model, made.task, n_edges=[30, 8], config=config, judging=QUIET)
     judging = Judging(run=Run(progress=False, checkpoint=tmp_path))

@@ -147,8 +147,9 @@ def learn_gates(
     rank[torch.from_numpy(order)] = torch.arange(len(order), dtype=torch.float32)
     gates = (1 - rank / (2 * n_fit)).clamp(0, 1).requires_grad_()
     adam = torch.optim.Adam([gates], search.config.lr, betas=(0.8, 0.99))
-    multiplier = 0.0
-    for step in range(search.config.n_steps):
+    multiplier, total = 0.0, torch.zeros_like(gates)
+    n_steps = search.config.n_steps
+    for step in range(n_steps):
         rows = search.draw(search.judges[0].batches)
         with torch.enable_grad():
             mask, size = mask_gates(search, gates, allowed)
@@ -160,9 +161,10 @@ def learn_gates(
         adam.step()
         gates.data.clamp_(-0.1, 1.1)
         multiplier = max(0.0, multiplier + 0.3 * float(excess.detach()))
+        if step >= 2 * n_steps // 3:
+            total += gates.detach()
         bar.update()
-    learned = gates.detach().numpy()[order]
-    return order[np.argsort(-learned, kind="stable")]
+    return order[np.argsort(-total.numpy()[order], kind="stable")]
 
 # %% ../../nbs/76_gates.ipynb #gt17
 def score_edges(

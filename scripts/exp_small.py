@@ -1,0 +1,131 @@
+"""Small graphs that are faithful on text: the tables of nbs/97_exp_small.ipynb.
+
+    python scripts/exp_small.py --held-out wikitext-2-test.txt
+
+Graphs of heads and MLPs of SmolLM2-135M are found on the embedded text and judged on another, which is given:
+by rules that order the edges of one graph, by a search (`search_gates`), and at random among the nodes that
+the search chose. Writes nbs/results/small_text.csv, one row a rule, budget and ablated value; a second run
+makes only what is missing. CPU time on one core: 20 minutes for the search, 2 for the graph, 10 for judging.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from circuitgraph.ablation.judge import evaluate
+from circuitgraph.build.build import build_graph
+from circuitgraph.data.corpus import load_corpus
+from circuitgraph.graph.graph import Graph
+from circuitgraph.graph.select import Coverage, Top, select_edges
+from circuitgraph.graph.tables import replace_file
+from circuitgraph.methods.gates import GateConfig, search_gates
+from circuitgraph.model.blocks import Model
+from circuitgraph.model.loading import load_model
+from circuitgraph.options import Judging, Run
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARES = (0.01, 0.03, 0.1)
+RULES = {
+    "largest weight": Top(),
+    "largest signed weight": Top(signed=True),
+    "influence": "influence",
+    "node product": "node product",
+    "coverage .95": Coverage(0.95),
+    "coverage 1": Coverage(1.0),
+}
+
+
+def keep_or_build(folder: Path, build: Callable[[], Graph]) -> Graph:
+    "A graph that an earlier run has kept, or a new one."
+    if not (folder / "meta.json").exists():
+        build().save(folder)
+    return Graph.load(folder)
+
+
+def draw_among_nodes(graph: Graph, every: Graph, seed: int) -> Graph:
+    "As many edges as a graph has, at random among those that the model has between the same nodes."
+    touched = {*graph.edges["source"].astype(str), *graph.edges["target"].astype(str)}
+    between = every.edges["source"].isin(touched) & every.edges["target"].isin(touched)
+    drawn = np.random.default_rng(seed).choice(np.flatnonzero(between), len(graph), replace=False)
+    mask = np.zeros(len(every), dtype=bool)
+    mask[drawn] = True
+    return every.keep(mask)
+
+
+def restore_half(graph: Graph, every: Graph, seed: int) -> Graph:
+    "A graph with a random half of the edges that it lacks."
+    kept = np.isin(every.edge_names, graph.edge_names)
+    restored = np.random.default_rng(seed).random(len(every)) < 0.5
+    return every.keep(kept | restored)
+
+
+def list_graphs(whole: Graph, searched: Graph) -> Iterator[tuple[str, float, Graph]]:
+    "Each rule's graph at each budget."
+    for share in SHARES:
+        n_edges = round(share * len(whole))
+        for name, rule in RULES.items():
+            yield name, share, select_edges(whole, n_edges, rule, prune=False)
+        small = searched.top_edges(n_edges)
+        yield "search", share, small
+        for seed in range(3):
+            yield f"random among the search's nodes, {seed}", share, draw_among_nodes(small, whole, seed)
+
+
+def judge(model: Model, graphs: list, text: torch.Tensor, whole: Graph, path: Path, seed: int) -> None:
+    "Add a row for each graph and ablated value that the table lacks."
+    table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["rule", "share", "value", "seed"])
+    known = set(zip(table["rule"], table["share"], table["value"], table["seed"], strict=True))
+    for rule, share, graph in graphs:
+        for value in ("mean", "resample", "mean, half restored"):
+            if (rule, share, value, seed) in known or ("half" in value and rule != "search"):
+                continue
+            judged = restore_half(graph, whole, 0) if "half" in value else graph
+            judging = Judging(seed=seed, run=Run(progress=False))
+            result = evaluate(model, judged, text, value=value.split(",")[0], judging=judging)
+            low, high = result.intervals["faithfulness"]
+            row = {"rule": rule, "share": share, "value": value, "seed": seed, "n_edges": len(graph)}
+            row |= {"faithfulness": result.faithfulness, "low": low, "high": high}
+            row |= {"kl": result.kl, "ce": result.ce, "n_inputs": len(text)}
+            table = pd.concat([table, pd.DataFrame([row])], ignore_index=True)
+            with replace_file(path) as partial:
+                table.round(5).to_csv(partial, index=False)
+            print(
+                f"{rule:40} {share:5.0%} {value:20} {result.faithfulness:.3f} [{low:.3f}, {high:.3f}]",
+                flush=True,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--held-out", required=True, help="a text file to judge on")
+    parser.add_argument("--n-judged", type=int, default=24, help="sequences of 64 tokens to judge on")
+    parser.add_argument("--n-steps", type=int, default=40, help="steps for each budget of the search")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "nbs/results/small_text.csv")
+    args = parser.parse_args()
+    model = load_model("smollm2-135m")
+    folder = ROOT / f"graphs/small/{args.seed}"
+    text = load_corpus("default", model, 4096, seq_len=128, seed=args.seed)
+    whole = keep_or_build(folder / "whole", lambda: build_graph(model, text, nodes="head"))
+    found_on = load_corpus("default", model, 400 * 64, seq_len=64, seed=args.seed + 5)
+    search = partial(
+        search_gates,
+        n_edges=[round(share * len(whole)) for share in SHARES],
+        start=whole,
+        config=GateConfig(n_steps=args.n_steps, shrink=0.09),
+        judging=Judging(seed=args.seed, run=Run(batch_size=4, checkpoint=folder / "unfinished")),
+    )
+    searched = keep_or_build(folder / "searched", lambda: search(model, found_on))
+    judged_on = load_corpus(args.held_out, model, args.n_judged * 64, seq_len=64)
+    judge(model, list(list_graphs(whole, searched)), judged_on, whole, args.out, args.seed)
+
+
+if __name__ == "__main__":
+    main()
