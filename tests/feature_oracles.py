@@ -156,7 +156,10 @@ def by_hand(model, dictionaries, kept, tokens, ablated=None, *, merged=False, fr
     """Logits with all edges cut but those of `kept`, a set of (source, target, port)."""
 
     def read(reader, port, writes, bias):
-        port, x = "in" if merged and reader != "logits" else port, torch.zeros_like(next(iter(writes.values())))
+        port, x = (
+            "in" if merged and reader != "logits" else port,
+            torch.zeros_like(next(iter(writes.values()))),
+        )
         for writer, y in writes.items():
             x = x + (y if (writer, reader, port) in kept else 0 if ablated is None else ablated[writer])
         return x + (1.0 if ablated is not None or ("const", reader, port) in kept else 0.0) * bias

@@ -303,9 +303,9 @@ def _check_distinct(ids: Tensor, table: Tensor) -> None:
 
 
 def _label_token(model: Model, token: int) -> str:
-    "A token's text on one printable line; its number where the model has no tokenizer."
-    text = f"<{token}>" if model.tokenizer is None else model.tokenizer.decode([token])
-    return repr(text)[1:-1]
+    "A token's text on one printable line; its number where the model has no tokenizer or no text for it."
+    text = "" if model.tokenizer is None else model.tokenizer.decode([token])
+    return repr(text)[1:-1] or f"<{token}>"
 
 # %% ../../nbs/21_places.ipynb #6e98839c
 def identity_dictionary(
