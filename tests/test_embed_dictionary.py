@@ -339,48 +339,59 @@ def test_means_are_the_frequencies_of_tokens():
 # --- what comes after
 
 
-def test_a_graph_is_judged_selected_divided_and_saved(tmp_path):
+@pytest.fixture(scope="module")
+def judged():
     model, tokens = tiny("llama"), random_tokens(tiny("llama"), 4, 8)
     dictionaries = some_dictionaries(model, tokens, "tokens")
-    graph = build_graph(model, tokens, dictionaries, keep=None, progress=False)
+    return model, tokens, dictionaries, build_graph(model, tokens, dictionaries, keep=None, progress=False)
+
+
+def test_the_complete_graph_is_judged_to_be_the_model(judged):
+    model, tokens, dictionaries, _ = judged
     every = every_edge(model, tokens, dictionaries)
     result = evaluate(model, every, tokens, metric="kl", dictionaries=dictionaries, progress=False)
     assert abs(result.faithfulness - 1) < 1e-9 and result.n_edges == len(every)
-    small = select_edges(graph, 60)
-    into = {name: set() for name in graph.nodes["name"]}
-    for source, target, _ in triples(graph.top_edges(60)):
-        into[target].add(source)
-    leads = set()  # to logits, walking back
-    waiting = ["logits"]
+
+
+def test_selected_edges_lie_on_paths_from_tokens(judged):
+    *_, graph = judged
+    top = triples(graph.top_edges(60))
+    into = {name: {source for source, target, _ in top if target == name} for name in graph.nodes["name"]}
+    leads, waiting = set(), ["logits"]
     while waiting:
         node = waiting.pop()
         waiting += into[node] - leads
         leads |= into[node]
-    inputs = {name for name in leads if name.startswith("embed/") or name == "const"}
-    reached = set(inputs)
-    for name in graph.nodes["name"]:
+    reached = {name for name in leads if name.startswith("embed/") or name == "const"}
+    for name in graph.nodes["name"]:  # in the order of computation
         if into[name] & reached:
             reached.add(name)
-    stays = {
-        (source, target, port)
-        for source, target, port in triples(graph.top_edges(60))
-        if source in reached and target in leads | {"logits"}
-    }
-    assert triples(small) == stays and any(name.startswith("embed/") for name, _, _ in stays)
-    divided = find_communities(graph)
-    of_tokens = divided.nodes[divided.nodes["module"] == "embed"]
-    assert (of_tokens["community"][:-1] >= 0).sum() > 10
+    stays = {edge for edge in top if edge[0] in reached and edge[1] in leads | {"logits"}}
+    assert triples(select_edges(graph, 60)) == stays
+    assert any(name.startswith("embed/") for name, _, _ in stays)
+
+
+def test_tokens_are_in_communities(judged):
+    *_, graph = judged
+    nodes = find_communities(graph).nodes
+    of_tokens = nodes.loc[nodes["module"] == "embed", "community"].to_numpy()
+    sources = set(graph.edges["source"].astype(str))
+    names = nodes.loc[nodes["module"] == "embed", "name"]
+    assert np.array_equal(of_tokens >= 0, names.isin(sources)) and (of_tokens >= 0).sum() > 10
+
+
+def test_a_graph_is_saved_with_its_labels_and_run_with_its_own_dictionary(judged, tmp_path):
+    model, tokens, dictionaries, graph = judged
     graph.save(tmp_path / "graph")
     loaded = Graph.load(tmp_path / "graph")
     pd.testing.assert_frame_equal(loaded.nodes, graph.nodes)
-    logits = (
-        run_ablated(model, kept, tokens, value="zero", dictionaries=dictionaries) for kept in (loaded, graph)
-    )
+    assert loaded.nodes["label"][loaded.nodes["name"] == "embed/0"].item() == f"<{tokens.min()}>"
+    options = {"value": "zero", "dictionaries": dictionaries}
+    logits = (run_ablated(model, kept, tokens, **options) for kept in (loaded, graph))
     assert torch.equal(*logits)
+    other = some_dictionaries(model, tokens[:1], "tokens")
     with pytest.raises(ValueError, match="the dictionary of embed must be the one that the graph was built"):
-        run_ablated(
-            model, graph, tokens, value="zero", dictionaries=some_dictionaries(model, tokens[:1], "tokens")
-        )
+        run_ablated(model, graph, tokens, value="zero", dictionaries=other)
 
 
 @torch.no_grad()
