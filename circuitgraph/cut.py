@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,9 +36,9 @@ from .options import Run
 class Part:
     "A module among dictionaries: its nodes stand together in the list of nodes, the error node last."
 
-    module: str  # "a3", "a3.h5", "m3", "logits"
-    kind: str  # "attn", "mlp" or "logits"
-    layer: int  # -1 for logits
+    module: str  # "a3", "a3.h5", "m3", "logits", "embed"
+    kind: str  # "attn", "mlp", "logits" or "embed"
+    layer: int  # -1 for logits and embed
     dictionary: Dictionary | None  # None where the module is one node
     structure: Structure | None  # the affine parts of the dictionary, as far as they are known
     first: int  # its first node
@@ -94,7 +95,8 @@ def _check_dictionaries(model: Model, dictionaries: Mapping[str, Dictionary]) ->
             )
         if kind == "b":
             raise ValueError(
-                f"dictionaries of a graph must be those of attention layers, heads and MLPs, got {name!r}"
+                "dictionaries of a graph must be those of the embedding, attention layers, heads and MLPs, "
+                f"got {name!r}"
             )
         if head >= 0 and f"a{layer}" in dictionaries:
             raise ValueError(
@@ -138,7 +140,7 @@ def _name_nodes(part: Part) -> list[tuple[str, str, str, int, int]]:
 # %% ../nbs/50_cut.ipynb #cut06
 def list_parts(
     model: Model,
-    dictionaries: Mapping[str, Dictionary],  # by module: "a3", "a3.h5" or "m3"
+    dictionaries: Mapping[str, Dictionary],  # by module: "embed", "a3", "a3.h5" or "m3"
     others: str | None = "layer",  # modules without dictionary: "layer", "head", or None to refuse them
 ) -> tuple[list[Part], pd.DataFrame]:  # parts; nodes: name, module, kind, layer, index
     "The parts and nodes of a model among dictionaries, in order. Raises ValueError for what does not fit."
@@ -146,8 +148,13 @@ def list_parts(
         raise ValueError(f"others must be 'layer', 'head' or None, got {others!r}")
     _check_dictionaries(model, dictionaries)
     inputs = [*embed_tokens(model, torch.zeros(1, 1, dtype=torch.long, device=model.device)), "const"]
-    rows = [(name, name, name, -1, -1) for name in inputs]
+    rows = [(name, name, name, -1, -1) for name in inputs if name not in dictionaries]
     parts = []
+    if "embed" in dictionaries:
+        dictionary = dictionaries["embed"]
+        part = Part("embed", "embed", -1, dictionary, find_structure(dictionary), len(rows), 0)
+        parts.append(part)
+        rows += _name_nodes(part)
     for i, layer in enumerate(model.layers):
         before = len(rows)
         for module, head in _list_modules(model, i, dictionaries, others).items():
@@ -169,6 +176,8 @@ def list_parts(
 # %% ../nbs/50_cut.ipynb #cut10
 def part_ports(part: Part, rule: Attribution) -> tuple[str, ...]:
     "The ports of a part under a rule: `in` for what its encoder reads before the module."
+    if part.kind == "embed":
+        return ()
     if part.kind == "logits":
         return ("logits",)
     if rule.ports == "merged":
@@ -180,7 +189,7 @@ def part_ports(part: Part, rule: Attribution) -> tuple[str, ...]:
 
 def node_slots(part: Part, node: int) -> tuple[str, ...]:
     "The inputs that one node of a part is computed from, whatever a rule merges."
-    inner = ("q", "k", "v") if part.kind == "attn" else (part.kind,)
+    inner = {"attn": ("q", "k", "v"), "embed": ()}.get(part.kind, (part.kind,))
     if part.reads in ("output", "z"):
         return inner
     is_error = part.dictionary is not None and node == part.dictionary.d_dict
@@ -221,9 +230,12 @@ def part_bias(model: Model, part: Part) -> Float[Tensor, " d_model"]:
     "What a part adds to `const`, whatever it reads."
     zero = model.W_U.new_zeros(model.d_model)
     decoder = part.structure.b_dec if part.structure is not None and part.affine_decoder else None
-    module = model.layers[part.layer].attn.b_O if part.kind == "attn" else get_mlp(model, part.layer).b_out
+    module = None
     is_bearer = part.head == 0 or (part.head < 0 and part.dictionary is None)
-    return (zero if decoder is None else decoder) + (module if module is not None and is_bearer else zero)
+    if is_bearer:
+        of_attention = part.kind == "attn"
+        module = model.layers[part.layer].attn.b_O if of_attention else get_mlp(model, part.layer).b_out
+    return (zero if decoder is None else decoder) + (zero if module is None else module)
 
 
 def part_output(
@@ -249,7 +261,7 @@ def visit_parts(
 
     def visit_module(kind: str, layer: int, places: Mapping[str, Tensor]) -> None:
         for part in parts:
-            if part.place != f"{kind}{layer}":
+            if part.layer != layer or not part.place.startswith(kind):
                 continue
             output, codes = part_output(model, part, places), None
             if part.dictionary is not None:
@@ -275,7 +287,10 @@ def trace_features(model: Model, parts: Sequence[Part], tokens: Int[Tensor, "bat
 
     def visit(part: Part, places: Mapping[str, Tensor], output: Tensor, codes: Tensor | None) -> None:
         module = part.module
-        trace.reads[module] = places["input"]
+        if part.kind == "embed":
+            del trace.dense[module]  # its features and its error stand for it
+        else:
+            trace.reads[module] = places["input"]
         if part.dictionary is None or codes is None:
             trace.dense[module] = output
         else:
@@ -339,17 +354,19 @@ def read_activity(model: Model, tokens: Int[Tensor, "batch pos"], parts: Sequenc
     scales: dict[str, Tensor | None] = {}
 
     def visit(part: Part, places: Mapping[str, Tensor], output: Tensor, codes: Tensor | None) -> None:
-        x, place = places["input"], part.place
-        module = part.module
-        if place not in scales:
-            scales[place] = _scale_after(model, part.kind, part.layer, x)
-        activity.reads[module] = x
-        activity.post_scale[module] = scales[place]
+        module, place = part.module, part.place
         activity.bias[module] = part_bias(model, part)
         if codes is None:
             activity.dense[module] = output.flatten(0, 1)
         else:
             _add_codes(activity, part, output, codes)
+        if part.kind == "embed":
+            return
+        x = places["input"]
+        if place not in scales:
+            scales[place] = _scale_after(model, part.kind, part.layer, x)
+        activity.reads[module] = x
+        activity.post_scale[module] = scales[place]
 
     activity.reads["logits"] = visit_parts(model, parts, tokens, visit)
     return activity
@@ -503,6 +520,18 @@ class ModuleCut(Cut):
         mean = trace_mean(self.model, text, self.grain, skip_first=skip, lengths=lengths, run=run)
         return mean.writes[:, : n_pos or 1]
 
+# %% ../nbs/50_cut.ipynb #cut37
+def _label_nodes(nodes: pd.DataFrame, parts: Sequence[Part]) -> pd.DataFrame:
+    "The nodes with the names that dictionaries give their features; the same table where none does."
+    labelled = [part for part in parts if "labels" in getattr(part.dictionary, "meta", {})]
+    if not labelled:
+        return nodes
+    label = np.full(len(nodes), "", dtype=object)
+    for part in labelled:
+        names = part.dictionary.meta["labels"]  # pyright: ignore[reportOptionalMemberAccess]
+        label[part.first : part.first + len(names)] = names
+    return nodes.assign(label=label)
+
 # %% ../nbs/50_cut.ipynb #cut25
 @dataclass(frozen=True, eq=False)
 class FeatureCut(Cut):
@@ -518,6 +547,7 @@ class FeatureCut(Cut):
     @cached_property
     def _listed(self) -> tuple[list[Part], pd.DataFrame]:
         parts, nodes = list_parts(self.model, self.dictionaries, self.others)
+        nodes = _label_nodes(nodes, parts)
         last = len(nodes) - 1
         return [*parts, Part("logits", "logits", -1, None, None, last, last)], nodes
 
@@ -528,7 +558,7 @@ class FeatureCut(Cut):
 
     @property
     def nodes(self) -> pd.DataFrame:  # pyright: ignore[reportIncompatibleVariableOverride]
-        "One row a node."
+        "One row a node; a column `label` where a dictionary names its features."
         return self._listed[1]
 
     @cached_property

@@ -35,8 +35,8 @@ RULES = {
     "largest signed weight": Top(signed=True),
     "influence": "influence",
     "node product": "node product",
-    "coverage .95": Coverage(0.95),
-    "coverage 1": Coverage(1.0),
+    "coverage .95": Coverage(share=0.95),
+    "coverage 1": Coverage(share=1.0),
 }
 
 

@@ -100,6 +100,11 @@ def walk_features(model, dictionaries, tokens, read, patterns=None, others="laye
 
     A port is q, k, v, mlp, logits, or in for what an encoder reads before its module."""
     writes, bias, seen = dict(embed_tokens(model, tokens)), torch.zeros(model.d_model, dtype=model.dtype), {}
+    if "embed" in dictionaries:
+        d, y = dictionaries["embed"], writes.pop("embed")
+        acts, bias = d.encode(y), bias + d.b_dec
+        writes |= {f"embed/{j}": acts[..., j : j + 1] * d.W_dec[j] for j in range(d.d_dict)}
+        writes["embed/err"] = y - acts @ d.W_dec - d.b_dec
     for i, layer in enumerate(model.layers):
         before, bias_before = dict(writes), bias
         for name, kind, head in cut_by_hand(model, i, dictionaries, others):
@@ -151,7 +156,10 @@ def by_hand(model, dictionaries, kept, tokens, ablated=None, *, merged=False, fr
     """Logits with all edges cut but those of `kept`, a set of (source, target, port)."""
 
     def read(reader, port, writes, bias):
-        port, x = "in" if merged and reader != "logits" else port, torch.zeros_like(writes["embed"])
+        port, x = (
+            "in" if merged and reader != "logits" else port,
+            torch.zeros_like(next(iter(writes.values()))),
+        )
         for writer, y in writes.items():
             x = x + (y if (writer, reader, port) in kept else 0 if ablated is None else ablated[writer])
         return x + (1.0 if ablated is not None or ("const", reader, port) in kept else 0.0) * bias

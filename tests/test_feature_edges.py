@@ -11,7 +11,7 @@ import torch
 import circuitgraph.build.features
 from circuitgraph.attribution.method import Attribution
 from circuitgraph.data.corpus import load_corpus
-from circuitgraph.dictionary.places import neuron_basis, visit_modules
+from circuitgraph.dictionary.places import neuron_basis, token_basis, visit_modules
 from circuitgraph.dictionary.protocol import FunctionDictionary, Gate, LinearDictionary, find_structure
 from circuitgraph.build.features import weigh_features
 from circuitgraph.cut import cut_model, list_parts, part_ports, read_activity
@@ -99,9 +99,16 @@ def write_part(model, part, read, y):
     place = {"output": y, "stream": read + y}.get(d.reads)
     if place is None:
         place = place_value(model, part, read, [read] * 3, norm_of(model, part, read), y)
+    written, b_dec = decompose(part, place, y)
+    return written, bias + b_dec, after
+
+
+def decompose(part, place, y):
+    """What features and error node write, and the bias of the decoder."""
+    d = part.dictionary
     acts = d.encode(place)
     written = {f"{part.module}/{i}": acts[:, i : i + 1] * d.W_dec[i] for i in range(d.d_dict)}
-    return written | {f"{part.module}/err": y - d.decode(acts)}, bias + d.b_dec, after
+    return written | {f"{part.module}/err": y - d.decode(acts)}, d.b_dec
 
 
 def tally_logits(tally, model, tokens, x, writers):
@@ -126,6 +133,11 @@ def by_definition(model, tokens, dictionaries, rule, others="layer"):
         written = {name: y.expand(1, len(sequence), -1)[0] for name, y in embedded.items()}
         bias, x = torch.zeros(model.d_model, dtype=model.dtype), sum(written.values())
         for part in parts:
+            if part.kind == "embed":
+                y = written.pop("embed")
+                more, bias = decompose(part, y, y)
+                written |= more
+                continue
             if part.kind == "attn" and part.head <= 0:
                 before = x, bias, dict(written)
             early = model.layers[part.layer].parallel or part.kind == "attn"
@@ -285,6 +297,17 @@ def compare(model, tokens, dictionaries, rule, rtol=1e-6, others="layer"):
             wanted.get(key, np.zeros(3)), got.get(key, np.zeros(3)), rtol=rtol, atol=1e-9 * largest
         ), (key, wanted.get(key), got.get(key))
     return complete
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "gemma2", "attention-only"])
+@pytest.mark.parametrize("tokens_only", [False, True])
+def test_edges_from_the_embedding_are_the_gradients_of_each_value(name, tokens_only):
+    model = tiny_model(name, dtype=torch.float64)
+    tokens = random_tokens(model, 2, 5)
+    embedding = token_basis(model, tokens[:1]) if tokens_only else draw(model, "embed", gate="relu")
+    dictionaries = {"embed": embedding, "a1": draw(model, "a1")}
+    compare(model, tokens, dictionaries, Attribution(n_steps=4))
+    compare(model, tokens, dictionaries, Attribution(n_steps=4, ports="merged"), others="head")
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)

@@ -103,7 +103,8 @@ def plan_run(
 # %% ../../nbs/62_feature_ablation.ipynb #fab04
 def _sum_before(cut: FeatureCut, values: FeatureTrace) -> dict[int, Tensor]:
     "The sum of what is written before each part, biases left out, by the number of nodes before it."
-    total = torch.stack([values.dense[name] for name in cut.names[: cut.const]]).sum(0)
+    inputs = [values.dense[name] for name in cut.names[: cut.const]]
+    total = sum(inputs, cut.model.W_U.new_zeros(cut.model.d_model))
     sums = {cut.parts[0].n_before: total}
     for part in cut.parts[:-1]:
         if part.dictionary is None:
@@ -130,8 +131,8 @@ class FeatureRun:
         self.cut, self.tokens, self.ablated, self.plain = cut, tokens.to(cut.model.device), ablated, plain
         self.own = None if exact else cut.trace(tokens)
         self.patterns = _own_patterns(cut, tokens) if cut.rule.pattern == "frozen" else {}
-        embeddings = embed_tokens(cut.model, self.tokens).items()
-        self.embeddings = {cut.names.index(name): y.detach() for name, y in embeddings}
+        self.written = {name: y.detach() for name, y in embed_tokens(cut.model, self.tokens).items()}
+        self.embeddings = {i: self.written[name] for i, name in enumerate(cut.names[: cut.const])}
         self.bases = {} if ablated is None else _sum_before(cut, ablated)
         self.zero = cut.model.W_U.new_zeros(1, 1, cut.model.d_model)
         self.nothing = self.zero.expand(*tokens.shape, -1)
@@ -238,8 +239,13 @@ def evaluate_part(
     x: Mapping[str, Float[Tensor, "batch pos d_model"]],  # by slot
     error: bool = False,  # whether the error node is asked for too
 ) -> tuple[Tensor, Tensor | None]:  # codes, or what the module writes; the error
-    "Run a module on inputs by slot."
-    dictionary, own = part.dictionary, None if run.own is None else run.own.reads[part.module]
+    "Run a module on inputs by slot; the embedding, which has none, on the tokens."
+    dictionary = part.dictionary
+    if part.kind == "embed" and dictionary is not None:
+        y = run.written["embed"]
+        codes = dictionary.encode(y)
+        return codes, y - dictionary.decode(codes)
+    own = None if run.own is None else run.own.reads[part.module]
     if dictionary is not None and not error:
         return encode_part(run, part, x, own), None
     output, place = run_part(run.cut, part, x, run.patterns.get(part.place))

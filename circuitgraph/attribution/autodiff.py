@@ -174,11 +174,9 @@ def _check_readers(
 ) -> tuple[str, int, int]:
     "Refuse what has no readers; else kind, layer and head."
     kind, layer, head = check_place(model, module, "output" if dictionary is None else dictionary.reads)
-    if kind == "b":
-        raise ValueError(
-            f"module must be an attention layer, a head or an MLP, got the block {module!r}: "
-            "cut it into its parts"
-        )
+    if kind not in ("a", "m"):
+        remedy = ": cut it into its parts" if kind == "b" else ", which reads nothing"
+        raise ValueError(f"module must be an attention layer, a head or an MLP, got {module!r}{remedy}")
     if gates not in ("frozen", "live"):
         raise ValueError(f"gates must be 'frozen' or 'live', got {gates!r}")
     if (dictionary is None) != (index is None):

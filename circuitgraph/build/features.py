@@ -571,7 +571,9 @@ def group_readers(
     ports: tuple[str, ...],
     memory: float,  # bytes for the sums of one group
 ) -> list[ReaderGroup]:
-    "Groups of a part's nodes whose sums fit. Raises ValueError if not even one reader's do."
+    "Groups of a part's nodes whose sums fit; none without ports. Raises ValueError if not one reader's do."
+    if not ports:
+        return []
     size = Sums.BYTES * len(ports) * part.n_before
     if size > memory:
         raise ValueError(

@@ -118,6 +118,11 @@ def trace_prompt(cut: FeatureCut, tokens: Int[Tensor, "one pos"]) -> PromptTrace
     "Run the model on one sequence and list its nodes. Raises ValueError for readers without a closed form."
     model, parts = cut.model, cut.parts[:-1]
     for part in parts:
+        if part.kind == "embed":
+            raise ValueError(
+                "where positions are kept, the embedding has a node for each of them, whose column `token` "
+                f"says which token it is: leave out {part.dictionary!r}"
+            )
         if not part.closed:
             raise ValueError(
                 f"{part.dictionary!r} must have an affine decoder, and an encoder that is affine before its "

@@ -243,7 +243,7 @@ def _scale_gradients(model: Model, rows: Tensor, modules: list[tuple[str, int]],
     scale = torch.ones(len(modules)).to(model.W_U).requires_grad_()
 
     def visit(kind: str, layer: int, places: dict[str, Tensor]) -> Tensor | None:
-        if kind == "b":
+        if (kind, layer) not in modules:
             return None
         return places["output"] * scale[modules.index((kind, layer))]
 

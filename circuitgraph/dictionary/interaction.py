@@ -164,12 +164,12 @@ def _collect_influence(
 def _check_chain(model: Model, modules: Sequence[str]) -> None:
     "Raise ValueError for anything but whole modules in the order of computation."
     places = [check_place(model, module, "output") for module in modules]
-    order = [(layer, "amb".index(kind)) for kind, layer, _ in places]
-    has_heads = any(head >= 0 for _, _, head in places)
+    order = [(layer, "amb".find(kind)) for kind, layer, _ in places]
+    has_others = any(head >= 0 or layer < 0 for _, layer, head in places)
     in_order = order == sorted(set(order))
-    if not places or has_heads or not in_order:
+    if not places or has_others or not in_order:
         raise ValueError(
-            "modules must be a chain of whole modules in the order of computation, "
+            "modules must be a chain of whole modules of layers in the order of computation, "
             f"got {', '.join(modules) or 'none'}"
         )
 

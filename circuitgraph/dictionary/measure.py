@@ -72,7 +72,7 @@ def _summed_ce(
     "Sum over sequences of the mean cross-entropy, with dictionaries spliced in; `streams` by layer."
     layers = (check_place(model, module, d.reads)[1] for module, d in spliced.items())
     layer = min(layers, default=model.n_layers - 1)
-    start = (layer, streams[layer])
+    start = None if layer < 0 else (layer, streams[layer])
     logits = run_spliced(model, tokens, spliced, skip_first=skip_first, start=start)
     next_tokens = tokens[:, 1:, None].to(logits.device)
     log_p = logits[:, :-1].log_softmax(-1)

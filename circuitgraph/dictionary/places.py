@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'Visitor', 'encoder_input', 'check_place', 'visit_modules', 'read_places', 'run_spliced', 'neuron_basis',
-           'identity_dictionary', 'principal_components', 'move_to_stream', 'fit_dictionary']
+           'token_basis', 'identity_dictionary', 'principal_components', 'move_to_stream', 'fit_dictionary']
 
 # %% ../../nbs/21_places.ipynb #629ebaa7
 import re
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..data.corpus import check_tokens
 from .protocol import Dictionary, FunctionDictionary, Gate, LinearDictionary
 from .protocol import PursuitDictionary, reconstruct
 from ..model.blocks import Model, Norm, apply_norm, get_mlp, run_attention, run_logits, run_mlp
@@ -50,21 +51,21 @@ PLACES = ("output", "stream", "input", "scaled", "normed", "z")
 
 def check_place(
     model: Model,
-    module: str,  # "a3", "a3.h5", "m3", "b3"
+    module: str,  # "a3", "a3.h5", "m3", "b3" or "embed"
     reads: str,  # one of `PLACES`
-) -> tuple[str, int, int]:  # "a", "m" or "b"; layer; head or -1
+) -> tuple[str, int, int]:  # "a", "m", "b" or "embed"; layer or -1; head or -1
     "Parse the name of a module. Raises ValueError for a module or a place that the model does not have."
-    match = re.fullmatch(r"([amb])(\d+)(?:\.h(\d+))?", module)
+    match = re.fullmatch(r"([amb])(\d+)(?:\.h(\d+))?|(embed)", module)
     if match is None or (match[3] is not None and match[1] != "a"):
-        raise ValueError(f"module must be named like 'a3', 'a3.h5', 'm3' or 'b3', got {module!r}")
-    kind, layer = match[1], int(match[2])
-    head = -1 if match[3] is None else int(match[3])
+        raise ValueError(f"module must be named like 'a3', 'a3.h5', 'm3', 'b3' or 'embed', got {module!r}")
+    kind = match[1] or match[4]
+    layer, head = (-1 if number is None else int(number) for number in (match[2], match[3]))
     if layer >= model.n_layers or head >= model.n_heads:
         size = f"{model.n_layers} layers of {model.n_heads} heads"
         raise ValueError(f"{model.name} has {size}, so there is no {module!r}")
     if kind == "m":
         get_mlp(model, layer)  # raises if the model is attention-only
-    allowed = {"a": PLACES, "m": PLACES[:5], "b": PLACES[:3]}[kind]
+    allowed = {"a": PLACES, "m": PLACES[:5], "b": PLACES[:3], "embed": PLACES[:1]}[kind]
     if head >= 0:
         allowed = ("output",)
     if reads not in allowed:
@@ -112,18 +113,22 @@ Visitor = Callable[[str, int, dict[str, Tensor]], Tensor | None]
 def visit_modules(
     model: Model,
     tokens: Int[Tensor, "batch pos"],
-    visit: Visitor,  # called with "a", "m" or "b", layer and places; may return another output
+    visit: Visitor,  # called with "embed" and -1, or with "a", "m" or "b" and a layer; may return another output
     n_layers: int | None = None,  # layers to run; by default all
     start: tuple[int, Float[Tensor, "batch pos d_model"]] | None = None,  # a layer, and the stream before it
     past: Sequence[Float[Tensor, "batch past d_model"]] | None = None,  # by layer, the stream before `tokens`
 ) -> Float[Tensor, "batch pos d_model"]:  # residual stream after the last layer
     "Run a model module by module, and look at or change what each writes."
-    first, x = start or (0, torch.stack(list(embed_tokens(model, tokens).values())).sum(0))
 
-    def output_of(kind: str, layer: int, places: _Places) -> Tensor:
+    def output_of(kind: str, layer: int, places: dict[str, Tensor]) -> Tensor:
         changed = visit(kind, layer, places)
         return places["output"] if changed is None else changed
 
+    if start is None:
+        written = embed_tokens(model, tokens)
+        written["embed"] = output_of("embed", -1, {"output": written["embed"]})
+        start = 0, torch.stack(list(written.values())).sum(0)
+    first, x = start
     last = model.n_layers if n_layers is None else n_layers
     for i in range(first, last):
         layer = model.layers[i]
@@ -197,18 +202,19 @@ def run_spliced(
 ) -> Float[Tensor, "batch pos d_vocab"]:
     "Logits with outputs replaced by reconstructions. Raises ValueError for bad places and overlaps."
     _check_modules(model, dictionaries)
-    by_layer: dict[str, list[Dictionary]] = {}
+    at_module: dict[tuple[str, int], list[Dictionary]] = {}
     for module, dictionary in dictionaries.items():
-        by_layer.setdefault(module.split(".")[0], []).append(dictionary)
+        kind, layer, _ = check_place(model, module, dictionary.reads)
+        at_module.setdefault((kind, layer), []).append(dictionary)
     clean: dict[str, Tensor] = {}
 
     def measure(kind: str, layer: int, places: dict[str, Tensor]) -> None:
-        for dictionary in by_layer.get(f"{kind}{layer}", ()):
+        for dictionary in at_module.get((kind, layer), ()):
             clean[dictionary.module] = _difference_at(dictionary, places)
 
     def splice(kind: str, layer: int, places: dict[str, Tensor]) -> Tensor | None:
         change = None
-        for dictionary in by_layer.get(f"{kind}{layer}", ()):
+        for dictionary in at_module.get((kind, layer), ()):
             difference = _difference_at(dictionary, places)
             if error:
                 difference = difference - clean[dictionary.module]
@@ -252,10 +258,59 @@ def neuron_basis(
     affine = (mlp.W_out.mT, b_out) if post.kind == "none" else (None, None)
     return FunctionDictionary(module, "normed", len(mlp.W_in), encoder, decoder, *affine, meta)
 
+# %% ../../nbs/21_places.ipynb #tok02
+@torch.no_grad()
+def token_basis(
+    model: Model,
+    tokens: Int[Tensor, "seq pos"],  # a text; it has a feature for each token, in the order of their numbers
+) -> FunctionDictionary:
+    """Make the dictionary of a text's tokens at the embedding, which has no error on them.
+
+    Example: `build_graph(model, corpus, {"embed": token_basis(model, corpus)})` has a node for each token.
+    Raises ValueError for bad tokens, and for two that have the same embedding.
+    """
+    check_tokens(tokens, model)
+    ids = tokens.unique().to(model.device)
+    table = embed_tokens(model, ids[None])["embed"][0]
+    _check_distinct(ids, table)
+
+    def encoder(y: Tensor) -> Tensor:
+        rows = torch.cat([table, y.flatten(0, -2)])
+        which = rows.unique(dim=0, return_inverse=True)[1]
+        is_token = which[len(table) :, None] == which[: len(table)]
+        return is_token.to(y).unflatten(0, y.shape[:-1])
+
+    def decoder(acts: Tensor) -> Tensor:
+        return acts @ table
+
+    labels = [_label_token(model, token) for token in ids.tolist()]
+    meta = {"kind": "tokens", "tokens": ids.tolist(), "labels": labels, "weights_hash": model.weights_hash}
+    zero = table.new_zeros(model.d_model)
+    return FunctionDictionary("embed", "output", len(ids), encoder, decoder, table, zero, meta)
+
+
+def _check_distinct(ids: Tensor, table: Tensor) -> None:
+    "Raise ValueError for two tokens that have the same embedding."
+    which = table.unique(dim=0, return_inverse=True)[1]
+    order = which.argsort(stable=True)
+    same = (which[order].diff() == 0).nonzero()[:, 0]
+    if len(same):
+        first, second = ids[order[same[0]]], ids[order[same[0] + 1]]
+        raise ValueError(
+            f"tokens must have embeddings of their own, but those of {first} and {second} are the same: "
+            "leave out the sequences that hold one of them"
+        )
+
+
+def _label_token(model: Model, token: int) -> str:
+    "A token's text on one printable line; its number where the model has no tokenizer or no text for it."
+    text = "" if model.tokenizer is None else model.tokenizer.decode([token])
+    return repr(text)[1:-1] or f"<{token}>"
+
 # %% ../../nbs/21_places.ipynb #6e98839c
 def identity_dictionary(
     model: Model,
-    module: str,  # "a3", "a3.h5", "m3" or "b3"
+    module: str,  # "a3", "a3.h5", "m3", "b3" or "embed"
 ) -> LinearDictionary:
     "The coordinates of a module's output as features. Raises ValueError for an unknown module."
     check_place(model, module, "output")

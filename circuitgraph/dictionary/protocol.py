@@ -27,7 +27,7 @@ class Dictionary(Protocol):
 
     @property
     def module(self) -> str:
-        'Module whose output is decomposed: "a3", "a3.h5", "m3" or "b3".'
+        'Module whose output is decomposed: "a3", "a3.h5", "m3", "b3" or "embed".'
         ...
 
     @property

@@ -25,7 +25,7 @@ from .formats import from_dictionary_learning, from_gemma_scope, from_saelens
 from .formats import from_saelens_state, from_sparsify, hookpoint_site, load_tensors
 from .formats import refuse_cross_layer, saelens_site, scope_site, trainer_site
 from .formats import transcoder_site
-from .places import check_place, fit_dictionary, neuron_basis
+from .places import check_place, fit_dictionary, neuron_basis, token_basis
 from .protocol import Dictionary, FunctionDictionary, Gate, LinearDictionary
 from .protocol import PursuitDictionary
 from ..model.blocks import Model
@@ -164,8 +164,8 @@ def save_dictionary(
         cfg, state = _describe(d)
         sizes = {"d_in": state.get("W_enc", d.W_dec.mT).shape[0], "d_out": d.W_dec.shape[1]}
         cfg |= sizes | {"dtype": str(d.W_dec.dtype).removeprefix("torch.")}
-    elif meta.get("kind") == "neurons":
-        cfg = {"architecture": "circuitgraph-neurons"}
+    elif meta.get("kind") in ("neurons", "tokens"):
+        cfg = {"architecture": f"circuitgraph-{meta['kind']}"}
     else:
         cfg = {"architecture": "circuitgraph-functions", "d_in": d_in}
         programs = _trace_functions(d, d_in)
@@ -265,10 +265,14 @@ def _read_folder(
     architecture = cfg.get("architecture")
     module = module or ours.get("module")
     reads = reads or ours.get("reads")
-    if architecture == "circuitgraph-neurons":
+    if architecture in ("circuitgraph-neurons", "circuitgraph-tokens"):
+        kind = architecture.removeprefix("circuitgraph-")
         if model is None:
-            raise ValueError(f"{folder} is the neurons of a model: give the model")
-        return neuron_basis(model, str(module))
+            raise ValueError(f"{folder} is the {kind} of a model: give the model")
+        if kind == "neurons":
+            return neuron_basis(model, str(module))
+        ids = torch.tensor(ours["meta"]["tokens"])
+        return token_basis(model, ids[:, None])
     is_program = architecture == "circuitgraph-functions"
     if is_program:
         _check_trust(folder, trust)
@@ -325,7 +329,7 @@ def _find_dictionary(
 # %% ../../nbs/23_store.ipynb #52fe0006
 def load_dictionary(
     path: str | Path,  # a folder of any form, or a file: layer_{i}.safetensors, params.npz
-    model: Model | None = None,  # needed for neurons; its hash is compared where the file has one
+    model: Model | None = None,  # needed for neurons and tokens; its hash is compared where the file has one
     module: str | None = None,  # by default as in the file
     reads: str | None = None,
     *,
@@ -434,7 +438,7 @@ def load_dictionaries(
         by_module[module] = fit_dictionary(model, read())
         origin[module] = name
         kind, layer, head = check_place(model, module, "output")
-        rank[module] = (layer, "amb".index(kind), head)
+        rank[module] = (layer, "amb".find(kind), head)
     if not by_module and wanted is None:
         raise ValueError(
             f"{source} holds no dictionaries (folders with {_CFG}, ae.pt or params.npz, layer_*.safetensors)"

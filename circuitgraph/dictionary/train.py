@@ -75,7 +75,7 @@ def _collect(
 def collect_activations(
     model: Model,
     corpus: Int[Tensor, "seq pos"],
-    modules: Sequence[str],  # "a3", "a3.h5", "m3", "b3"
+    modules: Sequence[str],  # "a3", "a3.h5", "m3", "b3", "embed"
     *,
     skip_first: int = 1,  # positions left out at the start of each sequence
     run: Run = Run(),  # by default 8 sequences at a time

@@ -41,9 +41,9 @@ def _reach(seeds: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
 def prune_dangling(graph: Graph) -> Graph:
     "Drop the edges that lie on no path from an input (`embed`, `pos_embed`, `const`) to `logits`."
     source, target = (code.astype(np.int64) for code in end_codes(graph))
-    kind = graph.nodes["kind"]
-    is_input = kind.isin(["embed", "pos_embed", "const"]).to_numpy()
-    is_output = (kind == "logits").to_numpy()
+    module = graph.nodes["module"]
+    is_input = module.isin(["embed", "pos_embed", "const"]).to_numpy()
+    is_output = (module == "logits").to_numpy()
     is_on_path = _reach(is_input, source, target)[source] & _reach(is_output, target, source)[target]
     return keep_mask(graph, is_on_path, "prune_dangling()")
 

@@ -33,9 +33,13 @@ from ..model.modules import embed_tokens
 
 # %% ../../nbs/73_direct_edges.ipynb #73check1
 def _check_streams(model: Model, dictionaries: Mapping[str, Dictionary]) -> None:
-    "Refuse dictionaries of heads, of blocks if they do not read the stream, and of others if they do."
+    "Refuse dictionaries of heads and embeddings, of blocks that do not read the stream, of others that do."
     for name, d in dictionaries.items():
         kind, layer, head = check_place(model, name, d.reads)
+        if kind == "embed":
+            raise ValueError(
+                "dictionaries must be those of layers: here the embedding is one node, leave it out"
+            )
         if head >= 0:
             raise ValueError(
                 f"dictionaries must be those of whole modules, got one of the head {name!r}: "

@@ -212,8 +212,8 @@ def _attribute_layer(
 def _check_chain(model: Model, dictionaries: Mapping[str, Dictionary]) -> list[int]:
     "Layers of a chain. Raises ValueError for fewer than two dictionaries and a chain out of order."
     places = [check_place(model, name, d.reads) for name, d in dictionaries.items()]
-    order = [(layer, "amb".index(kind)) for kind, layer, _ in places]
-    if len(order) < 2 or order != sorted(set(order)):
+    order = [(layer, "amb".find(kind)) for kind, layer, _ in places]
+    if len(order) < 2 or order != sorted(set(order)) or order[0][0] < 0:
         raise ValueError(
             "dictionaries must be those of at least two layers in the order of computation, got "
             f"{', '.join(dictionaries) or 'none'}"
