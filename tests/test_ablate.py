@@ -776,7 +776,7 @@ def weighed(graph, seed=0):
     )
 
 
-@pytest.mark.parametrize("method", ["top", "greedy"])
+@pytest.mark.parametrize("method", ["top", "greedy", "coverage(share=0.8)"])
 def test_a_curve_is_its_graphs_judged_one_by_one(method):
     model, graph = tiny("llama"), weighed(every_edge("llama", "head"))
     tokens, budgets, state = written_tokens(model, 5, 7), [5, 20, 60, len(graph)], torch.get_rng_state()

@@ -20,6 +20,7 @@ from circuitgraph.methods.masks import MaskConfig, integrate_masks, learn_masks,
 from circuitgraph.methods.patching import patch_edges, patch_nodes, patch_ports, random_graph, logit_lens
 from circuitgraph.methods.patching import score_graph
 from circuitgraph.build.build import complete_graph
+from circuitgraph.graph.select import Coverage, Top
 from circuitgraph.build.modules import list_edges
 from circuitgraph.dictionary.places import visit_modules
 from circuitgraph.attribution.metric import final_gradients, score_task, write_gradients
@@ -611,6 +612,44 @@ def test_seeds_draw_prompts_and_go_to_methods_that_draw():
         seeds=(3, 4),
     )
     assert seen == [(s, draw(s).clean.tolist()) for s in (3, 4)] and sorted(set(table["seed"])) == [3, 4]
+
+
+def test_several_rules_select_from_one_graph_found_once(tmp_path):
+    """Each rule's rows are those that it has alone; a table that holds some is completed, not made again."""
+    known, found = KNOWN["brackets"](), []
+
+    def method(model, data, nodes, progress):
+        found.append(1)
+        return list_methods()["EAP-IG"](model, data, nodes=nodes, progress=progress)
+
+    def compared(selection, **options):
+        rows = compare_methods(
+            known.model, known.task, known.task, {"mine": method}, [3, 6], selection=selection, **options
+        )
+        return rows.drop(columns=["seconds", "memory"])
+
+    rules = ["top", Top(signed=True), Coverage(share=0.5)]
+    names = ["top", "top(signed=True)", "coverage(share=0.5)"]
+    table = compared(rules)
+    assert len(found) == 1 and table["selection"].unique().tolist() == names
+    for name, rule in zip(names, rules, strict=True):
+        alone, rows = compared(rule), table[table["selection"] == name].reset_index(drop=True)
+        pd.testing.assert_frame_equal(alone, rows)
+    assert not np.allclose(table["n_kept"][:4], table["n_kept"][4:8])
+    found.clear()
+    out = tmp_path / "rules.csv"
+    compared("top(signed=True)", out=out)
+    pd.testing.assert_frame_equal(
+        compared(rules, out=out).set_index("selection").loc[names].reset_index()[table.columns],
+        table,
+        check_dtype=False,
+    )
+    assert len(found) == 2 and len(pd.read_csv(out)) == len(table)
+    compared(rules[::-1], out=out)
+    assert len(found) == 2
+    for selection, message in (([], "at least one rule"), (["top", "best"], "method must be one of")):
+        with pytest.raises(ValueError, match=message):
+            Comparing(selection=selection)
 
 
 def test_methods_are_compared_on_text():

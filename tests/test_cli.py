@@ -25,6 +25,7 @@ from circuitgraph.data.task import Task
 from circuitgraph.dictionary.protocol import Gate, LinearDictionary
 from circuitgraph.dictionary.store import save_dictionary
 from circuitgraph.graph.graph import Graph
+from circuitgraph.graph.select import select_edges
 from circuitgraph.methods.patching import patch_edges
 from circuitgraph.model.loading import load_model, tiny_model
 from circuitgraph.options import Budgets, Judging, Run
@@ -263,6 +264,9 @@ def test_evaluate_is_the_curve_and_refuses_in_one_line(tmp_path, embedded):
         embedded, graph, tokens, Budgets([50, 200], "greedy"), value="zero", judging=judging
     )
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "curve.csv"), curve, check_dtype=False)
+    done = invoke(*judge, "--n-edges", 50, "--method", "node product", "--out", tmp_path / "curve.csv")
+    kept = len(select_edges(graph, 50, "node product"))
+    assert done.exit_code == 0 and (pd.read_csv(tmp_path / "curve.csv")["n_kept"] == kept).all()
     for options, words in {
         ("--task", "sums"): "source must be one of ioi",
         ("--value", "corrupted"): "give a Task",
@@ -307,6 +311,10 @@ def test_methods_are_compared_and_unknown_ones_refused(tmp_path, monkeypatch, em
     assert set(table["ablation"]) == {"edge", "node"} and len(table) == 16
     assert (table[["seconds", "memory"]] > 0).all(axis=None)
     assert not table["cpr"].isna().any() and table["spearman"].isna().all()
+    done = invoke(*compare, *options, "--selection", "greedy; coverage(share=0.9)")
+    assert done.exit_code == 0, done.output
+    table = pd.read_csv(tmp_path / "methods.csv")
+    assert table["selection"].value_counts().to_dict() == {"greedy": 16, "coverage(share=0.9)": 16}
     for options, words in (
         (("--methods", "EAP;best"), "methods must be among"),
         (("--value", "zero"), "value must be"),
