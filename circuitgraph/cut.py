@@ -523,14 +523,11 @@ class ModuleCut(Cut):
 # %% ../nbs/50_cut.ipynb #cut37
 def _label_nodes(nodes: pd.DataFrame, parts: Sequence[Part]) -> pd.DataFrame:
     "The nodes with the names that dictionaries give their features; the same table where none does."
-    labelled = [part for part in parts if "labels" in getattr(part.dictionary, "meta", {})]
-    if not labelled:
-        return nodes
     label = np.full(len(nodes), "", dtype=object)
-    for part in labelled:
-        names = part.dictionary.meta["labels"]  # pyright: ignore[reportOptionalMemberAccess]
+    for part in parts:
+        names = getattr(part.dictionary, "meta", {}).get("labels", [])
         label[part.first : part.first + len(names)] = names
-    return nodes.assign(label=label)
+    return nodes.assign(label=label) if any(label) else nodes
 
 # %% ../nbs/50_cut.ipynb #cut25
 @dataclass(frozen=True, eq=False)
