@@ -9,10 +9,9 @@ import torch
 from circuitgraph.dictionary.protocol import Gate, LinearDictionary
 from circuitgraph.cut import node_ports, open_cut
 from circuitgraph.graph.graph import Graph
-from circuitgraph.model.blocks import Norm, run_logits
-from circuitgraph.model.modules import embed_tokens
+from circuitgraph.model.blocks import Norm
 from short import build_graph
-from oracles import head_by_hand, mlp_by_hand, norm_by_hand
+from oracles import embed_by_hand, head_by_hand, logits_by_hand, mlp_by_hand, norm_by_hand
 
 D_DICT = 6
 
@@ -99,7 +98,7 @@ def walk_features(model, dictionaries, tokens, read, patterns=None, others="laye
     """Logits, what every node wrote, and the patterns, where `read(reader, port, writes, bias)` is an input.
 
     A port is q, k, v, mlp, logits, or in for what an encoder reads before its module."""
-    writes, bias, seen = dict(embed_tokens(model, tokens)), torch.zeros(model.d_model, dtype=model.dtype), {}
+    writes, bias, seen = embed_by_hand(model, tokens), torch.zeros(model.d_model, dtype=model.dtype), {}
     for i, layer in enumerate(model.layers):
         before, bias_before = dict(writes), bias
         for name, kind, head in cut_by_hand(model, i, dictionaries, others):
@@ -139,7 +138,7 @@ def walk_features(model, dictionaries, tokens, read, patterns=None, others="laye
                 + (0 if d is None else d.b_dec)
                 + (0 if own is None or head > 0 or head < 0 and d is not None else own)
             )
-    return run_logits(model, read("logits", "logits", writes, bias)), writes, seen
+    return logits_by_hand(model, read("logits", "logits", writes, bias)), writes, seen
 
 
 def read_all(_reader, _port, writes, bias):
