@@ -16,20 +16,20 @@ from oracles import embed_by_hand, head_by_hand, logits_by_hand, mlp_by_hand, no
 D_DICT = 6
 
 
-def draw(model, module, reads="output", gate="topk", seed=0):
+def draw(model, module, reads="output", gate="topk", d_dict=D_DICT, k=2, seed=0):
     generator = torch.Generator().manual_seed(seed + sum(map(ord, module)))
 
     def random(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(model.dtype)
 
     gates = {
-        "topk": lambda: Gate("topk", k=2),
-        "abstopk": lambda: Gate("abstopk", k=2),
+        "topk": lambda: Gate("topk", k=k),
+        "abstopk": lambda: Gate("abstopk", k=k),
         "relu": lambda: Gate("relu"),
         "none": lambda: Gate("none"),
-        "jumprelu": lambda: Gate("jumprelu", threshold=random(D_DICT).abs() / 2),
+        "jumprelu": lambda: Gate("jumprelu", threshold=random(d_dict).abs() / 2),
         "gated": lambda: Gate(
-            "gated", b_gate=random(D_DICT) / 9, r_mag=random(D_DICT) / 3, b_mag=random(D_DICT) / 9
+            "gated", b_gate=random(d_dict) / 9, r_mag=random(d_dict) / 3, b_mag=random(d_dict) / 9
         ),
     }
     d_in = model.n_heads * model.d_head if reads == "z" else model.d_model
@@ -37,9 +37,9 @@ def draw(model, module, reads="output", gate="topk", seed=0):
     return LinearDictionary(
         module,
         reads,
-        random(d_in, D_DICT) / d_in**0.5,
-        random(D_DICT, model.d_model) / 3,
-        random(D_DICT) / 9,
+        random(d_in, d_dict) / d_in**0.5,
+        random(d_dict, model.d_model) / 3,
+        random(d_dict) / 9,
         random(model.d_model) / 9,
         gates[gate](),
         random(d_in) / 9,

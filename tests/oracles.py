@@ -6,7 +6,7 @@ forward functions nor what it read from a configuration: windows, angles, caps a
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,12 @@ def written_tokens(model: Model, n_seq: int, n_pos: int, seed: int = 1) -> Tenso
     while tokens.shape[1] < n_pos:
         tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
     return tokens
+
+
+def with_act(model: Model, act: Callable[[Tensor], Tensor]) -> Model:
+    "The model with another activation function in its MLPs."
+    layers = tuple(replace(layer, mlp=replace(layer.mlp, act=act)) for layer in model.layers)
+    return replace(model, layers=layers)
 
 
 # The forward pass, written out. `held` is a stream at which the scales of norms are held; None: live norms.
