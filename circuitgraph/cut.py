@@ -439,8 +439,11 @@ def mean_features(
     count = real.sum() if n_pos is None else real.sum(0)[None, :, None]
 
     def average(total: dict[str, Tensor]) -> dict[str, Tensor]:
-        means = {name: (x / count.to(x).clamp_min(1)).to(model.dtype) for name, x in total.items()}
-        return {name: x[:, : n_pos or 1] for name, x in means.items()}
+        means = {}
+        for name, x in total.items():
+            mean = x / count.to(x).clamp_min(1)
+            means[name] = mean[:, : n_pos or 1].to(model.dtype)
+        return means
 
     return FeatureTrace(average(sums["acts"]), average(sums["dense"]), {})
 
@@ -478,6 +481,9 @@ class Cut:
         run: Run = Run(),
     ) -> Any:
         "What each node writes on average over a text."
+        return self._mean(text, n_pos, lengths, run)
+
+    def _mean(self, text: Tensor, n_pos: int | None, lengths: Tensor | None, run: Run) -> Any:
         raise NotImplementedError
 
 # %% ../nbs/50_cut.ipynb #cut24
@@ -505,18 +511,9 @@ class ModuleCut(Cut):
         "What each module reads and writes in the model's own run."
         return trace_modules(self.model, tokens, self.grain)
 
-    def mean(
-        self,
-        text: Int[Tensor, "seq pos"],
-        *,
-        n_pos: int | None = None,
-        lengths: Int[Tensor, " seq"] | None = None,
-        run: Run = Run(),
-    ) -> Float[Tensor, "one pos writer d_model"]:
-        "What each module writes on average over a text."
-        skip = 0
-        if n_pos is not None:
-            skip = text.shape[1]
+    def _mean(self, text: Tensor, n_pos: int | None, lengths: Tensor | None, run: Run) -> Tensor:
+        "What each module writes on average, `[one pos writer d_model]`."
+        skip = 0 if n_pos is None else text.shape[1]
         mean = trace_mean(self.model, text, self.grain, skip_first=skip, lengths=lengths, run=run)
         return mean.writes[:, : n_pos or 1]
 
@@ -585,15 +582,7 @@ class FeatureCut(Cut):
         "What each node writes and each module reads in the model's own run."
         return trace_features(self.model, self.parts, tokens)
 
-    def mean(
-        self,
-        text: Int[Tensor, "seq pos"],
-        *,
-        n_pos: int | None = None,
-        lengths: Int[Tensor, " seq"] | None = None,
-        run: Run = Run(),
-    ) -> FeatureTrace:
-        "What each node writes on average over a text."
+    def _mean(self, text: Tensor, n_pos: int | None, lengths: Tensor | None, run: Run) -> FeatureTrace:
         return mean_features(self.model, self.parts, text, n_pos=n_pos, lengths=lengths, run=run)
 
 # %% ../nbs/50_cut.ipynb #cut27

@@ -9,28 +9,27 @@ import torch
 from circuitgraph.dictionary.protocol import Gate, LinearDictionary
 from circuitgraph.cut import node_ports, open_cut
 from circuitgraph.graph.graph import Graph
-from circuitgraph.model.blocks import Norm, run_logits
-from circuitgraph.model.modules import embed_tokens
+from circuitgraph.model.blocks import Norm
 from short import build_graph
-from oracles import head_by_hand, mlp_by_hand, norm_by_hand
+from oracles import embed_by_hand, head_by_hand, logits_by_hand, mlp_by_hand, norm_by_hand
 
 D_DICT = 6
 
 
-def draw(model, module, reads="output", gate="topk", seed=0):
+def draw(model, module, reads="output", gate="topk", d_dict=D_DICT, k=2, seed=0):
     generator = torch.Generator().manual_seed(seed + sum(map(ord, module)))
 
     def random(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(model.dtype)
 
     gates = {
-        "topk": lambda: Gate("topk", k=2),
-        "abstopk": lambda: Gate("abstopk", k=2),
+        "topk": lambda: Gate("topk", k=k),
+        "abstopk": lambda: Gate("abstopk", k=k),
         "relu": lambda: Gate("relu"),
         "none": lambda: Gate("none"),
-        "jumprelu": lambda: Gate("jumprelu", threshold=random(D_DICT).abs() / 2),
+        "jumprelu": lambda: Gate("jumprelu", threshold=random(d_dict).abs() / 2),
         "gated": lambda: Gate(
-            "gated", b_gate=random(D_DICT) / 9, r_mag=random(D_DICT) / 3, b_mag=random(D_DICT) / 9
+            "gated", b_gate=random(d_dict) / 9, r_mag=random(d_dict) / 3, b_mag=random(d_dict) / 9
         ),
     }
     d_in = model.n_heads * model.d_head if reads == "z" else model.d_model
@@ -38,9 +37,9 @@ def draw(model, module, reads="output", gate="topk", seed=0):
     return LinearDictionary(
         module,
         reads,
-        random(d_in, D_DICT) / d_in**0.5,
-        random(D_DICT, model.d_model) / 3,
-        random(D_DICT) / 9,
+        random(d_in, d_dict) / d_in**0.5,
+        random(d_dict, model.d_model) / 3,
+        random(d_dict) / 9,
         random(model.d_model) / 9,
         gates[gate](),
         random(d_in) / 9,
@@ -99,7 +98,7 @@ def walk_features(model, dictionaries, tokens, read, patterns=None, others="laye
     """Logits, what every node wrote, and the patterns, where `read(reader, port, writes, bias)` is an input.
 
     A port is q, k, v, mlp, logits, or in for what an encoder reads before its module."""
-    writes, bias, seen = dict(embed_tokens(model, tokens)), torch.zeros(model.d_model, dtype=model.dtype), {}
+    writes, bias, seen = embed_by_hand(model, tokens), torch.zeros(model.d_model, dtype=model.dtype), {}
     if "embed" in dictionaries:
         d, y = dictionaries["embed"], writes.pop("embed")
         acts, bias = d.encode(y), bias + d.b_dec
@@ -144,7 +143,7 @@ def walk_features(model, dictionaries, tokens, read, patterns=None, others="laye
                 + (0 if d is None else d.b_dec)
                 + (0 if own is None or head > 0 or head < 0 and d is not None else own)
             )
-    return run_logits(model, read("logits", "logits", writes, bias)), writes, seen
+    return logits_by_hand(model, read("logits", "logits", writes, bias)), writes, seen
 
 
 def read_all(_reader, _port, writes, bias):

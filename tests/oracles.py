@@ -1,24 +1,19 @@
 """Slow, direct definitions that the fast code is compared with.
 
-They are values of readers, gradients by automatic differentiation, and exact ablation edge by edge.
+They are the forward pass in plain torch, values of readers, gradients by automatic differentiation, and exact
+ablation edge by edge. Of the package they take weights, and the names of readers and writers, but neither its
+forward functions nor what it read from a configuration: windows, angles, caps and scales stand in `SETTINGS`.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from circuitgraph.attribution.method import Attribution
-from circuitgraph.model.blocks import Model, Norm, apply_norm, freeze_block, head_scales, norm_scale
-from circuitgraph.model.blocks import (
-    rotary_tables,
-    run_attention,
-    run_block,
-    run_logits,
-    run_mlp,
-    write_heads,
-)
-from circuitgraph.model.modules import Reader, Trace, embed_tokens
+from circuitgraph.model.blocks import Model, Norm
+from circuitgraph.model.modules import Reader
 
 
 def random_tokens(model: Model, n_seq: int = 2, n_pos: int = 10, seed: int = 1) -> Tensor:
@@ -34,103 +29,55 @@ def written_tokens(model: Model, n_seq: int, n_pos: int, seed: int = 1) -> Tenso
     return tokens
 
 
-def reader_values(
-    model: Model, reader: Reader, trace: Trace, tokens: Tensor, rule: Attribution, x: Tensor | list[Tensor]
-) -> Tensor:
-    """The value of each reader `[batch pos name]` by its definition, as a function of what it reads.
-
-    It reads `x`, or one tensor `[batch pos head d_model]` for each of q, k and v.
-    """
-    clean = trace.reads[reader.module]
-    keep = (torch.arange(tokens.shape[1]) >= rule.skip_first)[None, :, None]
-    if reader.kind == "logits":
-        scale = norm_scale(model.ln_final, clean) if rule.norm == "frozen" else None
-        logits = run_logits(model, x, scale=scale)
-        value = torch.zeros(*tokens.shape, 1, dtype=clean.dtype)
-        value[:, :-1, 0] = logits[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0] - logits[:, :-1].mean(-1)
-        return value * keep
-    run = {"block": block_output, "mlp": mlp_output, "attn": attention_output}[reader.kind]
-    out = run(model, reader, trace, rule, x)
-    y = trace.writes[:, :, reader.row : reader.row + len(reader.names)]
-    norm2 = y.square().sum(-1)
-    return (y * out).sum(-1) / norm2.where(norm2 > 0, torch.ones_like(norm2)) * (norm2 > 0) * keep
+def with_act(model: Model, act: Callable[[Tensor], Tensor]) -> Model:
+    "The model with another activation function in its MLPs."
+    layers = tuple(replace(layer, mlp=replace(layer.mlp, act=act)) for layer in model.layers)
+    return replace(model, layers=layers)
 
 
-def block_output(model: Model, reader: Reader, trace: Trace, rule: Attribution, x: Tensor) -> Tensor:
-    """What a block writes, with the scales and the pattern that are frozen."""
-    frozen = freeze_block(model, reader.layer, trace.reads[reader.module])
-    if rule.pattern != "frozen":
-        del frozen["pattern"]
-    if rule.norm != "frozen":
-        frozen = {name: value for name, value in frozen.items() if name == "pattern"}
-    return run_block(model, reader.layer, x, frozen=frozen)[:, :, None]
+# The forward pass, written out. `held` is a stream at which the scales of norms are held; None: live norms.
 
 
-def mlp_output(model: Model, reader: Reader, trace: Trace, rule: Attribution, x: Tensor) -> Tensor:
-    """What an MLP writes, with frozen or live norms."""
-    i, scales = reader.layer, {}
-    if rule.norm == "frozen":
-        scale = norm_scale(model.layers[i].ln2, trace.reads[reader.module])
-        scales = {"scale": scale, "post_scale": trace.post_scale[f"m{i}"]}
-    return run_mlp(model, i, x, **scales)[0][:, :, None]
+@dataclass(frozen=True)
+class Settings:
+    """What a tiny model was configured with beside its weights, as `tiny_model` has it."""
+
+    n_turned: int = 0  # coordinates of a query or a key that turn; without any, positions are embedded
+    pairs: bool = False  # whether neighbours turn together, or else coordinates half of them apart
+    bases: tuple[float, float] = (1e4, 1e4)  # of the angles, by layer
+    stretch: tuple[float, float] = (1.0, 1.0)  # what positions are divided by, by layer
+    windows: tuple[int | None, int | None] = (None, None)  # keys that a query sees, by layer
+    causal: bool = True
+    softcap: float | None = None
+    logit_softcap: float | None = None
+    embed_scale: float = 1.0
 
 
-def attention_output(
-    model: Model, reader: Reader, trace: Trace, rule: Attribution, x: Tensor | list[Tensor]
-) -> Tensor:
-    """What heads, or whole attention, write, with frozen or live norms and patterns."""
-    clean, i, frozen = trace.reads[reader.module], reader.layer, rule.norm == "frozen"
-    xs = list(x) if isinstance(x, list | tuple) else [x] * 3
-    scale = norm_scale(model.layers[i].ln1, clean) if frozen else None
-    if scale is not None and xs[0].ndim == 4:
-        scale = scale[:, :, None]
-    pattern = freeze_block(model, i, clean)["pattern"] if rule.pattern == "frozen" else None
-    scales = head_scales(model, i, apply_norm(model.layers[i].ln1, clean)) if frozen else (None, None)
-    z = run_attention(model, i, *xs, scale=scale, pattern=pattern, head_scales=scales)
-    if model.layers[i].ln1_post.kind != "none" and not frozen and len(reader.names) > 1:
-        return heads_one_by_one(model, i, clean, z)
-    out = write_heads(model, i, z, post_scale=trace.post_scale[f"a{i}"] if frozen else None)[0]
-    return out.sum(2, keepdim=True) if len(reader.names) == 1 else out
+LEARNED, WINDOWED = Settings(), {"n_turned": 8, "windows": (4, None), "embed_scale": 4.0}
+SETTINGS = {
+    "gpt2": LEARNED,
+    "gpt-neox": Settings(n_turned=4),
+    "llama": Settings(n_turned=4),
+    "qwen2": Settings(n_turned=4),
+    "gemma2": Settings(**WINDOWED, softcap=5.0, logit_softcap=3.0),
+    "attention-only": LEARNED,
+    "no-norm": LEARNED,
+    "no-norm-relu": LEARNED,
+    "bidirectional": Settings(causal=False),
+    "odd-heads": Settings(n_turned=4, pairs=True),
+    "olmo2": Settings(n_turned=4),
+    "gemma3": Settings(**WINDOWED, bases=(1e4, 1e6), stretch=(1.0, 8.0)),
+}
 
 
-def heads_one_by_one(model: Model, i: int, clean: Tensor, z: Tensor) -> Tensor:
-    """What each head writes under a live norm after attention, the other heads at their clean values."""
-    z_clean, heads = run_attention(model, i, clean, clean, clean), []
-    for h in range(model.n_heads):
-        mixed = z_clean.clone()
-        mixed[:, h] = z[:, h]
-        heads.append(write_heads(model, i, mixed)[0][:, :, h])
-    return torch.stack(heads, 2)
-
-
-def autograd_weights(
-    model: Model,
-    reader: Reader,
-    trace: Trace,
-    tokens: Tensor,
-    rule: Attribution,
-    x0: Tensor,
-    contributions: Tensor,
-) -> Tensor:
-    """Weights `[name_port writer]`, summed over positions, by automatic differentiation, reader by reader."""
-    x, rows = trace.reads[reader.module], []
-    n_ports = 3 if reader.kind == "attn" else 1
-    for n in range(len(reader.names)):
-        grads = [torch.zeros_like(x) for _ in range(n_ports)]
-        for alpha, weight in rule.steps:
-            x_a = x0.expand_as(x) + alpha * (x - x0.expand_as(x))
-            ports = [x_a.clone().requires_grad_() for _ in range(n_ports)]
-            args = ports[0] if n_ports == 1 else ports
-            value = reader_values(model, reader, trace, tokens, rule, args)[..., n].sum()
-            for g, d in zip(grads, torch.autograd.grad(value, ports, allow_unused=True), strict=True):
-                if d is not None:
-                    g += weight * d
-        rows += [torch.einsum("bpd, bpwd -> w", g, contributions[:, :, : reader.n_before]) for g in grads]
-    return torch.stack(rows)
-
-
-# Edge ablation by its definition (@eq-ablate): reader by reader, port by port, writer by writer.
-# Only weights, rotary tables and embeddings are taken from the package.
+def embed_by_hand(model: Model, tokens: Tensor) -> dict[str, Tensor]:
+    """What the embeddings write."""
+    settings = SETTINGS[model.name]
+    writes = {"embed": model.bridge.embed.original_component.weight[tokens] * settings.embed_scale}
+    if not settings.n_turned:
+        positions = model.bridge.pos_embed.original_component.weight[: tokens.shape[1]]
+        writes["pos_embed"] = positions.expand(len(tokens), -1, -1)
+    return writes
 
 
 def norm_by_hand(norm: Norm, x: Tensor, whole: Tensor | None = None) -> Tensor:
@@ -146,75 +93,107 @@ def norm_by_hand(norm: Norm, x: Tensor, whole: Tensor | None = None) -> Tensor:
 
 
 def turn_by_hand(model: Model, layer: int, x: Tensor) -> Tensor:
-    """Queries or keys of one head `[batch pos d_head]`, turned pair by pair."""
-    rotary, out = model.layers[layer].attn.rotary, x.clone()
-    cos, sin = rotary_tables(model, x.shape[1], layer)
-    half = cos.shape[-1] // 2
+    """Queries or keys of one head `[batch pos d_head]`, turned pair by pair.
+
+    Angles are computed in single precision, as in the original libraries.
+    """
+    settings, out = SETTINGS[model.name], x.clone()
+    half, position = settings.n_turned // 2, torch.arange(x.shape[1], dtype=torch.float32)
     for i in range(half):
-        a, b = (i, i + half) if rotary == "halves" else (2 * i, 2 * i + 1)
-        out[..., a] = x[..., a] * cos[:, a] - x[..., b] * sin[:, a]
-        out[..., b] = x[..., b] * cos[:, b] + x[..., a] * sin[:, b]
+        share = torch.tensor(i, dtype=torch.float32) / half
+        angle = position / settings.stretch[layer] * (1 / settings.bases[layer] ** share)
+        cos, sin = angle.cos().to(x), angle.sin().to(x)
+        a, b = (2 * i, 2 * i + 1) if settings.pairs else (i, i + half)
+        out[..., a] = x[..., a] * cos - x[..., b] * sin
+        out[..., b] = x[..., b] * cos + x[..., a] * sin
     return out
 
 
-WINDOWS = {"gemma2": (4, None), "gemma3": (4, None)}  # of the tiny models, by layer, as they were configured
+def seen_by_hand(model: Model, layer: int, n_pos: int) -> Tensor:
+    """Whether each query (row) sees each key (column)."""
+    settings = SETTINGS[model.name]
+    window = settings.windows[layer]
+    rows = []
+    for query in range(n_pos):
+        last = query if settings.causal else n_pos - 1
+        first = 0 if window is None else query - window + 1
+        rows.append([first <= key <= last for key in range(n_pos)])
+    return torch.tensor(rows)
 
 
-def project_by_hand(model: Model, layer: int, port: str, head: int, x: Tensor) -> Tensor:
+def project_by_hand(
+    model: Model, layer: int, port: str, head: int, x: Tensor, held: Tensor | None = None
+) -> Tensor:
     """Queries, keys or values of one head, with the original's own norm of queries and keys."""
-    attn = model.layers[layer].attn
-    h = norm_by_hand(model.layers[layer].ln1, x)
+    attn, ln1 = model.layers[layer].attn, model.layers[layer].ln1
+    h = norm_by_hand(ln1, x, held)
     W, b = {"q": (attn.W_Q, attn.b_Q), "k": (attn.W_K, attn.b_K), "v": (attn.W_V, attn.b_V)}[port]
     if port == "v" or attn.q_norm is None:
         return h @ W[head].T + (0 if b is None else b[head])
     original = model.bridge.blocks[layer].attn
-    projected = h @ getattr(original, port).original_component.weight.T
+    W = getattr(original, port).original_component.weight
     norm = getattr(original, f"{port}_norm").original_component
     weight = norm.weight + (model.name == "gemma3")
-    own = slice(head * model.d_head, (head + 1) * model.d_head)
     eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-    if weight.numel() > model.d_head:  # one norm for all heads
-        return (projected / (projected.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight)[..., own]
-    projected = projected[..., own]
-    return projected / (projected.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+    own = slice(head * model.d_head, (head + 1) * model.d_head)
+    projected = h @ W.T
+    scaled = projected if held is None else norm_by_hand(ln1, held) @ W.T
+    if weight.numel() == model.d_head:  # a norm for each head, and not one for all heads
+        projected, scaled, own = projected[..., own], scaled[..., own], slice(None)
+    return (projected / (scaled.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight)[..., own]
 
 
 def head_by_hand(
-    model: Model, layer: int, head: int, x_q: Tensor, x_k: Tensor, x_v: Tensor, pattern: Tensor | None = None
+    model: Model,
+    layer: int,
+    head: int,
+    x_q: Tensor,
+    x_k: Tensor,
+    x_v: Tensor,
+    pattern: Tensor | None = None,
+    held: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What one head writes before any norm after it, and its pattern, query by query over visible keys."""
-    attn, shared, n_pos = model.layers[layer].attn, head // (model.n_heads // model.n_kv_heads), x_v.shape[1]
-    window = WINDOWS[model.name][layer] if model.name in WINDOWS else None
-    q = project_by_hand(model, layer, "q", head, x_q)
-    k = project_by_hand(model, layer, "k", shared, x_k)
-    v = project_by_hand(model, layer, "v", shared, x_v)
+    """What one head writes before any norm after it, and its pattern over the keys that a query sees."""
+    shared, cap = head // (model.n_heads // model.n_kv_heads), SETTINGS[model.name].softcap
+    v = project_by_hand(model, layer, "v", shared, x_v, held)
     if pattern is None:
-        q, k = turn_by_hand(model, layer, q), turn_by_hand(model, layer, k)
-        pattern = torch.zeros(len(v), n_pos, n_pos, dtype=v.dtype)
-        for i in range(n_pos):
-            last = i if attn.causal else n_pos - 1
-            seen = [j for j in range(last + 1) if window is None or i - j < window]
-            scores = (k[:, seen] * q[:, i : i + 1]).sum(-1) * attn.scale
-            if attn.softcap is not None:
-                scores = attn.softcap * torch.tanh(scores / attn.softcap)
-            pattern[:, i, seen] = scores.exp() / scores.exp().sum(-1, keepdim=True)
-    return pattern @ v @ attn.W_O[:, head].T, pattern
+        q = turn_by_hand(model, layer, project_by_hand(model, layer, "q", head, x_q, held))
+        k = turn_by_hand(model, layer, project_by_hand(model, layer, "k", shared, x_k, held))
+        scores = torch.einsum("bqe, bke -> bqk", q, k) / model.d_head**0.5
+        if cap is not None:
+            scores = cap * torch.tanh(scores / cap)
+        seen = seen_by_hand(model, layer, x_v.shape[1])
+        pattern = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return pattern @ v @ model.layers[layer].attn.W_O[:, head].T, pattern
 
 
-def mlp_by_hand(model: Model, layer: int, x: Tensor) -> Tensor:
+def mlp_by_hand(model: Model, layer: int, x: Tensor, held: Tensor | None = None) -> Tensor:
     """What the MLP of a layer writes, its output bias excepted."""
-    mlp, h = model.layers[layer].mlp, norm_by_hand(model.layers[layer].ln2, x)
-    up = h @ mlp.W_in.T + (0 if mlp.b_in is None else mlp.b_in)
-    gate = up if mlp.W_gate is None else h @ mlp.W_gate.T + (0 if mlp.b_gate is None else mlp.b_gate)
-    hidden = mlp.act(gate) if mlp.W_gate is None else mlp.act(gate) * up
-    return norm_by_hand(model.layers[layer].ln2_post, hidden @ mlp.W_out.T)
+    mlp, ln2 = model.layers[layer].mlp, model.layers[layer].ln2
+
+    def before_post_norm(x: Tensor) -> Tensor:
+        h = norm_by_hand(ln2, x, held)
+        up = h @ mlp.W_in.T + (0 if mlp.b_in is None else mlp.b_in)
+        gate = up if mlp.W_gate is None else h @ mlp.W_gate.T + (0 if mlp.b_gate is None else mlp.b_gate)
+        hidden = mlp.act(gate) if mlp.W_gate is None else mlp.act(gate) * up
+        return hidden @ mlp.W_out.T
+
+    whole = None if held is None else before_post_norm(held)
+    return norm_by_hand(model.layers[layer].ln2_post, before_post_norm(x), whole)
+
+
+def logits_by_hand(model: Model, x: Tensor, held: Tensor | None = None) -> Tensor:
+    """Logits as a function of the final stream."""
+    cap = SETTINGS[model.name].logit_softcap
+    logits = norm_by_hand(model.ln_final, x, held) @ model.W_U.T + (0 if model.b_U is None else model.b_U)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def walk_by_hand(
     model: Model, grain: str, tokens: Tensor, read: Callable[..., Tensor], patterns: dict | None = None
 ) -> tuple[Tensor, dict[str, Tensor], dict]:
     """Logits, writes and patterns, where `read(reader, port, writes, bias)` is what a port reads."""
-    writes, bias, seen = embed_tokens(model, tokens), torch.zeros(model.d_model, dtype=model.dtype), {}
+    writes, bias, seen = embed_by_hand(model, tokens), torch.zeros(model.d_model, dtype=model.dtype), {}
     for i, layer in enumerate(model.layers):
         before, bias_before, heads = dict(writes), bias, []
         b_O = 0 if layer.attn.b_O is None else layer.attn.b_O
@@ -244,17 +223,167 @@ def walk_by_hand(
             bias = bias + (0 if layer.mlp.b_out is None else layer.mlp.b_out)
         if grain == "block":
             writes[f"b{i}"] = sum(heads) + (0 if layer.mlp is None else y)
-    logits = norm_by_hand(model.ln_final, read("logits", "logits", writes, bias)) @ model.W_U.T + (
-        0 if model.b_U is None else model.b_U
-    )
-    if model.logit_softcap is not None:
-        logits = model.logit_softcap * torch.tanh(logits / model.logit_softcap)
-    return logits, writes, seen
+    return logits_by_hand(model, read("logits", "logits", writes, bias)), writes, seen
 
 
 def read_all(_reader: str, _port: str, writes: dict[str, Tensor], bias: Tensor) -> Tensor:
     """What the model itself reads: the sum of all that was written."""
     return sum(writes.values()) + bias
+
+
+# Values of readers and their gradients.
+
+
+@dataclass(frozen=True)
+class HandRun:
+    """What everything read and wrote in one run by hand."""
+
+    reads: dict[str, Tensor]  # by the reader's module
+    biases: dict[str, Tensor]  # the sum of those written before, by the reader's module
+    writes: dict[str, Tensor]  # by writer, without biases
+    patterns: dict[tuple[int, int], Tensor]  # by layer and head
+
+    def mean(self) -> "HandRun":
+        """The means over sequences: of the first position by itself, and of all others together."""
+
+        def average(t: Tensor) -> Tensor:
+            first, others = t[:, :1].mean(0, keepdim=True), t[:, 1:].mean((0, 1), keepdim=True)
+            return torch.cat([first, others.expand(-1, t.shape[1] - 1, -1)], 1)
+
+        reads = {name: average(t) for name, t in self.reads.items()}
+        return HandRun(reads, self.biases, {name: average(t) for name, t in self.writes.items()}, {})
+
+    def contributions(self, names: list[str], module: str, base: "HandRun | None") -> Tensor:
+        """What each writer brings to a reader `[batch pos writer d_model]`, minus that at the baseline."""
+        rows, like = [], self.reads[module]
+        for name in names:
+            if name == "const":  # biases are the same in every run
+                row = self.biases[module] if base is None else torch.zeros_like(self.biases[module])
+            else:
+                row = self.writes[name] - (0 if base is None else base.writes[name])
+            rows.append(row.expand_as(like))
+        return torch.stack(rows, 2)
+
+
+@torch.no_grad()
+def run_by_hand(model: Model, grain: str, tokens: Tensor) -> HandRun:
+    """The model's own run."""
+    reads, biases = {}, {}
+
+    def read(reader: str, port: str, writes: dict[str, Tensor], bias: Tensor) -> Tensor:
+        module = reader.split(".")[0]
+        reads[module], biases[module] = read_all(reader, port, writes, bias), bias
+        return reads[module]
+
+    _, writes, patterns = walk_by_hand(model, grain, tokens, read)
+    return HandRun(reads, biases, writes, patterns)
+
+
+def reader_values(
+    model: Model, reader: Reader, clean: HandRun, tokens: Tensor, rule: Attribution, x: Tensor | list[Tensor]
+) -> Tensor:
+    """The value of each reader `[batch pos name]` by its definition, as a function of what it reads.
+
+    It reads `x`, or one tensor for each of q, k and v.
+    """
+    held = clean.reads[reader.module] if rule.norm == "frozen" else None
+    keep = (torch.arange(tokens.shape[1]) >= rule.skip_first)[None, :, None]
+    if reader.kind == "logits":
+        logits, value = logits_by_hand(model, x, held), torch.zeros(*tokens.shape, 1, dtype=x.dtype)
+        value[:, :-1, 0] = logits[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0] - logits[:, :-1].mean(-1)
+        return value * keep
+    patterns = {h: clean.patterns[reader.layer, h] for h in range(model.n_heads)}
+    patterns = patterns if rule.pattern == "frozen" else {}
+    if reader.kind == "mlp":
+        outputs = [mlp_by_hand(model, reader.layer, x, held)]
+    elif reader.kind == "block":
+        outputs = [block_by_hand(model, reader.layer, x, held, patterns)]
+    else:
+        xs = x if isinstance(x, list) else [x] * 3
+        outputs = attention_by_hand(model, reader, clean.reads[reader.module], xs, held, patterns)
+    values = []
+    for name, out in zip(reader.names, outputs, strict=True):
+        y = clean.writes[name]
+        norm2 = y.square().sum(-1)
+        values.append((y * out).sum(-1) / norm2.where(norm2 > 0, torch.ones_like(norm2)) * (norm2 > 0))
+    return torch.stack(values, -1) * keep
+
+
+def heads_by_hand(
+    model: Model, layer: int, xs: list[Tensor], held: Tensor | None, patterns: dict[int, Tensor]
+) -> list[Tensor]:
+    """What the heads of a layer write before any norm after them, all from the same three inputs."""
+    return [head_by_hand(model, layer, h, *xs, patterns.get(h), held)[0] for h in range(model.n_heads)]
+
+
+def attention_by_hand(
+    model: Model,
+    reader: Reader,
+    clean: Tensor,
+    xs: list[Tensor],
+    held: Tensor | None,
+    patterns: dict[int, Tensor],
+) -> list[Tensor]:
+    """What heads, or whole attention, write.
+
+    Under a live norm after attention each head moves by itself, the other heads at their clean values.
+    """
+    layer, post = reader.layer, model.layers[reader.layer].ln1_post
+    heads = heads_by_hand(model, layer, xs, held, patterns)
+    if post.kind == "none":
+        return [sum(heads)] if len(reader.names) == 1 else heads
+    clean_heads = heads_by_hand(model, layer, [clean] * 3, held, {})
+    if len(reader.names) == 1:
+        return [norm_by_hand(post, sum(heads), None if held is None else sum(clean_heads))]
+    outputs = []
+    for y, clean_y in zip(heads, clean_heads, strict=True):
+        whole = sum(clean_heads) + (y - clean_y if held is None else 0)
+        outputs.append(norm_by_hand(post, y, whole))
+    return outputs
+
+
+def block_by_hand(
+    model: Model, layer: int, x: Tensor, held: Tensor | None, patterns: dict[int, Tensor]
+) -> Tensor:
+    """What a whole block writes, its output biases excepted."""
+    block = model.layers[layer]
+    b_O = 0 if block.attn.b_O is None else block.attn.b_O
+    attn = sum(heads_by_hand(model, layer, [x] * 3, held, patterns))
+    clean = None if held is None else sum(heads_by_hand(model, layer, [held] * 3, held, patterns))
+    attn = norm_by_hand(block.ln1_post, attn, clean)
+    if block.mlp is None:
+        return attn
+    if held is None:
+        return attn + mlp_by_hand(model, layer, x if block.parallel else x + attn + b_O)
+    clean = norm_by_hand(block.ln1_post, clean)
+    mid, held_mid = (x, held) if block.parallel else (x + attn + b_O, held + clean + b_O)
+    return attn + mlp_by_hand(model, layer, mid, held_mid)
+
+
+def autograd_weights(
+    model: Model,
+    reader: Reader,
+    clean: HandRun,
+    tokens: Tensor,
+    rule: Attribution,
+    x0: Tensor,
+    contributions: Tensor,
+) -> Tensor:
+    """Weights `[name_port writer]`, summed over positions, by automatic differentiation, reader by reader."""
+    x, n_ports = clean.reads[reader.module], 3 if reader.kind == "attn" else 1
+    total = x.new_zeros(len(reader.names), n_ports, *x.shape)
+    for alpha, weight in rule.steps:
+        ports = [(x0 + alpha * (x - x0)).requires_grad_() for _ in range(n_ports)]
+        values = reader_values(model, reader, clean, tokens, rule, ports[0] if n_ports == 1 else ports)
+        for n, value in enumerate(values.sum((0, 1))):
+            grads = torch.autograd.grad(
+                value, ports, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            total[n] += weight * torch.stack(grads)
+    return torch.einsum("npbsd, bswd -> npw", total, contributions).flatten(0, 1)
+
+
+# Edge ablation by its definition (@eq-ablate): reader by reader, port by port, writer by writer.
 
 
 @torch.no_grad()

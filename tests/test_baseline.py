@@ -32,7 +32,7 @@ from circuitgraph.data.task import Task
 from known import KNOWN
 from known_features import KNOWN_FEATURES
 from circuitgraph.options import Judging, Run
-from oracles import random_tokens
+from oracles import random_tokens, with_act
 from short import build_graph, run_ablated
 
 QUIET = Run(progress=False)
@@ -86,10 +86,7 @@ def test_eap_is_the_derivative_of_each_edges_mask(name, grain, value):
 
 def test_on_a_linear_model_eap_is_exact_patching():
     known = KNOWN["chain"]()
-    model = replace(
-        known.model,
-        layers=tuple(replace(layer, mlp=replace(layer.mlp, act=lambda x: x)) for layer in known.model.layers),
-    )
+    model = with_act(known.model, lambda x: x)
     exact, graph = (
         patch_edges(model, known.task, judging=judging()),
         build_graph(model, known.task, "head", target="metric", attribution="eap", progress=False),

@@ -16,7 +16,7 @@ from circuitgraph.model.blocks import norm_scale, norm_vjp
 from circuitgraph.model.loading import TINY_MODELS, tiny_model
 from circuitgraph.model.modules import GRAINS, list_readers, trace_modules
 from circuitgraph.options import Run
-from oracles import autograd_weights, random_tokens, reader_values
+from oracles import autograd_weights, random_tokens, read_all, reader_values, run_by_hand, walk_by_hand
 from short import build_graph
 
 pytestmark = pytest.mark.filterwarnings(
@@ -35,34 +35,45 @@ SETUPS = [
 
 
 def every_reader(name, grain, setup, attribution, n_steps, n_seq=2):
-    """Reader by reader: the fast weights, and what the definitions need."""
+    """Reader by reader: the fast weights, and what the definitions need, from runs by hand."""
     baseline, norm, pattern = setup
     model = tiny(name)
     tokens, rule = random_tokens(model, n_seq), Attribution(attribution, n_steps, baseline, norm, pattern)
-    trace = trace_modules(model, tokens, grain)
-    base = {
-        "zero": lambda: None,
-        "corrupted": lambda: trace_modules(model, random_tokens(model, n_seq, seed=2), grain),
-        "mean": lambda: trace_mean(model, tokens, grain, run=Run(progress=False)),
+    other = random_tokens(model, n_seq, seed=2)
+    trace, clean = trace_modules(model, tokens, grain), run_by_hand(model, grain, tokens)
+    base, start = {
+        "zero": lambda: (None, None),
+        "corrupted": lambda: (trace_modules(model, other, grain), run_by_hand(model, grain, other)),
+        "mean": lambda: (trace_mean(model, tokens, grain, run=Run(progress=False)), clean.mean()),
     }[baseline]()
-    contributions = trace.writes.clone() if base is None else trace.writes - base.writes
     writers = list_readers(model, grain)[1]
     for reader, weights in weigh_edges(model, trace, tokens, grain, rule, base):
-        x = trace.reads[reader.module]
-        x0 = torch.zeros_like(x) if base is None else base.reads[reader.module].expand_as(x)
-        if "const" in writers and base is None:
-            contributions[:, :, writers.index("const")] = trace.biases[reader.module]
-        yield model, reader, trace, tokens, rule, x, x0, contributions, weights
+        x = clean.reads[reader.module]
+        x0 = torch.zeros_like(x) if start is None else start.reads[reader.module].expand_as(x)
+        contributions = clean.contributions(writers[: reader.n_before], reader.module, start)
+        yield model, reader, clean, tokens, rule, x, x0, contributions, weights
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("grain", GRAINS)
+@torch.no_grad()
+def test_the_run_by_hand_is_the_original(name, grain):
+    """Hugging Face's and TransformerLens's RMSNorms round to single precision; all else is double."""
+    model = tiny(name)
+    tokens = random_tokens(model)
+    by_hand = walk_by_hand(model, grain, tokens, read_all)[0]
+    rounds = "RMS" in type(model.bridge.ln_final.original_component).__name__
+    assert (by_hand - model(tokens)).abs().max() < (1e-5 if rounds else 1e-12)
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 @pytest.mark.parametrize("grain", GRAINS)
 def test_gradients_equal_automatic_differentiation(name, grain):
     for setup, (attribution, n) in itertools.product(SETUPS, (("gradient", 1), ("ig", 3))):
-        for model, reader, trace, tokens, rule, _, x0, contributions, weights in every_reader(
+        for model, reader, clean, tokens, rule, _, x0, contributions, weights in every_reader(
             name, grain, setup, attribution, n
         ):
-            truth = autograd_weights(model, reader, trace, tokens, rule, x0, contributions)
+            truth = autograd_weights(model, reader, clean, tokens, rule, x0, contributions)
             if reader.kind == "attn" and rule.pattern == "frozen":
                 truth = truth[2::3]
             if reader.kind == "attn" and len(reader.names) == 1 and rule.pattern == "live":
@@ -79,12 +90,12 @@ def test_integrated_gradients_are_complete(name, setup):
     tolerance = 1e-2 if "relu" in name or setup[1] == "live" else 1e-3
     tolerance *= 2 if name == "gemma3" else 1  # normed queries and keys make its patterns sharp
     for grain in GRAINS:
-        for model, reader, trace, tokens, rule, x, x0, _, weights in every_reader(
+        for model, reader, clean, tokens, rule, x, x0, _, weights in every_reader(
             name, grain, setup, "ig", 16, n_seq=32
         ):
             change = (
-                reader_values(model, reader, trace, tokens, rule, x)
-                - reader_values(model, reader, trace, tokens, rule, x0)
+                reader_values(model, reader, clean, tokens, rule, x)
+                - reader_values(model, reader, clean, tokens, rule, x0)
             ).sum((0, 1))
             total = weights.sum((0, 1, 3)).view(len(reader.names), -1).sum(1)
             assert ((total - change).abs() <= tolerance * change.abs().clamp_min(1e-2)).all(), (
@@ -98,12 +109,12 @@ def test_completeness_error_shrinks_with_steps():
         errors = []
         for n in (2, 8, 32):
             worst = 0.0
-            for model, reader, trace, tokens, rule, x, x0, _, weights in every_reader(
+            for model, reader, clean, tokens, rule, x, x0, _, weights in every_reader(
                 name, "head", SETUPS[0], "ig", n
             ):
                 change = (
-                    reader_values(model, reader, trace, tokens, rule, x)
-                    - reader_values(model, reader, trace, tokens, rule, x0)
+                    reader_values(model, reader, clean, tokens, rule, x)
+                    - reader_values(model, reader, clean, tokens, rule, x0)
                 ).sum((0, 1))
                 worst = max(
                     worst,

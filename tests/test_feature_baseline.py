@@ -25,7 +25,7 @@ from feature_oracles import all_dictionaries, draw
 from known import KNOWN
 from known_features import KNOWN_FEATURES
 from circuitgraph.options import Judging, Run
-from oracles import head_by_hand, mlp_by_hand, norm_by_hand, random_tokens, walk_by_hand
+from oracles import head_by_hand, mlp_by_hand, norm_by_hand, random_tokens, walk_by_hand, with_act
 from short import ablation_curve, build_graph
 
 QUIET = Run(progress=False)
@@ -332,10 +332,7 @@ def test_without_error_edges_only_those_are_gone():
 def test_on_a_linear_model_effects_are_exact():
     """The metric is linear in what modules write: effects are what patching each node does."""
     known = KNOWN["chain"]()
-    model = replace(
-        known.model,
-        layers=tuple(replace(layer, mlp=replace(layer.mlp, act=lambda x: x)) for layer in known.model.layers),
-    )
+    model = with_act(known.model, lambda x: x)
     dictionaries = {"m0": draw(model, "m0", gate="none")}
     graph = find_feature_circuit(model, known.task, dictionaries, run=QUIET)
     (clean, _), (other, _) = (
@@ -711,10 +708,7 @@ def test_paths_of_activations_are_their_loop(name, grain):
 
 def test_on_a_linear_model_paths_of_activations_are_patching_less_blocked_runs():
     known = KNOWN["chain"]()
-    model = replace(
-        known.model,
-        layers=tuple(replace(layer, mlp=replace(layer.mlp, act=lambda x: x)) for layer in known.model.layers),
-    )
+    model = with_act(known.model, lambda x: x)
     exact, graph = (
         patch_edges(model, known.task, judging=Judging(run=QUIET)),
         build_graph(

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import circuitgraph.build.features
+import feature_oracles
 from circuitgraph.attribution.method import Attribution
 from circuitgraph.data.corpus import load_corpus
 from circuitgraph.dictionary.places import neuron_basis, token_basis, visit_modules
-from circuitgraph.dictionary.protocol import FunctionDictionary, Gate, LinearDictionary, find_structure
+from circuitgraph.dictionary.protocol import FunctionDictionary, find_structure
 from circuitgraph.build.features import weigh_features
 from circuitgraph.cut import cut_model, list_parts, part_ports, read_activity
 from circuitgraph.attribution.autodiff import readers_vjp
@@ -34,41 +35,8 @@ def weigh(model, tokens, dictionaries, rule, others="layer", **options):
     return weigh_features(cut, tokens, rule, pruning=Pruning(n_edges=None), run=run)
 
 
-def draw(model, module, reads="output", gate="topk", d_dict=11, seed=0):
-    generator = torch.Generator().manual_seed(seed + sum(map(ord, module)))
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(model.dtype)
-
-    gates = {
-        "topk": lambda: Gate("topk", k=4),
-        "relu": lambda: Gate("relu"),
-        "none": lambda: Gate("none"),
-        "jumprelu": lambda: Gate("jumprelu", threshold=random(d_dict).abs() / 2),
-        "gated": lambda: Gate(
-            "gated", b_gate=random(d_dict) / 9, r_mag=random(d_dict) / 3, b_mag=random(d_dict) / 9
-        ),
-    }
-    d_in = model.n_heads * model.d_head if reads == "z" else model.d_model
-    return LinearDictionary(
-        module,
-        reads,
-        random(d_in, d_dict) / d_in**0.5,
-        random(d_dict, model.d_model) / 5,
-        random(d_dict) / 9,
-        random(model.d_model) / 9,
-        gates[gate](),
-        b_in=random(d_in) / 9,
-    )
-
-
-def all_dictionaries(model, **options):
-    return {
-        f"{kind}{i}": draw(model, f"{kind}{i}", **options)
-        for i, layer in enumerate(model.layers)
-        for kind in "am"
-        if kind == "a" or layer.mlp is not None
-    }
+draw = partial(feature_oracles.draw, d_dict=11, k=4)
+all_dictionaries = partial(feature_oracles.all_dictionaries, d_dict=11, k=4)
 
 
 class Tally:

@@ -29,7 +29,7 @@ from circuitgraph.model.blocks import run_logits, run_mlp, write_heads
 from circuitgraph.model.loading import TINY_MODELS, tiny_model
 from circuitgraph.model.modules import trace_modules
 from circuitgraph.data.task import Task, score_answers
-from oracles import random_tokens
+from oracles import random_tokens, with_act
 from test_feature_edges import all_dictionaries, draw
 
 WITH_MLP = [name for name in TINY_MODELS if name != "attention-only"]
@@ -632,10 +632,7 @@ def test_effects_through_a_bent_decoder_and_of_a_module():
 
 
 def test_metric_weights_are_single_edges_patched_in_a_linear_model():
-    model = tiny_model("no-norm")
-    model = replace(
-        model, layers=tuple(replace(layer, mlp=replace(layer.mlp, act=lambda x: x)) for layer in model.layers)
-    )
+    model = with_act(tiny_model("no-norm"), lambda x: x)
     task, dictionaries = make_task(model, n=3, padded=False), all_dictionaries(model, gate="none")
     source, target = dictionaries["m0"], dictionaries["m1"]
     grads, seen = collect(model, task), {}

@@ -18,6 +18,7 @@ from circuitgraph.model.modules import (
     norm_before,
     trace_modules,
 )
+from families import GROUPED, hugging_face
 from oracles import random_tokens
 
 # transformers and TransformerLens warn while they boot a model; what this package causes is an error.
@@ -88,18 +89,9 @@ def test_norm_none_is_identity():
 
 
 def test_folder_round_trip(tmp_path):
-    config = transformers.LlamaConfig(
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        hidden_size=16,
-        intermediate_size=32,
-        vocab_size=50,
-        max_position_embeddings=32,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    hugging_face("Llama", GROUPED).float().save_pretrained(tmp_path)
     a, b = load_model(tmp_path), load_model(str(tmp_path))
-    assert a.weights_hash == b.weights_hash and a.tokenizer is None and a.n_ctx == 32
+    assert a.weights_hash == b.weights_hash and a.tokenizer is None and a.n_ctx == 64
     tokens = random_tokens(a)
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.allclose(a(tokens), hf(tokens).logits, atol=1e-6)

@@ -205,7 +205,9 @@ class Writers:
     @property
     def nodes(self) -> Int[Tensor, "n writer"]:
         "The writers of each position."
-        return torch.cat([self.index, self.dense_nodes.expand(len(self.index), -1), self.nonlinear_index], 1)
+        n_positions = len(self.index)
+        dense = self.dense_nodes.expand(n_positions, -1)
+        return torch.cat([self.index, dense, self.nonlinear_index], 1)
 
     @property
     def values(self) -> Float[Tensor, "n writer"]:
