@@ -113,7 +113,7 @@ Visitor = Callable[[str, int, dict[str, Tensor]], Tensor | None]
 def visit_modules(
     model: Model,
     tokens: Int[Tensor, "batch pos"],
-    visit: Visitor,  # called with "embed" and -1, or with "a", "m" or "b" and a layer; may return another output
+    visit: Visitor,  # of "embed" and -1, or "a", "m" or "b" and a layer; may return another output
     n_layers: int | None = None,  # layers to run; by default all
     start: tuple[int, Float[Tensor, "batch pos d_model"]] | None = None,  # a layer, and the stream before it
     past: Sequence[Float[Tensor, "batch past d_model"]] | None = None,  # by layer, the stream before `tokens`

@@ -424,7 +424,7 @@ def _check_texts(a: Graph, b: Graph) -> None:
         sizes = f"got {len(a)} and {len(b)}; merge before selecting"
         raise ValueError(f"graphs of different texts must have the same edges to be merged, {sizes}")
 
-# %% ../../nbs/30_graph.ipynb #30whole2
+
 def _drop_whole(table: pd.DataFrame) -> pd.DataFrame:
     "A table without the columns that depend on all edges of its graph."
     return table.drop(columns=list(OF_THE_WHOLE), errors="ignore")

@@ -60,7 +60,7 @@ def _trace_logits(graph: Graph, by: str) -> GraphInfluence:
     influence = (graph.nodes["kind"] == "logits").to_numpy().astype(float)
     if influence.sum() != 1:
         raise ValueError(
-            f"graph must have one node of the kind logits, at which influence starts, got {influence.sum():.0f}"
+            f"graph must have one node of the kind logits, where influence starts, got {influence.sum():.0f}"
         )
     share = share_ports(graph, by)
     source, target = (code.astype(np.int64) for code in end_codes(graph))
