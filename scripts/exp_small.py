@@ -99,7 +99,7 @@ def main() -> None:
     )
     parser.add_argument("--held-out", required=True, help="a text file to judge on")
     parser.add_argument("--n-judged", type=int, default=16, help="sequences of 64 tokens to judge on")
-    parser.add_argument("--n-steps", type=int, default=40, help="steps for each budget of the search")
+    parser.add_argument("--n-steps", type=int, default=24, help="steps for each budget of the search")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "nbs/results/small_text.csv")
     args = parser.parse_args()

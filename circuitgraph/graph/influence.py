@@ -27,7 +27,7 @@ def share_ports(
     graph: Graph,
     by: str = "weight",  # "weight", "abs_weight" or "rms_weight", in absolute value
 ) -> Float[np.ndarray, " edge"]:  # for each reader they sum to one; zero into errors
-    "The share of each edge in its port, times the part of the port in its reader (@eq-share)."
+    "The share of each edge in its port, times the part of the port in its reader (@eq-port-share)."
     size = magnitude(graph, by)
     reader = end_codes(graph)[1].astype(np.int64)
     port = reader * len(PORTS) + graph.edges["port"].cat.codes.to_numpy()

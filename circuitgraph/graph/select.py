@@ -54,7 +54,6 @@ class SelectionRule:
 
     A rule of one's own has a `kind` and a `score`, of which the largest are kept, or its own `choose`:
 
-        @dataclass(frozen=True, kw_only=True)
         class Latest(SelectionRule):
             kind = "latest"
 

@@ -145,7 +145,7 @@ def learn_gates(
     n_fit = max(1, fit_nodes(search, order, n_edges, allowed))
     rank = torch.full((len(search.is_open),), torch.inf)
     rank[torch.from_numpy(order)] = torch.arange(len(order), dtype=torch.float32)
-    gates = (1 - rank / (2 * n_fit)).clamp(0, 1).requires_grad_()
+    gates = (1.5 - rank / n_fit).clamp(0, 1).requires_grad_()
     adam = torch.optim.Adam([gates], search.config.lr, betas=(0.8, 0.99))
     multiplier, total = 0.0, torch.zeros_like(gates)
     n_steps = search.config.n_steps
