@@ -386,8 +386,8 @@ def compare_methods(
     """Find a graph by each method and judge it on other data.
 
     The table has one row for each seed, method, rule, ablation mode and budget, with the cost (seconds,
-    memory in MB), `roc_auc`, `average_precision`, `spearman`, faithfulness with its interval, and the areas with
-    theirs. Methods that cannot are left out with a warning.
+    memory in MB), `roc_auc`, `average_precision`, `spearman`, faithfulness with its interval, and the
+    areas with theirs. Methods that cannot are left out with a warning.
     Example: `compare_methods(model, task, other_task, list_methods(), [100, 1_000])`.
     Raises ValueError for no method or budget, and as `evaluate` does.
     """
