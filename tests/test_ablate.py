@@ -489,7 +489,7 @@ REFUSED = [
     (lambda m, g, t: ablation_curve(m, g, t, [len(g) + 1], progress=False), r"n must lie in \[0, \d+\]"),
     (
         lambda m, g, t: ablation_curve(m, g, t, [1], method="random", progress=False),
-        "method must be 'top' or 'greedy', got 'random'",
+        "got 'random'",
     ),
     (
         lambda m, g, t: ablation_curve(m, g, t, [1], by="size", progress=False),
