@@ -119,9 +119,9 @@ def main() -> None:
     judged_on = load_corpus(args.held_out, model, args.n_judged * 64, seq_len=64)
     graphs, cut = list(list_graphs(whole, searched)), cut_model(model, "head")
     half = [
-        ("half of the rest restored", share, restore_half(g, whole, 0))
-        for n, share, g in graphs
-        if n == "search"
+        ("half of the rest restored", share, restore_half(graph, whole, 0))
+        for rule, share, graph in graphs
+        if rule == "search"
     ]
     tables = [judge(cut, [*graphs, *half], judged_on, value, args.seed) for value in ("mean", "resample")]
     with replace_file(args.out) as partial_table:

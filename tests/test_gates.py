@@ -1,17 +1,20 @@
 """Small graphs found by gates of nodes: known circuits, budgets, stopped searches, refusals."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import known
-from circuitgraph.ablation.judge import evaluate
+from circuitgraph.ablation.judge import evaluate, open_judge
 from circuitgraph.ablation.modules import run_module_selections
 from circuitgraph.ablation.selection import ModuleSelection, select
 from circuitgraph.ablation.values import AblatedText, Mean, Resample
 from circuitgraph.build.build import complete_graph
 from circuitgraph.cut import cut_model
-from circuitgraph.methods.gates import GateConfig, list_stages, search_gates
+from circuitgraph.data.task import Task
+from circuitgraph.methods.gates import GateConfig, _take_one_length, list_stages, search_gates
 from circuitgraph.model.blocks import run_logits
 from circuitgraph.model.loading import tiny_model
 from circuitgraph.options import Judging, Run
@@ -55,6 +58,29 @@ def test_a_stopped_search_goes_on_to_the_same_bits(tmp_path):
     other = Judging(seed=1, run=Run(progress=False, checkpoint=tmp_path))
     search_gates(made.model, made.task, n_edges=[30, 8], config=config, judging=other)
     assert len(list(tmp_path.iterdir())) == 2 * len(both)
+
+
+def test_another_corruption_or_start_is_another_search(tmp_path):
+    made, config = known.chain(), GateConfig(n_steps=2, n_scored=2)
+    judging = Judging(run=Run(progress=False, checkpoint=tmp_path))
+    options = {"n_edges": [40], "config": config, "value": "corrupted", "judging": judging}
+    search_gates(made.model, made.task, **options)
+    n_kept = len(list(tmp_path.iterdir()))
+    other = replace(made.task, corrupted=made.task.corrupted.roll(1, 0))
+    searched = search_gates(made.model, other, **options)
+    assert len(list(tmp_path.iterdir())) == 2 * n_kept
+    alone = search_gates(made.model, other, **(options | {"judging": QUIET}))
+    assert searched.edges.equals(alone.edges)
+
+
+def test_the_first_order_comes_from_text_without_padding():
+    model = tiny_model("llama")
+    clean, corrupted = (random_tokens(model, 5, 9, seed=seed) for seed in (1, 2))
+    task = Task(
+        clean, corrupted, lengths=torch.tensor([9, 6, 6, 6, 9]), metric=lambda logits: logits[:, 0, 0]
+    )
+    text = _take_one_length(open_judge(cut_model(model, "head"), task, "corrupted").data)
+    assert torch.equal(text, clean[1:4, :6])
 
 
 @pytest.mark.parametrize("value", [Mean(), Resample()])

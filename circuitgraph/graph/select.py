@@ -118,8 +118,7 @@ class Top(SelectionRule):
 
     def score(self, graph: Graph) -> Float[np.ndarray, " edge"]:
         "The weight of each edge, or its absolute value."
-        size = magnitude(graph, self.by)
-        return graph.edges[self.by].to_numpy() if self.signed else size
+        return graph.edges[self.by].to_numpy() if self.signed else magnitude(graph, self.by)
 
 
 register_rule(Top())

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..ablation.judge import Judge, open_judge
+from ..ablation.judge import Judge, JudgedData, open_judge
 from ..ablation.selection import ModuleSelection
 from ..build.build import build_graph, complete_graph
 from ..cut import cut_model
@@ -249,6 +249,21 @@ def _save_state(path: Path | None, state: GateState) -> None:
     with replace_file(path) as partial, partial.open("wb") as file:
         np.savez(file, order=state.order, kept=kept, rounds=rounds)
 
+
+def _hash_data(data: JudgedData) -> list[str]:
+    "Hashes of all that the divergence on some data depends on."
+    if data.task is None:
+        return [hash_tokens(data.tokens)]
+    return [hash_tokens(tensor) for tensor in (data.tokens, data.task.corrupted, data.task.last[None])]
+
+# %% ../../nbs/76_gates.ipynb #gt32a
+def _take_one_length(data: JudgedData) -> Int[Tensor, "seq pos"]:
+    "The inputs of the commonest length, without their padding."
+    if data.task is None or data.task.lengths is None:
+        return data.tokens
+    length = int(data.task.lengths.mode().values)
+    return data.tokens[data.task.lengths == length, :length]
+
 # %% ../../nbs/76_gates.ipynb #gt24
 def _first_state(every: Graph, start: Graph, with_const: bool) -> GateState:
     "All edges allowed, and nodes in the order of their influence."
@@ -318,13 +333,14 @@ def search_gates(
     values = [value] if isinstance(value, str) else list(value)
     cut, quiet = cut_model(model, nodes), replace(judging.run, progress=False)
     judges = [open_judge(cut, data, one, replace(judging, run=quiet, metric="kl")) for one in values]
-    tokens = judges[0].data.tokens
     if start is None:
-        start = build_graph(model, tokens, nodes=nodes, run=replace(quiet, checkpoint=None))
+        text = _take_one_length(judges[0].data)
+        start = build_graph(model, text, nodes=nodes, run=replace(quiet, checkpoint=None))
     search = GateSearch(judges, every, config)
     state = _first_state(every, start, "zero" in values)
-    request = {"start": start.meta, "values": values, "config": config, "seed": judging.seed}
-    request |= {"tokens": hash_tokens(tokens), "batch_size": judging.run.batch_size}
+    request = {"model": model.weights_hash, "nodes": nodes, "data": _hash_data(judges[0].data)}
+    request |= {"order": state.order.tolist(), "values": values, "config": config}
+    request |= {"seed": judging.seed, "batch_size": judging.run.batch_size, "skip_first": judging.skip_first}
     n_steps = len(stages) * config.n_steps
     with tqdm(total=n_steps, unit="step", desc="gates", disable=not judging.run.progress) as bar:
         for stage, budget in enumerate(stages):

@@ -206,8 +206,8 @@ def patch_nodes(
     """Score edges by the weaker of their ends, each by attribution patching (@eq-atp, @eq-weaker-end).
 
     GradDrop averages over the layers that a node is not in (@eq-graddrop). With both options this is
-    AtP*, without both it is AtP. Raises ValueError for a metric without
-    gradient and for unknown values. Source: @kramar2024atp.
+    AtP*, without both it is AtP. Raises ValueError for a metric without gradient and for unknown values.
+    Source: @kramar2024atp.
     """
     if nodes == "block":
         raise ValueError("nodes must be 'layer' or 'head': a block has no ports to tell apart")
