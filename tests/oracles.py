@@ -56,6 +56,7 @@ class Settings:
 LEARNED, WINDOWED = Settings(), {"n_turned": 8, "windows": (4, None), "embed_scale": 4.0}
 SETTINGS = {
     "gpt2": LEARNED,
+    "chain": LEARNED,  # built by hand
     "gpt-neox": Settings(n_turned=4),
     "llama": Settings(n_turned=4),
     "qwen2": Settings(n_turned=4),

@@ -678,7 +678,7 @@ def test_metric_weights_are_single_edges_patched_in_a_linear_model():
 @pytest.mark.parametrize(
     "change,words",
     [
-        ({"module": "b0"}, "blocks?"),
+        ({"module": "b0"}, "cut it into its parts"),
         ({"module": "a9"}, "no 'a9'"),
         ({"module": "m0"}, "must be that of 'm0'"),
         ({"index": None}, "index goes with a dictionary"),

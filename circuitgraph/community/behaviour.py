@@ -11,6 +11,7 @@ __all__ = ['next_loss', 'check_behaviours', 'task_behaviours', 'class_behaviours
 # %% ../../nbs/86_behaviour.ipynb #a3fa0d95
 import hashlib
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ import scipy.stats
 import torch
 from jaxtyping import Bool, Float, Int
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 from torch.nn.functional import normalize, pad
@@ -176,6 +178,7 @@ def loss_behaviours(
 ) -> dict[str, Bool[Tensor, "seq pos"]]:  # "loss 0" is the largest; disjoint
     """Positions by the layers in which their loss falls: k-means on the loss after each layer.
 
+    They are fewer than `n` where the losses of positions do not differ.
     Raises ValueError for fewer positions than clusters. Source: @nostalgebraist2020lens.
     """
     _check_clusters(model, tokens, n, skip_first)
@@ -201,7 +204,9 @@ def _cluster(name: str, points: Tensor, n: int, skip_first: int, seed: int) -> d
     points = points[:, skip_first:-1]
     flat = points.flatten(0, 1).double().cpu().numpy()
     clustering = KMeans(n, n_init="auto", random_state=seed)
-    labels = clustering.fit_predict(flat)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of fewer clusters than n
+        labels = clustering.fit_predict(flat)
     behaviours = {}
     size = np.bincount(labels, minlength=n)
     order = np.argsort(-size)
