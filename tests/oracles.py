@@ -46,7 +46,7 @@ class Settings:
     pairs: bool = False  # whether neighbours turn together, or else coordinates half of them apart
     bases: tuple[float, float] = (1e4, 1e4)  # of the angles, by layer
     stretch: tuple[float, float] = (1.0, 1.0)  # what positions are divided by, by layer
-    windows: tuple[int | None, int | None] = (None, None)  # keys that a query sees, by layer
+    windows: tuple[int | None, ...] = (None, None)  # keys that a query sees, by layer
     causal: bool = True
     softcap: float | None = None
     logit_softcap: float | None = None
@@ -56,7 +56,7 @@ class Settings:
 LEARNED, WINDOWED = Settings(), {"n_turned": 8, "windows": (4, None), "embed_scale": 4.0}
 SETTINGS = {
     "gpt2": LEARNED,
-    "chain": LEARNED,  # built by hand
+    "chain": Settings(windows=(None,) * 3),  # built by hand
     "gpt-neox": Settings(n_turned=4),
     "llama": Settings(n_turned=4),
     "qwen2": Settings(n_turned=4),
