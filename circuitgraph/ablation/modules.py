@@ -149,7 +149,7 @@ class ModuleRun:
         return _Mix.apply(mask, self.order, self.buffer, self.grads, rows)
 
     def read_kept(self, part: Reader, masks: dict[str, Tensor], mlp: str | None) -> Tensor:
-        "What kept edges bring to a part. `mlp` names an MLP of its layer, to be computed in the same product."
+        "What kept edges bring to a part. `mlp` names an MLP of its layer that shares the product."
         mask = masks[part.module]
         if part.module in self.halves:
             x, n_read = self.halves.pop(part.module)
