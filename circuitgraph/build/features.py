@@ -700,7 +700,8 @@ def _weigh_groups(
             readers = (group.first, group.last)
             sums = Sums(group.ports, readers, group.part.n_before, device, storage)
             _add_group(sums, text, group, bar)
-            edges = sums.prune(pruning)
+            n_whole = int(group.last == group.part.n_nodes)  # the error node, or a module without dictionary
+            edges = sums.prune(pruning, n_whole)
             if file is not None:
                 with replace_file(file) as partial:  # a file that is there is whole
                     edges.to_parquet(partial)

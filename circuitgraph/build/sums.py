@@ -291,10 +291,21 @@ class Sums:
             place = (node[:, None] * n_readers + row)[on]
             self.of(port).flatten(0, 1).index_add_(0, place, list_moments(w, w != 0)[on])
 
-    def prune(self, pruning: Pruning) -> pd.DataFrame:
-        "Edges that are kept: source, reader, port, the sums, and `kept`, of the reader's absolute weight."
+    def prune(self, pruning: Pruning, n_whole: int = 0) -> pd.DataFrame:
+        """Edges that are kept: source, reader, port, the sums, and `kept`, of the reader's absolute weight.
+
+        The last `n_whole` readers keep all of theirs.
+        """
+        n_readers = self.table.shape[2]
+        n_pruned = n_readers - n_whole
+        every = Pruning(n_edges=None)
+        tables = [self._prune_readers(pruning, 0, n_pruned), self._prune_readers(every, n_pruned, n_readers)]
+        return pd.concat(tables, ignore_index=True)
+
+    def _prune_readers(self, pruning: Pruning, start: int, stop: int) -> pd.DataFrame:
+        "The edges of some readers that are kept."
         tables, n_before = [], self.table.shape[1]
-        for first, size, place, total in self._list_sizes(pruning.n_edges):
+        for first, size, place, total in self._list_sizes(pruning.n_edges, start, stop):
             kept = (size > 0) & (size >= pruning.share * total[:, None])
             reader, slot = kept.nonzero(as_tuple=True)
             column = place[reader, slot]
@@ -304,9 +315,11 @@ class Sums:
             sums = self.table[port, source, reader + first].mT
             numbers |= dict(zip(("weight", "abs_weight", "rms_weight", "count"), sums, strict=True))
             tables.append(pd.DataFrame({name: x.cpu().numpy() for name, x in numbers.items()}))
-        return pd.concat(tables, ignore_index=True)
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
-    def _list_sizes(self, n_edges: int | None) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    def _list_sizes(
+        self, n_edges: int | None, start: int, stop: int
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         "By blocks of readers: the first, absolute sums, their places in `[port*writer]`, and their total."
         n_ports, n_before, n_readers, _ = self.table.shape
         n_kept = n_ports * n_before if n_edges is None else n_edges
@@ -316,10 +329,11 @@ class Sums:
             place, total = torch.zeros(n_readers, n_kept, dtype=torch.long), size.new_zeros(n_readers)
             run_on_threads(_keep_largest, *(array.numpy() for array in (self.table, size, place, total)))
             place, order = place.sort(1)
-            yield 0, size.gather(1, order), place, total
+            yield start, size.gather(1, order)[start:stop], place[start:stop], total[start:stop]
             return
-        for first in range(0, n_readers, 64):
-            size = self.table[:, :, first : first + 64, 1].permute(2, 0, 1).flatten(1)
+        for first in range(start, stop, 64):
+            block = slice(first, min(first + 64, stop))
+            size = self.table[:, :, block, 1].permute(2, 0, 1).flatten(1)
             place, total = torch.arange(size.shape[1], device=size.device).expand_as(size), size.sum(1)
             if prunes:
                 place = size.topk(n_kept, sorted=False).indices.sort(1).values
