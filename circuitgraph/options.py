@@ -48,22 +48,26 @@ class Run:
 class Pruning:
     """Say which edges into each reader of a graph of features are kept.
 
-    An edge i -> j is kept if |w_ij| is among the `n_edges` largest into j and at least `share` times the sum
-    of |w_kj| over all k:
+    An edge i -> j is kept if |w_ij| is among the `n_edges` largest into j, at least `share` times the sum of
+    |w_kj| over all k, and among the fewest edges that hold `mass` of this sum:
 
         build_graph(model, corpus, dictionaries, pruning=Pruning(n_edges=30))
         build_graph(model, corpus, dictionaries, pruning=Pruning(n_edges=None, share=0.01))
+        build_graph(model, corpus, dictionaries, pruning=Pruning(n_edges=1_000, mass=0.9))
 
     Raises ValueError for numbers out of range."""
 
     n_edges: int | None = 100  # edges kept for each reader, the largest; None for all
     share: float = 0.0  # of a reader's absolute incoming weight that an edge must have, in [0, 1)
+    mass: float = 1.0  # of a reader's absolute incoming weight that its edges hold together, in (0, 1]
 
     def __post_init__(self) -> None:
         if self.n_edges is not None and self.n_edges < 1:
             raise ValueError(f"n_edges must be at least 1, or None for all edges, got {self.n_edges}")
         if not 0 <= self.share < 1:
             raise ValueError(f"share must lie in [0, 1), got {self.share}")
+        if not 0 < self.mass <= 1:
+            raise ValueError(f"mass must lie in (0, 1], got {self.mass}")
 
 # %% ../nbs/17_options.ipynb #op11
 @dataclass(frozen=True)

@@ -28,13 +28,13 @@ from ..model.modules import norm_before
 # %% ../../nbs/42_autodiff.ipynb #7bf3a799
 @dataclass(frozen=True, eq=False)
 class FrozenReaders:
-    "The readers of one module at some positions, and all that stays as it is on the clean run."
+    "The readers of one module at some positions, and all that is frozen along the path."
 
     model: Model
     kind: str  # "a" or "m"
     layer: int
     head: int  # -1 for all heads together
-    dictionary: Dictionary | None  # None: the module is one reader, its share of itself
+    dictionary: Dictionary | None  # None: the module is one reader
     index: Int[Tensor, "pos feature"]  # features that read
     norm: Norm  # before the module
     scale: Float[Tensor, "pos one"]  # of that norm
@@ -75,7 +75,7 @@ def write_inner(
 def reader_values(
     readers: FrozenReaders,
     inner: Float[Tensor, "pos *inner"],  # what an MLP reads [pos d_model], or z [pos head d_head]
-    x: Float[Tensor, "pos d_model"],  # what an encoder reads directly
+    x: Float[Tensor, "pos d_model"],  # the stream, which an encoder before the module reads
 ) -> Float[Tensor, "pos reader"]:  # features in the order of `index`, then the error node
     "Values of readers as a function of the module's input; differentiable."
     values = _list_values(readers, inner, x)
@@ -102,15 +102,15 @@ def _list_values(readers: FrozenReaders, inner: Tensor, x: Tensor) -> list[Tenso
 def freeze_readers(
     model: Model,
     module: str,  # "a3", "a3.h5", "m3"
-    dictionary: Dictionary | None,  # at that module; None for the module's share of itself
-    inner: Float[Tensor, "pos *inner"],  # clean: what an MLP reads [pos d_model], or z [pos head d_head]
-    x: Float[Tensor, "pos d_model"],  # clean: what the module reads
+    dictionary: Dictionary | None,  # at that module; None for a module as one reader
+    inner: Float[Tensor, "pos *inner"],  # own run: what an MLP reads [pos d_model], or z [pos head d_head]
+    x: Float[Tensor, "pos d_model"],  # own run: what the module reads
     index: Int[Tensor, "pos feature"] | None = None,  # features that read; None without dictionary
     *,
     error: bool = True,  # whether the error node reads too
     gates: str = "frozen",  # "frozen" where the encoder allows, or "live"
 ) -> FrozenReaders:
-    "Fix what a path leaves as it is. Raises ValueError for blocks, places the model lacks, a wrong index."
+    "Compute all that is frozen. Raises ValueError for blocks, places the model lacks, a wrong index."
     kind, layer, head = _check_readers(model, module, dictionary, index, len(x), gates)
     if index is None:
         index = torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
@@ -132,7 +132,7 @@ def freeze_readers(
 
 
 def _freeze_gates(dictionary: Dictionary, place: Tensor) -> Callable[[Tensor], Tensor]:
-    "An encoder with the active set of the clean `place`, if it is affine before its gate; else as it is."
+    "An encoder with the features frozen that are active at `place`, if it is affine before its gate."
     known = find_structure(dictionary)
     W = known.W_enc
     b = known.b_enc
@@ -146,7 +146,7 @@ def _freeze_gates(dictionary: Dictionary, place: Tensor) -> Callable[[Tensor], T
 
 # %% ../../nbs/42_autodiff.ipynb #m42g
 def _scale_after(model: Model, kind: str, layer: int, inner: Tensor) -> Tensor | None:
-    "The clean scale of the norm after a module `[pos 1]`, where there is one."
+    "The frozen scale of the norm after a module `[pos 1]`, where there is one."
     block = model.layers[layer]
     if kind == "m":
         scale = run_mlp(model, layer, inner[None])[1]
@@ -250,7 +250,7 @@ class PortGradients:
 
     local: dict[str, Float[Tensor, "pos reader d_model"]]  # at the reader's own position: "mlp", "q", "in"
     sources: dict[str, Float[Tensor, "pos reader source d_model"]]  # at each position: "k", "v"; merged "in"
-    change: Float[Tensor, "pos reader"]  # value at the clean input less that at zero: the weights' sum
+    change: Float[Tensor, "pos reader"]  # value in the model's own run minus that at zero: the sum of weights
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class VjpOptions:
 def readers_vjp(
     model: Model,
     module: str,  # "a3", "a3.h5", "m3"
-    dictionary: Dictionary | None,  # at that module; None for the module's share of itself
+    dictionary: Dictionary | None,  # at that module; None for a module as one reader
     x: Float[Tensor, "pos d_model"],  # what it reads on one sequence (an MLP: on any number, end to end)
     index: Int[Tensor, "pos feature"] | None,  # features that read, at each position; None without dictionary
     rule: Attribution,
@@ -342,7 +342,7 @@ class _AttentionPoint:
 
 # %% ../../nbs/42_autodiff.ipynb #m42v
 def _path(model: Model, layer: int, x: Tensor, rule: Attribution) -> Callable[[float], _AttentionPoint]:
-    "The path from zero to what a layer reads, `x [pos d_model]`: its point at a share of the way."
+    "The path from zero to what a layer reads, `x [pos d_model]`: a function that gives its point at alpha."
     attn = model.layers[layer].attn
     ln1 = model.layers[layer].ln1
     scale = norm_scale(ln1, x)
@@ -405,7 +405,7 @@ def heads_vjp(
     positions: slice = slice(None),  # as in `readers_vjp`
     options: VjpOptions = VjpOptions(),
 ) -> PortGradients:  # ports k and v `[pos reader kv_head source d_head]`, not turned
-    "`readers_vjp` of an attention layer or a head, its sources left in the heads and its ports apart."
+    "`readers_vjp` of an attention layer or a head; those at sources stay in the heads' coordinates."
     _check_rule(rule)
     layer = check_place(model, module, "output")[1]
     local_x = x[positions]
@@ -490,7 +490,7 @@ def contributions(
     dictionary: Dictionary,
     acts: Float[Tensor, "pos d_dict"],
     index: Int[Tensor, "pos active"],  # features that are taken; all that are not zero must be among them
-    n_steps: int = 16,  # Gauss-Legendre nodes on the decoder's path
+    n_steps: int = 16,  # points (Gauss-Legendre) on the decoder's path
     *,
     tol: float = 0.05,  # largest gap that is allowed, as a share of the length of what is written
     memory: float = 5e8,  # bytes for what is computed at a time

@@ -156,7 +156,7 @@ def _add_attention(sums: Sums, batch: PartBatch, direct: Tensor | None) -> None:
 # %% ../../nbs/56_feature_graph.ipynb #fdd7fbd4
 @dataclass(frozen=True, eq=False)
 class _Packed:
-    "Paths of a batch; each source's queries from its first one on, positions of all sequences end to end."
+    "Averages of a batch, for each source from its first query on; positions of all sequences end to end."
 
     first: Int[Tensor, " n"]  # the first query that sees each source
     last: Int[Tensor, " n"]  # one after the last
@@ -172,7 +172,7 @@ class _Packed:
 
 
 def _pack(batch: PartBatch, paths: list[Paths]) -> _Packed:
-    "Paths of all sequences, as the compiled loops read them."
+    "The averages along the paths of all sequences, as the compiled loops read them."
     (n_seq, n_pos, _), attn = batch.x.shape, batch.model.layers[batch.part.layer].attn
     sees = ~attention_mask(attn, n_pos, batch.x.device)
     start = (torch.arange(n_seq) * n_pos)[:, None]
@@ -209,7 +209,7 @@ class _Pairs:
     bound: Int[Tensor, " distinct_and_end"]  # where the pairs of each begin
     pos: Int[Tensor, " pair"]
     scale: Float[Tensor, " pair"]  # factor of the cotangent
-    flat: Int[Tensor, " pair"]  # place among all [reader n]
+    flat: Int[Tensor, " pair"]  # index among all [reader n]
 
 
 def _list_pairs(batch: PartBatch) -> _Pairs:
@@ -248,7 +248,7 @@ def _add_features(sums: Sums, batch: PartBatch, paths: list[Paths], local: Tenso
     (n, n_readers), x, writers = batch.readers.index.shape, batch.x, batch.writers
     packed, pairs = _pack(batch, paths), _list_pairs(batch)
     if not len(pairs.reader):
-        return  # nobody reads: a metric that these readers have no effect on
+        return  # there are no readers: none has an effect on the metric
     occurrences = order_occurrences(writers.index, writers.value != 0)
     scale = norm_scale(norm_before(batch.model, batch.part.module), x).flatten(0, 1)
     value = (writers.value * scale)[occurrences.pos, occurrences.slot]
@@ -479,7 +479,7 @@ def _pull_attention(
 
 # %% ../../nbs/56_feature_graph.ipynb #fg26
 def _open_sequences(batch: PartBatch) -> Iterator[tuple[slice, Writers, ExplainedSequence]]:
-    "For each sequence with readers: its rows among all positions, its writers, and what a method explains."
+    "For each sequence with readers: its rows among all positions, its writers, and the readers to explain."
     model, part = batch.model, batch.part
     rule = batch.rule
     for rows, stream, writers in batch.sequences():
@@ -506,7 +506,7 @@ def _add_sequences(sums: Sums, batch: PartBatch) -> None:
 
 
 def _add_removals(sums: Sums, batch: PartBatch) -> None:
-    "Add by how much the readers of a part fall when all that a node writes is taken out of a sequence."
+    "Add how much the readers of a part lose when all that a node writes is removed from a sequence."
     for rows, writers, explained in _open_sequences(batch):
         stream, columns = writers.stream, _Columns.of(batch.model, batch.part, writers)
         written = stream.new_zeros(len(columns.nodes), *stream.shape)
@@ -519,7 +519,7 @@ def _add_removals(sums: Sums, batch: PartBatch) -> None:
 # %% ../../nbs/56_feature_graph.ipynb #51b02c13
 @dataclass(frozen=True, eq=False)
 class _Text:
-    "A text in batches, and all that reads and writes on it."
+    "A text in batches, and the activity of the cut model on it."
 
     cut: FeatureCut
     rule: Attribution
@@ -703,7 +703,7 @@ def _weigh_groups(
             n_whole = int(group.last == group.part.n_nodes)  # the error node, or a module without dictionary
             edges = sums.prune(pruning, n_whole)
             if file is not None:
-                with replace_file(file) as partial:  # a file that is there is whole
+                with replace_file(file) as partial:  # a file that exists is complete
                     edges.to_parquet(partial)
             yield group, edges
 

@@ -54,7 +54,7 @@ class PromptBatch:
 
     @property
     def brought(self) -> Float[Tensor, "batch pos writer d_model"]:
-        "What every writer writes beyond the baseline."
+        "What every writer writes on the clean prompts minus what it writes at the baseline."
         if self.base is None:
             return self.clean.writes
         return self.clean.writes - self.base.writes
@@ -86,7 +86,7 @@ class MetricRun:
         return batch.embeddings(alpha)
 
     def shifts(self, batch: PromptBatch) -> dict[str, Float[Tensor, "batch pos d_model"]]:
-        "By module that moves, the change of its output."
+        "The change of the moved module's output, by the module's name; empty if the embeddings move."
         if self.mover is None:
             return {}
         first = self.mover.row

@@ -219,7 +219,7 @@ def nodes_vjp(
     cotangents: NodeValues,  # zero for a node that does not read
     read: Float[Tensor, "batch pos d_model"],  # what the part reads
 ) -> Iterator[tuple[Int[Tensor, "reader cell"], Float[Tensor, "reader cell pos d_model"]]]:  # nodes; grads
-    "Pull nodes back to what their part reads, another node in each cell (@eq-vjp); zero if there are fewer."
+    "Pull nodes back to what their part reads, one node a cell at a time (@eq-vjp); zero if none is left."
     with torch.enable_grad():
         acts, rest = values.map(partial(_fold, part))
         d_acts, d_rest = cotangents.map(partial(_fold, part))
@@ -307,7 +307,7 @@ class OpenRun:
     "One batch on which direct edges are weighed."
 
     parts: Sequence[Part]
-    values: ModuleValues  # functions of what modules read
+    values: ModuleValues  # as functions of what modules read
     reads: dict[str, Tensor]
     clean: ModuleValues
     changes: ModuleValues

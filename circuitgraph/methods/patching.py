@@ -147,7 +147,7 @@ def _patch_batch(
 def _patch_batches(
     model: Model, task: Task, grain: str, value: str, metric: str | None, run: Run
 ) -> Iterator[tuple[Tensor, Trace, Trace, Tensor]]:
-    "Tokens, clean run, patched values, and gradient at what `logits` reads, batch by batch."
+    "Clean tokens, their run, the patched values, and the gradient at what `logits` reads, batch by batch."
     size, mean = run.sequences_at_a_time(task.clean), None
     if value == "mean":
         quiet = Run(size, progress=False)
@@ -168,7 +168,7 @@ _ATP_NAMES = {
 }  # by exact_softmax and grad_drop
 
 # %% ../../nbs/70_patching.ipynb #70homes2
-_OUTSIDE = -2  # of the embeddings and `logits`, which are in no layer; -1 is no layer that is dropped
+_OUTSIDE = -2  # of the embeddings and `logits`, which are in no layer; -1 says that no layer is dropped
 
 
 def _list_layers(model: Model, grain: str) -> tuple[Int[Tensor, " writer"], Int[Tensor, " port"]]:
