@@ -100,7 +100,7 @@ def test_a_step_is_that_of_saelens(kind):
         torch.randn(900, 24, generator=torch.Generator().manual_seed(0)),
         TrainConfig(300, kind, k=3, n_steps=60, batch_size=40, lr=3e-3),
     )
-    ours, theirs = (make_trainer(config, y, torch.zeros(24), 1.0, torch.device("cpu")) for _ in range(2))
+    ours, theirs = (make_trainer(config, Standardised(y, torch.zeros(24), 1.0), torch.device("cpu")) for _ in range(2))
     for name in saelens_overrides(kind, torch.device("cpu")):
         delattr(theirs.sae, name)  # the class's own
     revived = 0
