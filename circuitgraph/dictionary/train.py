@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'collect_places', 'collect_activations', 'collect_gradients', 'standardise', 'rescale_input',
-           'rescale_output', 'rescale', 'check_trainable', 'train_dictionary', 'list_modules', 'choose_settings',
-           'open_run', 'load_finished', 'train_dictionaries']
+           'rescale_output', 'check_trainable', 'train_dictionary', 'list_modules', 'choose_settings', 'open_run',
+           'load_finished', 'train_dictionaries']
 
 # %% ../../nbs/25_train.ipynb #670c8a42
 import json
@@ -190,13 +190,6 @@ def rescale_output(
     W_skip = None if dictionary.W_skip is None else dictionary.W_skip * scale
     return replace(dictionary, W_dec=W_dec, b_dec=b_dec, W_skip=W_skip)
 
-# %% ../../nbs/25_train.ipynb #804f937e
-def rescale(
-    dictionary: LinearDictionary, scale: float, mean: Float[Tensor, " d_model"] | float = 0.0
-) -> LinearDictionary:
-    "The autoencoder of `y` that has the code that this one has of `(y - mean) / scale`."
-    return rescale_output(rescale_input(dictionary, scale, mean), scale, mean)
-
 # %% ../../nbs/25_train.ipynb #c1a56e07
 @dataclass(frozen=True, eq=False)
 class _Examples:
@@ -215,8 +208,8 @@ def check_trainable(
     others = [name for name in modules if not name.startswith("m")]
     if config.transcode and others:
         raise ValueError(
-            f"transcode must be for MLPs, such as 'm3', got {', '.join(others)}: what other modules write at a "
-            "position is no function of what they read there"
+            f"transcode must be for MLPs, such as 'm3', got {', '.join(others)}: "
+            "what other modules write at a position is no function of what they read there"
         )
 
 # %% ../../nbs/25_train.ipynb #f01d00e9

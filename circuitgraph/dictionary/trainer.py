@@ -154,7 +154,7 @@ class _TopKReconstruct(torch.autograd.Function):
         d_dict = len(W_dec)
         columns = active.flatten()
         row_starts = torch.arange(0, n * k + 1, k)
-        zeros = torch.zeros(n * k)
+        zeros = g.new_zeros(n * k)
         pattern = torch.sparse_csr_tensor(row_starts, columns, zeros, (n, d_dict), check_invariants=False)
         products = torch.sparse.sampled_addmm(pattern, g, W_dec.mT, beta=0)  # d_j . g, where j is active
         g_pre = products.values().view(n, k) * (acts > 0)
@@ -167,7 +167,7 @@ class _TopKReconstruct(torch.autograd.Function):
             sorted_weights = weights.flatten()[order]
             return F.embedding_bag(order // k, rows, starts, per_sample_weights=sorted_weights, mode="sum")
 
-        g_b_enc = torch.zeros(d_dict).index_add(0, columns, g_pre.flatten())
+        g_b_enc = g.new_zeros(d_dict).index_add(0, columns, g_pre.flatten())
         g_W_enc = sum_by_feature(g_pre, x).mT
         g_W_dec = sum_by_feature(acts, g)
         g_b_dec = g.sum(0)
