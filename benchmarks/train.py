@@ -26,6 +26,7 @@ from circuitgraph.data.corpus import load_corpus
 from circuitgraph.dictionary.places import visit_modules
 from circuitgraph.dictionary.train import collect_activations, standardise, train_dictionaries
 from circuitgraph.dictionary.trainer import TrainConfig, draw_batch, make_trainer, saelens_overrides
+from circuitgraph.dictionary.trainer import take_step
 from circuitgraph.model.blocks import Model
 from circuitgraph.model.loading import load_model
 from circuitgraph.options import Run
@@ -67,14 +68,13 @@ def plain_forward(model: Model, corpus: torch.Tensor, n_layers: int) -> None:
 def one_by_one(model: Model, corpus: torch.Tensor, modules: list[str], config: TrainConfig) -> None:
     for module in modules:
         activations = collect_activations(model, corpus, [module], run=QUIET)[module][0]
-        mean, spread = standardise(activations)
-        trainer = make_trainer(config, activations, mean, spread, torch.device("cpu"))
+        y = standardise(activations)
+        trainer = make_trainer(config, y, torch.device("cpu"))
         for name in saelens_overrides(config.kind, torch.device("cpu")):
             delattr(trainer.sae, name)  # the class's own step
         for step in range(config.n_steps):
             batch = draw_batch(len(activations), step, config.batch_size, 0)
-            trainer.step((activations[batch].float() - mean) / spread)
-            trainer.n_training_steps += 1
+            take_step(trainer, y.take(batch))
 
 
 def compare(

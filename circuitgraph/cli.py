@@ -160,6 +160,10 @@ def _train(model: Any, tokens: Any, modules: str, out: Path, *, kind: str, setti
 
     if kind != "lib":
         return train_dictionaries(model, tokens, modules, TrainConfig(kind=kind, **settings), out=out)
+    if settings["transcode"] or settings["skip"]:
+        raise ValueError(
+            "transcode and skip-connection are for trained kinds, got kind lib, which is computed"
+        )
     config = BasisConfig(settings["d_dict"], skip_first=settings["skip_first"], seed=settings["seed"])
     return train_interaction_bases(model, tokens, list_modules(model, modules), config, out=out)
 
@@ -182,6 +186,12 @@ def train(  # noqa: PLR0913
     held_out: Annotated[str | None, typer.Option(help="A text to measure on, for report.csv.")] = None,
     n_held_out: Annotated[int, typer.Option(help="Tokens of it.")] = 4096,
     seq_len: SeqLen = 128,
+    transcode: Annotated[
+        bool, typer.Option("--transcode", help="From an MLP's input to its output.")
+    ] = False,
+    skip_connection: Annotated[
+        bool, typer.Option("--skip-connection", help="With a linear path around a transcoder.")
+    ] = False,
     skip_first: Annotated[int, typer.Option(help="Positions left out at each sequence's start.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the text, the first weights and the batches.")] = 0,
     device: Device = "cpu",
@@ -204,6 +214,7 @@ def train(  # noqa: PLR0913
         tokens = read(corpus, n_tokens=settings.pop("n_tokens"), seed=seed)
         test = None if held_out is None else read(held_out, n_tokens=n_held_out, seed=seed + 1)
         settings |= {"sparsity": sparsity, "skip_first": skip_first, "seed": seed}
+        settings |= {"transcode": transcode, "skip": skip_connection}
         if kind == "lib":
             settings["d_dict"] = d_dict
         with _say_where_it_stopped(out, "the same command goes on from there"):

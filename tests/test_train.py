@@ -21,8 +21,15 @@ from circuitgraph.dictionary.places import read_places, visit_modules
 from circuitgraph.dictionary.protocol import find_structure, reconstruct
 from circuitgraph.dictionary.store import load_dictionaries, load_dictionary
 from circuitgraph.dictionary.train import PRESETS, choose_settings, collect_activations, collect_gradients
-from circuitgraph.dictionary.train import list_modules, rescale, train_dictionaries, train_dictionary
-from circuitgraph.dictionary.trainer import KINDS, TrainConfig, draw_batch, make_trainer, saelens_overrides
+from circuitgraph.dictionary.train import (
+    list_modules,
+    rescale_input,
+    rescale_output,
+    train_dictionaries,
+    train_dictionary,
+)
+from circuitgraph.dictionary.trainer import KINDS, Standardised, TrainConfig, draw_batch, make_trainer
+from circuitgraph.dictionary.trainer import saelens_overrides, take_step
 from circuitgraph.model.blocks import run_logits
 from circuitgraph.model.loading import load_model, tiny_model
 from circuitgraph.model.modules import trace_modules
@@ -100,19 +107,19 @@ def test_a_step_is_that_of_saelens(kind):
         torch.randn(900, 24, generator=torch.Generator().manual_seed(0)),
         TrainConfig(300, kind, k=3, n_steps=60, batch_size=40, lr=3e-3),
     )
-    ours, theirs = (make_trainer(config, y, torch.zeros(24), 1.0, torch.device("cpu")) for _ in range(2))
+    ours, theirs = (
+        make_trainer(config, Standardised(y, torch.zeros(24), 1.0), torch.device("cpu")) for _ in range(2)
+    )
     for name in saelens_overrides(kind, torch.device("cpu")):
         delattr(theirs.sae, name)  # the class's own
     revived = 0
     for step in range(config.n_steps):
         batch = y[draw_batch(len(y), step, config.batch_size, 0)]
-        losses = [trainer.step(batch).losses for trainer in (ours, theirs)]
+        losses = [take_step(trainer, batch).losses for trainer in (ours, theirs)]
         revived += float(losses[1].get("auxiliary_reconstruction_loss", 0)) > 0
         assert all(
             torch.allclose(losses[0][name], losses[1][name], rtol=1e-3, atol=1e-5) for name in losses[1]
         )
-        for trainer in (ours, theirs):
-            trainer.n_training_steps += 1
     assert (revived > 10) == (kind != "mlp" and kind != "jumprelu") and all(
         torch.allclose(a, b, atol=1e-4)
         for a, b in zip(ours.sae.parameters(), theirs.sae.parameters(), strict=True)
@@ -258,7 +265,7 @@ def test_a_rescaled_dictionary_has_the_same_code():
             run=QUIET,
         )
         for one in (d, replace(d, b_in=None)):
-            moved = rescale(one, 3.0, mean)
+            moved = rescale_output(rescale_input(one, 3.0, mean), 3.0, mean)
             assert torch.allclose(moved.encode(3 * y + mean), one.encode(y), atol=1e-4) and torch.allclose(
                 moved.decode(one.encode(y)), 3 * one.decode(one.encode(y)) + mean, atol=1e-4
             )
