@@ -87,7 +87,7 @@ class Judging:
     metric: str | Callable[[Tensor], Tensor] | None = None
     skip_first: int = 1  # of a text, predictions made at the first positions are left out
     n_boot: int = 1000  # resamples of the inputs for the intervals
-    seed: int = 0  # of the bootstrap, and of values that are resampled
+    seed: int = 0  # of the bootstrap, of values that are resampled, and of random edges
     exact: bool = True  # False, for features: they move by their gradients at the model's own run
     run: Run = Run()
 

@@ -386,15 +386,32 @@ def test_kept_is_the_share_that_pruning_leaves():
     model = tiny_model("llama", dtype=torch.float64)
     tokens, dictionaries = random_tokens(model, 3, 6), all_dictionaries(model)
     whole, few = build(model, tokens, dictionaries, keep=None), build(model, tokens, dictionaries, keep=5)
-    assert few.edges["target"].astype(str).value_counts().max() == 5
-    for name in ("m1/3", "a1/err", "logits"):
+    kept = few.nodes.set_index("name")["kept"]
 
-        def into(graph, name=name):
-            return graph.edges[graph.edges["target"].astype(str) == name]["abs_weight"]
+    def into(graph, name):
+        return graph.edges[graph.edges["target"].astype(str) == name]["abs_weight"]
 
-        assert np.isclose(into(few).sum(), into(whole).nlargest(5).sum())
-        assert np.isclose(few.nodes.set_index("name").loc[name, "kept"], into(few).sum() / into(whole).sum())
+    assert len(into(few, "m1/3")) == 5
+    assert np.isclose(into(few, "m1/3").sum(), into(whole, "m1/3").nlargest(5).sum())
+    assert np.isclose(kept["m1/3"], into(few, "m1/3").sum() / into(whole, "m1/3").sum())
+    for name in ("a1/err", "logits"):  # a whole module, and the error of one, keep what they read
+        assert len(into(few, name)) == len(into(whole, name)) > 5 and kept[name] == 1
     assert build(model, tokens, dictionaries, keep=None, share=0.1).edges.shape[0] < len(whole)
+
+
+def test_pruning_by_mass_keeps_the_fewest_edges_that_hold_it():
+    model = tiny_model("llama", dtype=torch.float64)
+    tokens, dictionaries = random_tokens(model, 3, 6), all_dictionaries(model)
+    _, whole = weigh(model, tokens, dictionaries, Attribution())
+    cut, pruning = cut_model(model, dictionaries), Pruning(None, mass=0.7)
+    nodes, edges = weigh_features(cut, tokens, Attribution(), pruning=pruning, run=Run(progress=False))
+    share = nodes.set_index("name")["kept"]
+    for name in ("m1/3", "m1/7", "a1/2"):
+        size = whole[whole["target"] == name]["abs_weight"].sort_values(ascending=False).to_numpy()
+        held = size.cumsum() / size.sum()
+        n_needed = int(np.searchsorted(held, 0.7)) + 1
+        assert (edges["target"] == name).sum() == n_needed < len(size)
+        assert np.isclose(share[name], held[n_needed - 1])
 
 
 @pytest.mark.parametrize("layer", [3, 20])

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .features import run_selections
-from .selection import leave_one_out, select
+from .selection import draw_among_nodes, leave_one_out, select
 from .values import AblatedText, AblatedValue, FixedValues, Mean, read_value
 from ..cut import Cut, open_cut
 from ..data.corpus import Corpus, check_tokens
@@ -339,6 +339,7 @@ class Evaluation:
 
     faithfulness: float
     completeness: float  # faithfulness of the complement
+    skill: float  # faithfulness minus that of random edges among the graph's nodes; NaN if none are drawn
     kl: float  # from the model to the graph, nats
     ce: float  # cross-entropy of the graph, nats; NaN on a task without answers
     accuracy: float
@@ -347,17 +348,23 @@ class Evaluation:
     metric: str
     ablation: str
     value: str
-    intervals: dict[str, tuple[float, float]]  # of faithfulness, completeness, kl, ce, accuracy
-    inputs: pd.DataFrame  # the metric for each input: model, graph, complement, none
+    intervals: dict[str, tuple[float, float]]  # of faithfulness, completeness, skill, kl, ce, accuracy
+    inputs: pd.DataFrame  # the metric for each input: model, graph, complement, none, and random edges
 
     def __repr__(self) -> str:
         low, high = self.intervals["faithfulness"]
+        skill = "" if np.isnan(self.skill) else f"edge skill {self.skill:.3f}, "
         return (
-            f"Evaluation(faithfulness {self.faithfulness:.3f} [{low:.3f}, {high:.3f}], "
+            f"Evaluation(faithfulness {self.faithfulness:.3f} [{low:.3f}, {high:.3f}], {skill}"
             f"completeness {self.completeness:.3f}, KL {self.kl:.3f}, cross-entropy {self.ce:.3f}, "
             f"accuracy {self.accuracy:.3f}: {self.n_edges:,} edges among {self.n_nodes} nodes, "
             f"{self.ablation} ablation, {self.value}, metric {self.metric}, {len(self.inputs)} inputs)"
         )
+
+
+def _skill(graph: Tensor, random: Tensor, model: Tensor, none: Tensor) -> Tensor:
+    "What a graph's edges add to its nodes."
+    return faithfulness(graph, model, none) - faithfulness(random, model, none)
 
 
 def _count_touched(graph: Graph) -> int:
@@ -380,7 +387,8 @@ def evaluate(
     """Judge a graph by ablating every edge that it lacks, or every node with ablation="node".
 
     Faithfulness is (M(graph) - M(nothing kept)) / (M(model) - M(nothing kept)) for the metric M, and
-    completeness is the faithfulness of the complement.
+    completeness is the faithfulness of the complement. Skill is what the graph's edges add to its nodes: its
+    faithfulness minus that of as many edges drawn at random among the same nodes.
 
         evaluate(model, graph.top_edges(2_000), text, value="mean").faithfulness
 
@@ -388,8 +396,12 @@ def evaluate(
     cut = open_cut(model, graph, dictionaries)
     kept = select(cut, graph, ablation)
     judge = open_judge(cut, data, value, judging)
-    scores = measure(judge, [kept, ~kept, kept.none()], f"{ablation} ablation")
-    whole, own, rest, none = scores["metric"]
+    selections = [kept, ~kept, kept.none()]
+    drawn = draw_among_nodes(cut, graph, judging.seed) if ablation == "edge" else None
+    if drawn is not None:
+        selections.append(drawn)
+    scores = measure(judge, selections, f"{ablation} ablation")
+    whole, own, rest, none, *random = scores["metric"]
     if faithfulness(own, whole, none).isnan():
         warnings.warn(
             f"faithfulness is undefined: with nothing kept the metric is {none.mean():.4g}, no worse than "
@@ -401,14 +413,17 @@ def evaluate(
         "faithfulness": (faithfulness, (own, whole, none)),
         "completeness": (faithfulness, (rest, whole, none)),
     }
+    if random:
+        statistics["skill"] = (_skill, (own, *random, whole, none))
     for name in ("kl", "ce", "accuracy"):
         if name in scores:
             statistics[name] = (lambda score: score.mean(-1), (scores[name][1],))
-    value_of = {"ce": float("nan"), "accuracy": float("nan")}
+    value_of = dict.fromkeys(("skill", "ce", "accuracy"), float("nan"))
     value_of |= {name: float(statistic(*args)) for name, (statistic, args) in statistics.items()}
     ends = {name: judge.interval(statistic, *args) for name, (statistic, args) in statistics.items()}
     intervals = {name: (float(low), float(high)) for name, (low, high) in ends.items()}
     inputs = {"model": whole, "graph": own, "complement": rest, "none": none}
+    inputs |= {"random": score for score in random}
     return Evaluation(
         **value_of,
         n_edges=len(graph),

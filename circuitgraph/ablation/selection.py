@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['lay_out_edges', 'locate_edges', 'ModuleSelection', 'mask_edges', 'FeatureSelection', 'count_edges', 'select',
-           'check_mode', 'leave_one_out']
+           'check_mode', 'leave_one_out', 'draw_among_nodes']
 
 # %% ../../nbs/59_selection.ipynb #sel03
 from collections.abc import Callable, Sequence
@@ -274,3 +274,26 @@ def _(cut: FeatureCut, graph: Graph, edges: Tensor) -> tuple[list[int], Callable
         return replace(kept, source=source, target=target, port=port)
 
     return edges.tolist(), without
+
+# %% ../../nbs/59_selection.ipynb #sel18b
+@singledispatch
+def draw_among_nodes(
+    cut: Cut,  # noqa: ARG001
+    graph: Graph,  # noqa: ARG001
+    seed: int = 0,  # noqa: ARG001
+) -> Any:  # a selection, or None where edges are not drawn
+    "As many edges as a graph has, drawn at random among those between the nodes that its edges touch."
+    return None
+
+
+@draw_among_nodes.register
+def _(cut: ModuleCut, graph: Graph, seed: int = 0) -> ModuleSelection | None:
+    if cut.rule.ports == "merged":
+        return None
+    between = _is_touched(cut, graph, "source") & _is_touched(cut, graph, "target")
+    places = between.nonzero()[:, 0].cpu()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(places), generator=generator)[: len(graph)]
+    mask = torch.zeros_like(between)
+    mask[places[drawn]] = True
+    return ModuleSelection(mask, len(drawn))
