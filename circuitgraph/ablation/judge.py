@@ -423,7 +423,8 @@ def evaluate(
     ends = {name: judge.interval(statistic, *args) for name, (statistic, args) in statistics.items()}
     intervals = {name: (float(low), float(high)) for name, (low, high) in ends.items()}
     inputs = {"model": whole, "graph": own, "complement": rest, "none": none}
-    inputs |= {"random": score for score in random}
+    if random:
+        inputs["random"] = random[0]
     return Evaluation(
         **value_of,
         n_edges=len(graph),
