@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from circuitgraph.ablation.judge import area_between, bootstrap, faithfulness
-from circuitgraph.ablation.selection import select
+from circuitgraph.ablation.selection import draw_among_nodes, select
 from circuitgraph.ablation.values import VALUES, permute_rows
 from circuitgraph.build.build import complete_graph
-from circuitgraph.cut import open_cut
+from circuitgraph.cut import cut_model, open_cut
 from circuitgraph.data.corpus import Corpus, load_corpus
 from circuitgraph.graph.graph import Graph
 from circuitgraph.graph.select import select_edges
@@ -898,3 +898,20 @@ def test_greedy_selection_finds_the_true_edges_of_heads(name, attribution):
     for baseline in ("zero", "mean"):
         graph = build_graph(k.model, k.task.clean, attribution=attribution, baseline=baseline, progress=False)
         assert set(select_edges(graph, len(k.edges), "greedy").edge_names) == set(k.edges)
+
+
+def test_edge_skill_is_over_random_edges_between_the_same_nodes():
+    known = KNOWN["copy"]()
+    every, true = known.every, known.graph
+    found = evaluate(known.model, true, known.task, value="corrupted", progress=False)
+    selection = draw_among_nodes(cut_model(known.model, "head"), true, seed=0)
+    drawn = every.keep(selection.mask.numpy())
+    ends = {*true.edges["source"], *true.edges["target"]}
+    assert len(drawn) == len(true) and {*drawn.edges["source"], *drawn.edges["target"]} <= ends
+    random = evaluate(known.model, drawn, known.task, value="corrupted", progress=False).faithfulness
+    assert found.skill == pytest.approx(found.faithfulness - random) and found.skill > 0.9
+    low, high = found.intervals["skill"]
+    assert low <= found.skill <= high and "edge skill" in repr(found)
+    assert evaluate(known.model, every, known.task, value="corrupted", progress=False).skill == 0
+    nodes = evaluate(known.model, true, known.task, ablation="node", value="corrupted", progress=False)
+    assert np.isnan(nodes.skill) and "skill" not in repr(nodes)

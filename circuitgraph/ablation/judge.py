@@ -396,10 +396,8 @@ def evaluate(
     cut = open_cut(model, graph, dictionaries)
     kept = select(cut, graph, ablation)
     judge = open_judge(cut, data, value, judging)
-    selections = [kept, ~kept, kept.none()]
     drawn = draw_among_nodes(cut, graph, judging.seed) if ablation == "edge" else None
-    if drawn is not None:
-        selections.append(drawn)
+    selections = [kept, ~kept, kept.none()] + ([] if drawn is None else [drawn])
     scores = measure(judge, selections, f"{ablation} ablation")
     whole, own, rest, none, *random = scores["metric"]
     if faithfulness(own, whole, none).isnan():
