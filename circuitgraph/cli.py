@@ -118,6 +118,7 @@ def build(  # noqa: PLR0913
     others: Annotated[str, typer.Option(help="For features: grain of the rest, layer or head.")] = "layer",
     keep: Annotated[int, typer.Option(help="For features: edges kept for each reader, the largest.")] = 100,
     share: Annotated[float, typer.Option(help="For features: least share of a reader's input.")] = 0.0,
+    mass: Annotated[float, typer.Option(help="For features: share that a reader's edges hold.")] = 1.0,
     memory: Annotated[float, typer.Option(help="For features: bytes for the sums of one module.")] = 4e9,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew, not from unfinished work.")] = False,
     debug: Debug = False,
@@ -142,7 +143,7 @@ def build(  # noqa: PLR0913
         start, loaded = time.time(), load_model(model, device=device)
         options = {"norm": norm, "pattern": pattern, "ports": ports, "skip_first": skip_first}
         rule = Attribution(attribution, n_steps, baseline or "zero", **options)
-        pruning, run = Pruning(keep, share), Run(batch_size, memory, partial)
+        pruning, run = Pruning(keep, share, mass), Run(batch_size, memory, partial)
         cut = cut_model(loaded, _read_nodes(nodes, loaded), others)
         tokens = load_corpus(corpus, loaded, n_tokens, seq_len=seq_len, seed=seed)
         with _say_where_it_stopped(partial, "the same command goes on from there, --fresh starts anew"):
