@@ -31,7 +31,7 @@ from circuitgraph.options import Judging, Run
 from exp_small import draw_among_nodes, keep_or_build
 
 ROOT = Path(__file__).resolve().parent.parent
-TASKS = ("ioi", "agreement", "greater-than", "induction", "successor", "pronoun")
+TASKS = ("agreement", "ioi", "greater-than")
 BUDGETS = (10_000, 3_000, 1_000, 300)
 RULES = {
     "EAP-IG, largest weight": Top(),
