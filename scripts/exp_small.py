@@ -19,8 +19,8 @@ import pandas as pd
 import torch
 
 from circuitgraph.ablation.judge import faithfulness, measure, open_judge
-from circuitgraph.ablation.selection import select
-from circuitgraph.build.build import build_graph
+from circuitgraph.ablation.selection import draw_among_nodes, select
+from circuitgraph.build.build import build_graph, complete_graph
 from circuitgraph.cut import ModuleCut, cut_model
 from circuitgraph.data.corpus import load_corpus
 from circuitgraph.graph.graph import Graph
@@ -50,14 +50,10 @@ def keep_or_build(folder: Path, build: Callable[[], Graph]) -> Graph:
     return Graph.load(folder)
 
 
-def draw_among_nodes(graph: Graph, every: Graph, seed: int) -> Graph:
-    "As many edges as a graph has, at random among those that the model has between the same nodes."
-    touched = {*graph.edges["source"].astype(str), *graph.edges["target"].astype(str)}
-    between = every.edges["source"].isin(touched) & every.edges["target"].isin(touched)
-    drawn = np.random.default_rng(seed).choice(np.flatnonzero(between), len(graph), replace=False)
-    mask = np.zeros(len(every), dtype=bool)
-    mask[drawn] = True
-    return every.keep(mask)
+def draw_graph(cut: ModuleCut, graph: Graph, seed: int) -> Graph:
+    "As many edges as a graph has, drawn at random among the same nodes."
+    drawn = draw_among_nodes(cut, graph, seed)
+    return complete_graph(cut.model, cut.grain).keep(drawn.mask.numpy())
 
 
 def restore_half(graph: Graph, every: Graph, seed: int) -> Graph:
@@ -67,7 +63,7 @@ def restore_half(graph: Graph, every: Graph, seed: int) -> Graph:
     return every.keep(kept | restored)
 
 
-def list_graphs(whole: Graph, searched: Graph) -> Iterator[tuple[str, float, Graph]]:
+def list_graphs(cut: ModuleCut, whole: Graph, searched: Graph) -> Iterator[tuple[str, float, Graph]]:
     "Each rule's graph at each budget."
     for share in SHARES:
         n_edges = round(share * len(whole))
@@ -76,7 +72,7 @@ def list_graphs(whole: Graph, searched: Graph) -> Iterator[tuple[str, float, Gra
         small = searched.top_edges(n_edges)
         yield "search", share, small
         for seed in range(2):
-            yield "random among the search's nodes", share, draw_among_nodes(small, whole, seed)
+            yield "random among the search's nodes", share, draw_graph(cut, small, seed)
 
 
 def judge(cut: ModuleCut, graphs: Graphs, text: torch.Tensor, value: str, seed: int) -> pd.DataFrame:
@@ -117,7 +113,8 @@ def main() -> None:
     )
     searched = keep_or_build(folder / "searched", lambda: search(model, found_on))
     judged_on = load_corpus(args.held_out, model, args.n_judged * 64, seq_len=64)
-    graphs, cut = list(list_graphs(whole, searched)), cut_model(model, "head")
+    cut = cut_model(model, "head")
+    graphs = list(list_graphs(cut, whole, searched))
     half = [
         ("half of the rest restored", share, restore_half(graph, whole, 0))
         for rule, share, graph in graphs

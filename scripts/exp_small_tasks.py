@@ -25,10 +25,9 @@ from circuitgraph.graph.graph import Graph
 from circuitgraph.graph.select import Top, select_edges
 from circuitgraph.graph.tables import replace_file
 from circuitgraph.methods.gates import GateConfig, search_gates
-from circuitgraph.model.blocks import Model
 from circuitgraph.model.loading import load_model
 from circuitgraph.options import Judging, Run
-from exp_small import draw_among_nodes, keep_or_build
+from exp_small import draw_graph, keep_or_build
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("agreement", "ioi", "greater-than")
@@ -51,8 +50,9 @@ def drop_known(task: Task, known: Task, n: int) -> Task:
     return replace(task, **kept)
 
 
-def find_graphs(model: Model, task: Task, folder: Path, n_steps: int) -> list[tuple[str, int, Graph]]:
+def find_graphs(cut: ModuleCut, task: Task, folder: Path, n_steps: int) -> list[tuple[str, int, Graph]]:
     "Each rule's graph at each budget."
+    model = cut.model
 
     def build() -> Graph:
         return build_graph(model, task, nodes="head", attribution="eap-ig", target="metric")
@@ -72,7 +72,7 @@ def find_graphs(model: Model, task: Task, folder: Path, n_steps: int) -> list[tu
             graphs.append((name, n_edges, select_edges(attributed, n_edges, rule)))
         small = searched.top_edges(n_edges)
         graphs.append(("search", n_edges, small))
-        graphs.append(("random among the search's nodes", n_edges, draw_among_nodes(small, searched, 0)))
+        graphs.append(("random among the search's nodes", n_edges, draw_graph(cut, small, 0)))
     return graphs
 
 
@@ -86,7 +86,10 @@ def judge(cut: ModuleCut, graphs: list[tuple[str, int, Graph]], task: Task) -> p
     columns = {"rule": [rule for rule, *_ in graphs], "budget": [n for _, n, _ in graphs]}
     columns |= {"n_edges": [len(graph) for *_, graph in graphs]}
     columns |= {"faithfulness": faithfulness(metric, own, none), "low": low, "high": high}
-    columns |= {name: scores[name][2:].mean(1) for name in ("kl", "accuracy")}
+    kl = scores["kl"][2:]
+    kl_low, kl_high = opened.interval(lambda score: score.mean(-1), kl)
+    columns |= {"kl": kl.mean(1), "kl_low": kl_low, "kl_high": kl_high}
+    columns["accuracy"] = scores["accuracy"][2:].mean(1)
     return pd.DataFrame(columns).assign(metric=task.metric, n_inputs=len(task))
 
 
@@ -109,7 +112,7 @@ def main() -> None:
         found_on = load_task(name, model, n=args.n_found, seed=0)
         drawn = load_task(name, model, n=args.n_found + args.n_judged, seed=1)
         judged_on = drop_known(drawn, found_on, args.n_judged)
-        graphs = find_graphs(model, found_on, ROOT / f"graphs/small/tasks/{name}", args.n_steps)
+        graphs = find_graphs(cut, found_on, ROOT / f"graphs/small/tasks/{name}", args.n_steps)
         tables.append(judge(cut, graphs, judged_on).assign(task=name))
         with replace_file(args.out) as partial_table:
             pd.concat(tables).round(5).to_csv(partial_table, index=False)

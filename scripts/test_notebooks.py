@@ -13,13 +13,13 @@ import multiprocessing
 import os
 import sys
 import time
-import traceback
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
+CONTEXT = multiprocessing.get_context("forkserver")
 SLOW_TO_IMPORT = [
     "nbdev.test",
     "torch",
@@ -52,17 +52,13 @@ def set_environment() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
-def run(path: Path) -> bool:
-    """Run the cells of a notebook but those that need a GPU or a network, and say whether all passed."""
+def run(path: Path) -> None:
+    """Run the cells of a notebook but those that need a GPU or a network; exit with 1 if one fails."""
     from nbdev.test import test_nb
 
     os.chdir(NBS)
-    sys.path.insert(0, str(ROOT))
-    try:
-        return test_nb(path, skip_flags=["gpu", "net"], do_print=False)[0]
-    except BaseException:  # a notebook that leaves its interpreter fails, and the others go on
-        traceback.print_exc()
-        return False
+    passed, _ = test_nb(path, skip_flags=["gpu", "net"], do_print=False)
+    sys.exit(not passed)
 
 
 def test(path: Path) -> Result:
@@ -70,17 +66,18 @@ def test(path: Path) -> Result:
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     checks = sum(source.count("assert ") + source.count("refused(") for source in code)
     start = time.time()
-    passed = run(path)
-    return Result(path.name, len(code), checks, passed, time.time() - start)
+    process = CONTEXT.Process(target=run, args=(path,))
+    process.start()
+    process.join()
+    return Result(path.name, len(code), checks, process.exitcode == 0, time.time() - start)
 
 
 def main(names: list[str]) -> int:
     paths = [NBS / f"{name}.ipynb" for name in names] or sorted(NBS.glob("*.ipynb"))
     set_environment()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(SLOW_TO_IMPORT)
+    CONTEXT.set_forkserver_preload(SLOW_TO_IMPORT)
     results = []
-    with ProcessPoolExecutor(os.cpu_count(), context, max_tasks_per_child=1) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each thread waits for a process
         for result in pool.map(test, paths):
             results.append(result)
             print(result, flush=True)

@@ -490,8 +490,9 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
             build(model, tokens, dictionaries, checkpoint=tmp_path / "run", batch_size=3) == whole
             and len(calls) == 4
         )  # one part was left, and the logits
-    with pytest.raises(ValueError, match="belongs to a run with another"):
-        build(model, tokens, dictionaries, checkpoint=tmp_path / "run", keep=7)
+    for other in ({"keep": 7}, {"mass": 0.9}):
+        with pytest.raises(ValueError, match="belongs to a run with another"):
+            build(model, tokens, dictionaries, checkpoint=tmp_path / "run", **other)
 
 
 @pytest.mark.parametrize(
@@ -504,6 +505,7 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
         (lambda d: d, {"memory": 100}, "memory must hold the sums of one reader"),
         (lambda d: d, {"keep": 0}, "n_edges must be at least 1"),
         (lambda d: d, {"share": 1.0}, "share must lie"),
+        (lambda d: d, {"mass": 0.0}, "mass must lie"),
         (lambda d: d, {"baseline": "mean"}, "zero baseline"),
         (lambda d: {"b0": replace(d["m0"], module="b0")}, {}, "attention layers, heads and MLPs"),
         (lambda d: d | {"a0.h1": replace(d["a0"], module="a0.h1")}, {}, "a layer or of its heads"),

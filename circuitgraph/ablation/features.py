@@ -498,7 +498,8 @@ def take_rows(
     "Some positions of a batch, with what is dense there mapped."
     dense = {i: x.flatten(0, 1)[rows] for i, x in listed.dense.items()}
     mapped = {i: (x, x @ maps.W.mT) for i, x in dense.items()}
-    return Rows(listed, base, base @ maps.W.mT, listed.change.flatten(0, 1)[rows], mapped)
+    change = listed.change.flatten(0, 1)[rows]
+    return Rows(listed, base, base @ maps.W.mT, change, mapped)
 
 # %% ../../nbs/62_feature_ablation.ipynb #f0a10021
 def run_hidden(
@@ -554,7 +555,10 @@ class HeadsOnSequence:
 
     def turn(self, x: Float[Tensor, "one head pos d_head"], slot: str) -> Float[Tensor, "head pos d_head"]:
         "Queries and keys turned by their position; values as they are."
-        return x[0] if slot == "v" else rotate(x, *self.tables, self.attn.rotary)[0]
+        if slot == "v":
+            return x[0]
+        turned = rotate(x, *self.tables, self.attn.rotary)
+        return turned[0]
 
     def project(self, slot: str, sources: tuple[int, ...]) -> Float[Tensor, "head pos d_head"]:
         "Queries, keys or values of a group."

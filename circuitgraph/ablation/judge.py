@@ -388,7 +388,7 @@ def evaluate(
 
     Faithfulness is (M(graph) - M(nothing kept)) / (M(model) - M(nothing kept)) for the metric M, and
     completeness is the faithfulness of the complement. Skill is what the graph's edges add to its nodes: its
-    faithfulness minus that of as many edges drawn at random among the same nodes.
+    faithfulness minus that of as many edges drawn at random among the same nodes, once, by the seed.
 
         evaluate(model, graph.top_edges(2_000), text, value="mean").faithfulness
 

@@ -155,7 +155,8 @@ def _describe_features(
     hashes = {}
     for name, dictionary in cut.dictionaries.items():
         hashes[name] = hash_dictionary(dictionary)
-    meta |= {"others": cut.others, "keep": pruning.n_edges, "share": pruning.share}
+    meta |= {"others": cut.others, "keep": pruning.n_edges}
+    meta |= {"share": pruning.share, "mass": pruning.mass}
     meta["mean_over"] = "positions of the reader"
     return meta | {"dictionaries": hashes}
 

@@ -316,8 +316,12 @@ class Sums:
         """
         n_readers = self.table.shape[2]
         n_pruned = n_readers - n_whole
-        every = Pruning(n_edges=None)
-        tables = [self._prune_readers(pruning, 0, n_pruned), self._prune_readers(every, n_pruned, n_readers)]
+        tables = []
+        if n_pruned:
+            tables.append(self._prune_readers(pruning, 0, n_pruned))
+        if n_whole:
+            every = Pruning(n_edges=None)
+            tables.append(self._prune_readers(every, n_pruned, n_readers))
         return pd.concat(tables, ignore_index=True)
 
     def _prune_readers(self, pruning: Pruning, start: int, stop: int) -> pd.DataFrame:
@@ -333,7 +337,7 @@ class Sums:
             sums = self.table[port, source, reader + first].mT
             numbers |= dict(zip(("weight", "abs_weight", "rms_weight", "count"), sums, strict=True))
             tables.append(pd.DataFrame({name: x.cpu().numpy() for name, x in numbers.items()}))
-        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+        return pd.concat(tables, ignore_index=True)
 
     def _list_sizes(
         self, n_edges: int | None, start: int, stop: int

@@ -46,7 +46,9 @@ def node_strength(
     by: str = "weight",  # "weight", "abs_weight" or "rms_weight", in absolute value
 ) -> np.ndarray:  # [n_nodes]
     "Sum of the sizes of the edges at one of their ends, on the common scale."
-    return np.bincount(graph.edges[end].cat.codes, edge_sizes(graph, by), minlength=len(graph.nodes))
+    node = graph.edges[end].cat.codes
+    size = edge_sizes(graph, by)
+    return np.bincount(node, size, minlength=len(graph.nodes))
 
 # %% ../../nbs/32_figures.ipynb #37b19783
 def rank_edges(

@@ -119,7 +119,8 @@ class Graph:
         return self.edges.equals(other.edges)
 
     def __hash__(self) -> int:
-        return hash((len(self.nodes), len(self.edges), json.dumps(self.meta, sort_keys=True)))
+        meta = json.dumps(self.meta, sort_keys=True)
+        return hash((len(self.nodes), len(self.edges), meta))
 
     def keep(self, edges: Sequence[str] | np.ndarray | pd.Series) -> "Graph":
         "The graph with some of its edges, by name or by a boolean mask; all nodes stay."

@@ -108,7 +108,9 @@ class HeadNorm(RootMeanSquare):
 
     def weight_of(self, x: Float[Tensor, "batch head pos d_head"]) -> Float[Tensor, "head one d_head"]:
         "The weight for each head of a projection."
-        return self.weight.repeat_interleave(x.shape[1] // len(self.weight), 0)[:, None]
+        n_shared = x.shape[1] // len(self.weight)
+        weight = self.weight.repeat_interleave(n_shared, 0)
+        return weight[:, None]
 
     def mean(self, x: Float[Tensor, "batch head pos d_head"]) -> Float[Tensor, "batch any_head pos one"]:
         "Mean over the coordinates that share a scale."
