@@ -909,9 +909,11 @@ def test_edge_skill_is_over_random_edges_between_the_same_nodes():
     ends = {*true.edges["source"], *true.edges["target"]}
     assert len(drawn) == len(true) and {*drawn.edges["source"], *drawn.edges["target"]} <= ends
     random = evaluate(known.model, drawn, known.task, value="corrupted", progress=False).faithfulness
-    assert found.skill == pytest.approx(found.faithfulness - random) and found.skill > 0.9
+    assert found.skill == pytest.approx(found.faithfulness - max(random, 0)) and found.skill > 0.9
     low, high = found.intervals["skill"]
     assert low <= found.skill <= high and "edge skill" in repr(found)
     assert evaluate(known.model, every, known.task, value="corrupted", progress=False).skill == 0
+    worse = evaluate(known.model, every.keep([]), known.task, value="corrupted", progress=False)
+    assert worse.skill == 0
     nodes = evaluate(known.model, true, known.task, ablation="node", value="corrupted", progress=False)
     assert np.isnan(nodes.skill) and "skill" not in repr(nodes)

@@ -339,7 +339,7 @@ class Evaluation:
 
     faithfulness: float
     completeness: float  # faithfulness of the complement
-    skill: float  # faithfulness minus that of random edges among the graph's nodes; NaN if none are drawn
+    skill: float  # faithfulness minus that of random edges (at least 0) among its nodes; NaN if none are drawn
     kl: float  # from the model to the graph, nats
     ce: float  # cross-entropy of the graph, nats; NaN on a task without answers
     accuracy: float
@@ -363,8 +363,9 @@ class Evaluation:
 
 
 def _skill(graph: Tensor, random: Tensor, model: Tensor, none: Tensor) -> Tensor:
-    "What a graph's edges add to its nodes."
-    return faithfulness(graph, model, none) - faithfulness(random, model, none)
+    "What a graph's edges add to its nodes. Random edges that are worse than none count as none."
+    null = faithfulness(random, model, none).clamp(min=0)
+    return faithfulness(graph, model, none) - null
 
 
 def _count_touched(graph: Graph) -> int:
@@ -388,7 +389,8 @@ def evaluate(
 
     Faithfulness is (M(graph) - M(nothing kept)) / (M(model) - M(nothing kept)) for the metric M, and
     completeness is the faithfulness of the complement. Skill is what the graph's edges add to its nodes: its
-    faithfulness minus that of as many edges drawn at random among the same nodes, once, by the seed.
+    faithfulness minus that of as many edges drawn at random among the same nodes, or minus 0 where these are
+    worse than no edges. The edges are drawn once, by the seed.
 
         evaluate(model, graph.top_edges(2_000), text, value="mean").faithfulness
 
