@@ -339,7 +339,7 @@ class Evaluation:
 
     faithfulness: float
     completeness: float  # faithfulness of the complement
-    skill: float  # faithfulness minus that of random edges (at least 0) among its nodes; NaN if none are drawn
+    skill: float  # faithfulness minus that of random edges among its nodes; NaN if none are drawn
     kl: float  # from the model to the graph, nats
     ce: float  # cross-entropy of the graph, nats; NaN on a task without answers
     accuracy: float
