@@ -395,7 +395,7 @@ def test_kept_is_the_share_that_pruning_leaves():
     assert np.isclose(into(few, "m1/3").sum(), into(whole, "m1/3").nlargest(5).sum())
     assert np.isclose(kept["m1/3"], into(few, "m1/3").sum() / into(whole, "m1/3").sum())
     for name in ("a1/err", "logits"):  # a whole module, and the error of one, keep what they read
-        assert len(into(few, name)) == len(into(whole, name)) > 5 and kept[name] == 1
+        assert len(into(few, name)) == len(into(whole, name)) > 5 and np.isclose(kept[name], 1)
     assert build(model, tokens, dictionaries, keep=None, share=0.1).edges.shape[0] < len(whole)
 
 
