@@ -11,7 +11,7 @@ __all__ = ['Part', 'list_parts', 'part_ports', 'node_slots', 'node_ports', 'hash
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -380,6 +380,14 @@ def _real_positions(text: Tensor, lengths: Tensor | None) -> Bool[Tensor, "seq p
     return torch.arange(n_pos) < lengths[:, None]
 
 
+def _mean_rows(length: int, n_pos: int | None, n_apart: int | None) -> Int[Tensor, " pos"]:
+    "Of each position of a text, the mean that it counts to."
+    if n_pos is None:
+        return torch.zeros(length, dtype=torch.long)
+    apart = length if n_apart is None else n_apart
+    return torch.arange(length).clamp_max(apart)
+
+
 def _batches(text: Tensor, real: Tensor, run: Run, desc: str) -> Iterator[tuple[Tensor, Tensor]]:
     "Sequences and their real positions, some at a time."
     size = run.sequences_at_a_time(text)
@@ -423,26 +431,30 @@ def mean_features(
     parts: Sequence[Part],
     text: Int[Tensor, "seq pos"],
     *,
-    n_pos: int | None = None,  # the first positions, each with a mean of its own; None for one mean of all
+    n_pos: int | None = None,  # positions of the result; None for one, the mean of all
+    n_apart: int | None = None,  # positions at the start with a mean of their own, the rest one; None: all
     lengths: Int[Tensor, " seq"] | None = None,  # tokens of each sequence, where shorter ones are padded
     run: Run = Run(),
 ) -> FeatureTrace:  # of one sequence, or of one position
     "What nodes write on average over a text."
     real = _real_positions(text, lengths)
+    row = _mean_rows(text.shape[1], n_pos, n_apart)
     sums: dict[str, dict[str, Tensor]] = {"acts": {}, "dense": {}}
     for tokens, is_real in _batches(text, real, run, "mean values"):
         trace = trace_features(model, parts, tokens)
         for kind, total in sums.items():
             for name, x in getattr(trace, kind).items():
-                x = (x * is_real.to(x)[..., None]).sum(0, keepdim=True, dtype=torch.float64)
-                total[name] = total.get(name, 0) + (x.sum(1, keepdim=True) if n_pos is None else x)
-    count = real.sum() if n_pos is None else real.sum(0)[None, :, None]
+                x = (x * is_real.to(x)[..., None]).sum(0, dtype=torch.float64)
+                sum_of_rows = x.new_zeros(int(row[-1]) + 1, x.shape[1]).index_add(0, row.to(x.device), x)
+                total[name] = total.get(name, 0) + sum_of_rows
+    count = torch.zeros(int(row[-1]) + 1).index_add(0, row, real.sum(0).float())
+    shown = torch.arange(n_pos or 1).clamp_max(row[-1])  # the row of each position of the result
 
     def average(total: dict[str, Tensor]) -> dict[str, Tensor]:
         means = {}
         for name, x in total.items():
-            mean = x / count.to(x).clamp_min(1)
-            means[name] = mean[:, : n_pos or 1].to(model.dtype)
+            mean = x / count.to(x).clamp_min(1)[:, None]
+            means[name] = mean[shown.to(x.device)][None].to(model.dtype)
         return means
 
     return FeatureTrace(average(sums["acts"]), average(sums["dense"]), {})
@@ -455,6 +467,7 @@ class Cut:
     Its nodes stand in the order of computation, `logits` last. `rule` says which ports a reader has and
     whether attention patterns are frozen; nothing else of it matters here."""
 
+    n_apart: ClassVar[int] = 0  # first positions that have a mean of their own, where ablated edges carry means
     model: Model
     rule: Attribution = field(default_factory=Attribution, kw_only=True)
 
@@ -476,14 +489,12 @@ class Cut:
         self,
         text: Int[Tensor, "seq pos"],
         *,
-        n_pos: int | None = None,  # the first positions, each with a mean of its own; None for one of all
+        n_pos: int | None = None,  # positions of the result; None for one, the mean of all
+        n_apart: int | None = None,  # positions at the start with a mean of their own, the rest one; None: all
         lengths: Int[Tensor, " seq"] | None = None,  # tokens of each sequence, where shorter ones are padded
         run: Run = Run(),
     ) -> Any:
         "What each node writes on average over a text."
-        return self._mean(text, n_pos, lengths, run)
-
-    def _mean(self, text: Tensor, n_pos: int | None, lengths: Tensor | None, run: Run) -> Any:
         raise NotImplementedError
 
 # %% ../nbs/50_cut.ipynb #cut24
@@ -511,11 +522,20 @@ class ModuleCut(Cut):
         "What each module reads and writes in the model's own run."
         return trace_modules(self.model, tokens, self.grain)
 
-    def _mean(self, text: Tensor, n_pos: int | None, lengths: Tensor | None, run: Run) -> Tensor:
-        "What each module writes on average, `[one pos writer d_model]`."
-        skip = 0 if n_pos is None else text.shape[1]
-        mean = trace_mean(self.model, text, self.grain, skip_first=skip, lengths=lengths, run=run)
-        return mean.writes[:, : n_pos or 1]
+    def mean(
+        self,
+        text: Int[Tensor, "seq pos"],
+        *,
+        n_pos: int | None = None,
+        n_apart: int | None = None,
+        lengths: Int[Tensor, " seq"] | None = None,
+        run: Run = Run(),
+    ) -> Float[Tensor, "one pos writer d_model"]:
+        "What each module writes on average over a text."
+        apart = 0 if n_pos is None else text.shape[1] if n_apart is None else n_apart
+        mean = trace_mean(self.model, text, self.grain, skip_first=apart, lengths=lengths, run=run)
+        shown = torch.arange(n_pos or 1).clamp_max(text.shape[1] - 1)
+        return mean.writes[:, shown.to(self.model.device)]
 
 # %% ../nbs/50_cut.ipynb #cut37
 def _label_nodes(nodes: pd.DataFrame, parts: Sequence[Part]) -> pd.DataFrame:
@@ -532,6 +552,7 @@ class FeatureCut(Cut):
     "A model cut into the features of dictionaries, among whole modules. Raises ValueError as `list_parts`."
 
     dictionaries: Mapping[str, Dictionary] = field(default_factory=dict)  # by module
+    n_apart: ClassVar[int] = 1  # massive activations stand there
     others: str | None = "layer"  # modules without dictionary: "layer", "head", or None to refuse them
     cache: dict[str, Any] = field(default_factory=dict, repr=False)  # what ablated runs prepare, by module
 
@@ -582,8 +603,18 @@ class FeatureCut(Cut):
         "What each node writes and each module reads in the model's own run."
         return trace_features(self.model, self.parts, tokens)
 
-    def _mean(self, text: Tensor, n_pos: int | None, lengths: Tensor | None, run: Run) -> FeatureTrace:
-        return mean_features(self.model, self.parts, text, n_pos=n_pos, lengths=lengths, run=run)
+    def mean(
+        self,
+        text: Int[Tensor, "seq pos"],
+        *,
+        n_pos: int | None = None,
+        n_apart: int | None = None,
+        lengths: Int[Tensor, " seq"] | None = None,
+        run: Run = Run(),
+    ) -> FeatureTrace:
+        "What each node writes on average over a text."
+        options = {"n_pos": n_pos, "n_apart": n_apart, "lengths": lengths}
+        return mean_features(self.model, self.parts, text, run=run, **options)
 
 # %% ../nbs/50_cut.ipynb #cut27
 def cut_model(

@@ -172,9 +172,17 @@ def writes_by_hand(model, dictionaries, tokens, others="layer"):
     return walk_features(model, dictionaries, tokens, read_all, others=others)[1]
 
 
-def mean_by_hand(model, dictionaries, text, n_pos=None, others="layer"):
+def mean_by_hand(model, dictionaries, text, n_pos=None, others="layer", length=None):
+    """Means of writes: one for the first position and one for all others, or one for each of `n_pos`.
+
+    The rest is repeated up to `length`, by default that of the text."""
     writes = writes_by_hand(model, dictionaries, text, others)
-    return {name: y.mean((0, 1)) if n_pos is None else y.mean(0)[:n_pos] for name, y in writes.items()}
+    if n_pos is not None:
+        return {name: y.mean(0)[:n_pos] for name, y in writes.items()}
+    n_rest = (length or text.shape[1]) - 1
+    return {
+        name: torch.stack([y[:, 0].mean(0)] + [y[:, 1:].mean((0, 1))] * n_rest) for name, y in writes.items()
+    }
 
 
 def every_edge(model, tokens, dictionaries, **options):

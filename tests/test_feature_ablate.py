@@ -63,7 +63,10 @@ def settings(model, dictionaries, tokens, others="layer"):
         writes_by_hand(model, dictionaries, permute_rows(tokens, 4), others),
     )
     yield {"value": "mean"}, mean_by_hand(model, dictionaries, tokens, others=others)
-    yield {"value": "mean", "reference": text}, mean_by_hand(model, dictionaries, text, others=others)
+    yield (
+        {"value": "mean", "reference": text},
+        mean_by_hand(model, dictionaries, text, others=others, length=n_pos),
+    )
     yield {"value": "mean", "per_position": True}, mean_by_hand(model, dictionaries, tokens, n_pos, others)
     yield (
         {"value": "mean", "per_position": True, "reference": text},
@@ -331,12 +334,13 @@ def case():
 def test_an_evaluation_is_made_of_three_runs(case):
     model, dictionaries, text, graph = case
     small, cut = graph.top_edges(60), open_cut(model, graph, dictionaries)
+    mean = cut.mean(text, n_pos=text.shape[1], n_apart=1, run=Run(progress=False))
     for ruler in ("edge", "node"):
         found = evaluate(model, small, text, ruler, dictionaries=dictionaries, progress=False, n_boot=20)
         choice = select(cut, small, ruler)
         ours = run_ablated(model, small, text, ablation=ruler, dictionaries=dictionaries)
         rest, none = (
-            run_logits(model, next(run_features(cut, [c], text, cut.mean(text, run=Run(progress=False)))))
+            run_logits(model, next(run_features(cut, [c], text, mean)))
             for c in (~choice, FeatureSelection.nothing(cut))
         )
         ce, of_rest, of_none, own = (

@@ -54,7 +54,7 @@ def test_a_kind_of_ablated_value(grain):
     assert gap(nothing, model(text.roll(2, 1))) < 1e-5
     half = graph.keep(np.random.default_rng(0).random(len(graph)) < 0.5)
     ours = run_ablated(model, half, text, value=FirstMean(), **options)
-    assert gap(ours, run_ablated(model, half, text, value=Mean(text[:2]), **options)) == 0
+    assert gap(ours, run_ablated(model, half, text, value=Mean(text[:2], n_apart=0), **options)) == 0
     judging = Judging(n_boot=10, run=Run(progress=False))
     result = evaluate(model, half, text, value=Shifted(), judging=judging, **options)
     assert result.value == "shifted" and np.isfinite(result.faithfulness)

@@ -85,19 +85,22 @@ class Mean(AblatedValue):
     name: ClassVar[str] = "mean"
     reference: Int[Tensor, "any_seq any_pos"] | None = None  # by default the text itself
     per_position: bool = False  # whether each position has a mean of its own
+    n_apart: int | None = None  # or else only so many at the start; by default the cut's: 1 for features
 
     def fix(self, cut: Cut, text: AblatedText) -> FixedValues:
         "The means of all nodes."
-        n_pos = text.tokens.shape[1] if self.per_position else None
+        n_apart = cut.n_apart if self.n_apart is None else self.n_apart
+        n_pos = text.tokens.shape[1] if self.per_position or n_apart else None
+        options = {"n_pos": n_pos, "n_apart": None if self.per_position else n_apart, "run": text.run}
         if self.reference is None:
-            return FixedValues(cut.mean(text.tokens, n_pos=n_pos, lengths=text.lengths, run=text.run))
+            return FixedValues(cut.mean(text.tokens, lengths=text.lengths, **options))
         check_tokens(self.reference, cut.model, "reference")
-        if n_pos is not None and self.reference.shape[1] < n_pos:
+        if self.per_position and self.reference.shape[1] < text.tokens.shape[1]:
             raise ValueError(
                 f"reference must have at least {n_pos} positions for per_position=True, "
                 f"got {self.reference.shape[1]}: take longer sequences"
             )
-        return FixedValues(cut.mean(self.reference, n_pos=n_pos, run=text.run))
+        return FixedValues(cut.mean(self.reference, **options))
 
 # %% ../../nbs/60_values.ipynb #val12
 def permute_rows(
