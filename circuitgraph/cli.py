@@ -96,6 +96,21 @@ def _say_summary(graph: Any, seconds: float, folder: Path) -> None:
     for size, weight, name in zip(top["size"], top["weight"], name_edges(top), strict=True):
         typer.echo(f"  {math.copysign(size, weight):+.3f}  {name}")
 
+# %% ../nbs/90_cli.ipynb #cli52
+def _say_faithfulness(graph: Any, cut: Any, other: Any, reference: Any) -> None:
+    "How faithful a graph of features is with all of its edges, on another text."
+    from circuitgraph.ablation.judge import ablation_curve
+    from circuitgraph.ablation.values import Mean
+
+    mean = Mean(reference)
+    options = {"ablation": "edge", "value": mean, "dictionaries": cut.dictionaries}
+    whole = ablation_curve(cut.model, graph, other, [len(graph)], **options).iloc[0]
+    n_seq, length = other.shape
+    typer.echo(
+        f"\nwith all of its edges kept: faithfulness {whole['faithfulness']:.3f}, "
+        f"KL {whole['kl']:.3f} on {n_seq} sequences of {length} tokens, drawn anew"
+    )
+
 # %% ../nbs/90_cli.ipynb #f159afdf
 @app.command()
 def build(  # noqa: PLR0913
@@ -120,6 +135,7 @@ def build(  # noqa: PLR0913
     share: Annotated[float, typer.Option(help="For features: least share of a reader's input.")] = 0.0,
     mass: Annotated[float, typer.Option(help="For features: share that a reader's edges hold.")] = 1.0,
     memory: Annotated[float, typer.Option(help="For features: bytes for the sums of one module.")] = 4e9,
+    n_check: Annotated[int, typer.Option(help="For features: tokens to judge the whole graph on.")] = 128,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew, not from unfinished work.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -129,7 +145,7 @@ def build(  # noqa: PLR0913
     with _plain_errors(debug):
         from circuitgraph.attribution.method import Attribution
         from circuitgraph.build.build import build_graph, clear_checkpoint
-        from circuitgraph.cut import cut_model
+        from circuitgraph.cut import FeatureCut, cut_model
         from circuitgraph.data.corpus import load_corpus
         from circuitgraph.graph.tables import check_output_folder
         from circuitgraph.model.loading import load_model
@@ -151,6 +167,10 @@ def build(  # noqa: PLR0913
         graph.save(out)
         clear_checkpoint(partial)
         _say_summary(graph, time.time() - start, out)
+        if isinstance(cut, FeatureCut) and n_check > 0:
+            n_judged = min(n_check, tokens.numel())
+            other = load_corpus(corpus, loaded, n_judged, seq_len=min(seq_len, 64), seed=seed + 1)
+            _say_faithfulness(graph, cut, other, reference=tokens)
 
 # %% ../nbs/90_cli.ipynb #6dd35b43
 def _train(model: Any, tokens: Any, modules: str, out: Path, *, kind: str, settings: dict[str, Any]) -> Any:

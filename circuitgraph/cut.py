@@ -467,7 +467,9 @@ class Cut:
     Its nodes stand in the order of computation, `logits` last. `rule` says which ports a reader has and
     whether attention patterns are frozen; nothing else of it matters here."""
 
-    n_apart: ClassVar[int] = 0  # first positions that have a mean of their own, where ablated edges carry means
+    n_apart: ClassVar[int] = (
+        0  # first positions that have a mean of their own, where ablated edges carry means
+    )
     model: Model
     rule: Attribution = field(default_factory=Attribution, kw_only=True)
 
@@ -490,7 +492,8 @@ class Cut:
         text: Int[Tensor, "seq pos"],
         *,
         n_pos: int | None = None,  # positions of the result; None for one, the mean of all
-        n_apart: int | None = None,  # positions at the start with a mean of their own, the rest one; None: all
+        n_apart: int
+        | None = None,  # positions at the start with a mean of their own, the rest one; None: all
         lengths: Int[Tensor, " seq"] | None = None,  # tokens of each sequence, where shorter ones are padded
         run: Run = Run(),
     ) -> Any:

@@ -1,6 +1,7 @@
 """The command line: one line for bad input, nothing written; stopped runs go on to the same graph."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
 import circuitgraph.build.build
-from circuitgraph.ablation.judge import ablation_curve
+from circuitgraph.ablation.judge import ablation_curve, run_ablated
+from circuitgraph.ablation.values import Mean
 from circuitgraph.attribution.method import Attribution
 from circuitgraph.build.build import build_graph
 from circuitgraph.cli import app
@@ -362,9 +364,21 @@ def test_a_graph_of_features_from_a_folder_of_dictionaries(tmp_path, monkeypatch
     folder = tmp_path / "dictionaries"
     save_dictionary(dictionary, folder / "m1", weights_hash=embedded.weights_hash)
     text = ["--n-tokens", 64, "--seq-len", 32]
-    done = invoke("build", "--nodes", folder, "--keep", 3, "--out", tmp_path / "g", *text)
+    done = invoke("build", "--nodes", folder, "--keep", 3, "--out", tmp_path / "g", "--n-check", 96, *text)
     assert done.exit_code == 0, done.output
     graph = Graph.load(tmp_path / "g")
+    built_on, other = (
+        load_corpus("default", embedded, n, seq_len=32, seed=i) for i, n in enumerate((64, 64))
+    )
+    judged = run_ablated(embedded, graph, other, value=Mean(built_on), dictionaries={"m1": dictionary})
+    none = run_ablated(embedded, graph.keep([]), other, value=Mean(built_on), dictionaries={"m1": dictionary})
+    of_graph, of_none, of_model = (
+        torch.nn.functional.cross_entropy(logits[:, 1:-1].flatten(0, 1), other[:, 2:].flatten()).item()
+        for logits in (judged, none, embedded(other))
+    )
+    expected = (of_none - of_graph) / (of_none - of_model)
+    found = re.search(r"faithfulness (\S+), KL \S+ on 2 sequences of 32 tokens, drawn anew", done.output)
+    assert abs(float(found[1]) - expected) < 1e-3
     assert graph.meta["nodes"] == "feature" and set(graph.meta["dictionaries"]) == {"m1"}
     read = graph.edges["target"].value_counts()
     assert read.filter(regex=r"^m1/\d+$").max() == 3 < read["logits"]

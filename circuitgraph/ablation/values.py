@@ -79,6 +79,7 @@ class Mean(AblatedValue):
     """An ablated edge carries what its writer writes on average over a reference text.
 
         evaluate(model, graph, text, value=Mean(reference=other_text, per_position=True))
+        evaluate(model, graph, text, value=Mean(n_apart=0))
 
     Raises ValueError for a reference that does not fit the model or is shorter than the text."""
 
