@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from circuitgraph.ablation.judge import ablation_curve
+from circuitgraph.ablation.values import Mean
 from circuitgraph.attribution.method import Attribution
 from circuitgraph.build.build import build_graph
 from circuitgraph.community.links import share_weights
@@ -41,6 +42,7 @@ LARGEST = {  # budget of features: minutes each beyond
     ("mean", "top"): 10_000,
     ("mean", "greedy"): 10_000,
 }
+VALUES = {"zero": "zero", "mean": Mean(n_apart=0)}
 
 
 def rank_by_share(graph: Graph) -> Graph:
@@ -90,7 +92,9 @@ def main() -> None:
                 if (grain, value, method, n) in done:
                     continue
                 start, budgets = time.time(), Budgets([n], method=method)
-                curve = ablation_curve(model, graph, text, budgets, value=value, judging=QUIET, **more)
+                curve = ablation_curve(
+                    model, graph, text, budgets, value=VALUES[value], judging=QUIET, **more
+                )
                 setting = {"grain": grain, "value": value, "method": method, "n_possible": possible[grain]}
                 curve = curve.assign(**setting, seconds=time.time() - start)
                 curve.round(5).to_csv(args.out, mode="a", header=not args.out.exists(), index=False)

@@ -137,13 +137,9 @@ def _read_sizes(n_edges: Sequence[int] | Budgets, most: int) -> list[int]:
 
 def _find_part(cut: Cut, module: str) -> Part:
     "The part of a module. Raises ValueError for one without a dictionary."
-    parts = {
-        part.module: part for part in cut.parts if isinstance(part, Part) and part.dictionary is not None
-    }
+    parts = {part.module: part for part in cut.parts if isinstance(part, Part) and part.dictionary is not None}
     if module not in parts:
-        raise ValueError(
-            f"module must be one with a dictionary ({', '.join(parts) or 'there is none'}), got {module!r}"
-        )
+        raise ValueError(f"module must be one with a dictionary ({', '.join(parts) or 'there is none'}), got {module!r}")
     return parts[module]
 
 # %% ../../nbs/66_parents.ipynb #par14
@@ -181,20 +177,14 @@ def in_degree_curve(
     losses: list[list[Tensor]] = [[] for _ in codes]
     outputs = []
     size, skip = judging.run.sequences_at_a_time(tokens), judging.skip_first
-    for start in tqdm(
-        range(0, len(tokens), size), desc=f"features of {module}", disable=not judging.run.progress
-    ):
+    for start in tqdm(range(0, len(tokens), size), desc=f"features of {module}", disable=not judging.run.progress):
         rows = slice(start, start + size)
         cut_codes, output = _cut_codes(cut, part, selections, tokens[rows], values.of_rows(rows))
         outputs.append(output[:, skip:].flatten(0, 1))
         for i, (code, loss) in enumerate(cut_codes):
             codes[i].append(code[:, skip:].flatten(0, 1))
             losses[i].append(loss[:, skip:].flatten())
-    own, output, W_dec = (
-        torch.cat(codes[0]),
-        torch.cat(outputs),
-        cut.table[part.first : part.first + len(names)],
-    )
+    own, output, W_dec = torch.cat(codes[0]), torch.cat(outputs), cut.table[part.first : part.first + len(names)]
     of_model, of_none = (torch.cat(losses[i]).mean().item() for i in (0, 1))
     table = []
     for n, kept, code, loss in zip(sizes, graphs[1:], codes[2:], losses[2:], strict=True):
