@@ -23,7 +23,7 @@ from ..cut import Cut, FeatureCut, FeatureTrace, Part, open_cut
 from ..data.corpus import Corpus, check_tokens
 from ..dictionary.places import visit_modules
 from ..dictionary.protocol import Dictionary
-from ..graph.graph import Graph, magnitude
+from ..graph.graph import Graph, end_codes, magnitude
 from ..model.blocks import Model, run_logits
 from ..options import Budgets, Judging
 
@@ -155,9 +155,8 @@ def _read_sizes(n_edges: Sequence[int] | Budgets, most: int) -> list[int]:
 
 def _find_part(cut: Cut, module: str) -> Part:
     "The part of a module. Raises ValueError for one without a dictionary."
-    parts = {
-        part.module: part for part in cut.parts if isinstance(part, Part) and part.dictionary is not None
-    }
+    every = cut.parts if isinstance(cut, FeatureCut) else []
+    parts = {part.module: part for part in every if part.dictionary is not None}
     if module not in parts:
         raise ValueError(
             f"module must be one with a dictionary ({', '.join(parts) or 'there is none'}), got {module!r}"
@@ -190,9 +189,8 @@ def in_degree_curve(
     part = _find_part(cut, module)
     assert isinstance(cut, FeatureCut)
     names = cut.names[part.first : part.first + part.n_nodes - 1]
-    into = graph.edges["target"][graph.edges["target"].isin(names)]
-    in_degrees = into.value_counts().to_numpy()
-    sizes = _read_sizes(n_edges, in_degrees.max(initial=0))
+    in_degree = np.bincount(end_codes(graph)[1], minlength=len(graph.nodes))
+    sizes = _read_sizes(n_edges, int(in_degree[graph.nodes["name"].isin(names).to_numpy()].max()))
     by = (isinstance(n_edges, Budgets) and n_edges.by) or "abs_weight"
     graphs = [_largest_edges(graph, names, n, by) for n in (0, *sizes)]
     selections = [select(cut, kept) for kept in graphs]
