@@ -135,7 +135,9 @@ def build(  # noqa: PLR0913
     share: Annotated[float, typer.Option(help="For features: least share of a reader's input.")] = 0.0,
     mass: Annotated[float, typer.Option(help="For features: share that a reader's edges hold.")] = 1.0,
     memory: Annotated[float, typer.Option(help="For features: bytes for the sums of one module.")] = 4e9,
-    n_check: Annotated[int, typer.Option(help="For features: tokens to judge the whole graph on.")] = 128,
+    n_check: Annotated[
+        int, typer.Option(help="For features: tokens to judge the whole graph on, or 0.")
+    ] = 128,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew, not from unfinished work.")] = False,
     debug: Debug = False,
 ) -> None:
