@@ -98,7 +98,7 @@ def _say_summary(graph: Any, seconds: float, folder: Path) -> None:
 
 # %% ../nbs/90_cli.ipynb #cli52
 def _say_faithfulness(graph: Any, cut: Any, other: Any, reference: Any) -> None:
-    "How faithful a graph of features is with all of its edges, on another text."
+    "Say how faithful a graph of features is with all of its edges on a text."
     from circuitgraph.ablation.judge import ablation_curve
     from circuitgraph.ablation.values import Mean
 

@@ -380,14 +380,6 @@ def _real_positions(text: Tensor, lengths: Tensor | None) -> Bool[Tensor, "seq p
     return torch.arange(n_pos) < lengths[:, None]
 
 
-def _mean_rows(length: int, n_pos: int | None, n_apart: int | None) -> Int[Tensor, " pos"]:
-    "Of each position of a text, the mean that it counts to."
-    if n_pos is None:
-        return torch.zeros(length, dtype=torch.long)
-    apart = length if n_apart is None else n_apart
-    return torch.arange(length).clamp_max(apart)
-
-
 def _batches(text: Tensor, real: Tensor, run: Run, desc: str) -> Iterator[tuple[Tensor, Tensor]]:
     "Sequences and their real positions, some at a time."
     size = run.sequences_at_a_time(text)
@@ -431,14 +423,14 @@ def mean_features(
     parts: Sequence[Part],
     text: Int[Tensor, "seq pos"],
     *,
-    n_pos: int | None = None,  # positions of the result; None for one, the mean of all
-    n_apart: int | None = None,  # positions at the start with a mean of their own, the rest one; None: all
+    n_pos: int = 1,  # positions of the result
+    n_apart: int = 0,  # each of the first positions has a mean of its own, the rest one together
     lengths: Int[Tensor, " seq"] | None = None,  # tokens of each sequence, where shorter ones are padded
     run: Run = Run(),
-) -> FeatureTrace:  # of one sequence, or of one position
+) -> FeatureTrace:  # of one sequence
     "What nodes write on average over a text."
     real = _real_positions(text, lengths)
-    row = _mean_rows(text.shape[1], n_pos, n_apart)
+    row = torch.arange(text.shape[1]).clamp_max(n_apart)  # of each position among the means
     sums: dict[str, dict[str, Tensor]] = {"acts": {}, "dense": {}}
     for tokens, is_real in _batches(text, real, run, "mean values"):
         trace = trace_features(model, parts, tokens)
@@ -448,7 +440,7 @@ def mean_features(
                 sum_of_rows = x.new_zeros(int(row[-1]) + 1, x.shape[1]).index_add(0, row.to(x.device), x)
                 total[name] = total.get(name, 0) + sum_of_rows
     count = torch.zeros(int(row[-1]) + 1).index_add(0, row, real.sum(0).float())
-    shown = torch.arange(n_pos or 1).clamp_max(row[-1])  # the row of each position of the result
+    shown = torch.arange(n_pos).clamp_max(row[-1])  # the row of each position of the result
 
     def average(total: dict[str, Tensor]) -> dict[str, Tensor]:
         means = {}
@@ -467,9 +459,8 @@ class Cut:
     Its nodes stand in the order of computation, `logits` last. `rule` says which ports a reader has and
     whether attention patterns are frozen; nothing else of it matters here."""
 
-    n_apart: ClassVar[int] = (
-        0  # first positions that have a mean of their own, where ablated edges carry means
-    )
+    # first positions with a mean of their own, where ablated edges carry means
+    n_apart: ClassVar[int] = 0
     model: Model
     rule: Attribution = field(default_factory=Attribution, kw_only=True)
 
@@ -492,12 +483,17 @@ class Cut:
         text: Int[Tensor, "seq pos"],
         *,
         n_pos: int | None = None,  # positions of the result; None for one, the mean of all
-        n_apart: int
-        | None = None,  # positions at the start with a mean of their own, the rest one; None: all
+        n_apart: int | None = None,  # of them, the first with a mean of their own; None for all
         lengths: Int[Tensor, " seq"] | None = None,  # tokens of each sequence, where shorter ones are padded
         run: Run = Run(),
     ) -> Any:
         "What each node writes on average over a text."
+        if n_pos is None:
+            return self._mean(text, 1, 0, lengths, run)
+        apart = text.shape[1] if n_apart is None else n_apart
+        return self._mean(text, n_pos, apart, lengths, run)
+
+    def _mean(self, text: Tensor, n_pos: int, n_apart: int, lengths: Tensor | None, run: Run) -> Any:
         raise NotImplementedError
 
 # %% ../nbs/50_cut.ipynb #cut24
@@ -525,19 +521,10 @@ class ModuleCut(Cut):
         "What each module reads and writes in the model's own run."
         return trace_modules(self.model, tokens, self.grain)
 
-    def mean(
-        self,
-        text: Int[Tensor, "seq pos"],
-        *,
-        n_pos: int | None = None,
-        n_apart: int | None = None,
-        lengths: Int[Tensor, " seq"] | None = None,
-        run: Run = Run(),
-    ) -> Float[Tensor, "one pos writer d_model"]:
-        "What each module writes on average over a text."
-        apart = 0 if n_pos is None else text.shape[1] if n_apart is None else n_apart
-        mean = trace_mean(self.model, text, self.grain, skip_first=apart, lengths=lengths, run=run)
-        shown = torch.arange(n_pos or 1).clamp_max(text.shape[1] - 1)
+    def _mean(self, text: Tensor, n_pos: int, n_apart: int, lengths: Tensor | None, run: Run) -> Tensor:
+        "What each module writes on average, `[one pos writer d_model]`."
+        mean = trace_mean(self.model, text, self.grain, skip_first=n_apart, lengths=lengths, run=run)
+        shown = torch.arange(n_pos).clamp_max(text.shape[1] - 1)
         return mean.writes[:, shown.to(self.model.device)]
 
 # %% ../nbs/50_cut.ipynb #cut37
@@ -606,16 +593,8 @@ class FeatureCut(Cut):
         "What each node writes and each module reads in the model's own run."
         return trace_features(self.model, self.parts, tokens)
 
-    def mean(
-        self,
-        text: Int[Tensor, "seq pos"],
-        *,
-        n_pos: int | None = None,
-        n_apart: int | None = None,
-        lengths: Int[Tensor, " seq"] | None = None,
-        run: Run = Run(),
-    ) -> FeatureTrace:
-        "What each node writes on average over a text."
+    def _mean(self, text: Tensor, n_pos: int, n_apart: int, lengths: Tensor | None, run: Run) -> FeatureTrace:
+        "What each node writes on average."
         options = {"n_pos": n_pos, "n_apart": n_apart, "lengths": lengths}
         return mean_features(self.model, self.parts, text, run=run, **options)
 

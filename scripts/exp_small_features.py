@@ -88,7 +88,7 @@ def main() -> None:
     file = options.out / "parents.csv"
     for module in options.modules:
         if not has_row(file, module=module):
-            curve = in_degree_curve(model, graph, module, text, (0, 3, 10, 30), **settings)
+            curve = in_degree_curve(model, graph, module, text, (3, 10, 30), **settings)
             add_row(file, curve.assign(module=module, n_tokens=text.numel()))
     file = options.out / "small_features.csv"
     for (rule, n_fine), mask in list_graphs(graph, options.budgets).items():

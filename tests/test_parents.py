@@ -66,7 +66,7 @@ def test_with_every_edge_the_code_is_the_models():
     graph = every_edge(model, tokens, dictionaries)
     options = {"dictionaries": dictionaries, "judging": Judging(skip_first=0, run=QUIET)}
     for value in ("mean", Zero()):
-        curve = in_degree_curve(model, graph, "m1", tokens, (0,), value=value, **options)
+        curve = in_degree_curve(model, graph, "m1", tokens, (), value=value, **options)
         none, whole = curve.iloc[0], curve.iloc[1]
         assert none["worth"] == 0 and none["per_feature"] == 0 and none["moved"] > 1e-3
         assert abs(whole["worth"] - 1) < 1e-9 and whole["moved"] < 1e-18
@@ -83,11 +83,11 @@ def test_the_largest_edges_are_kept():
     one = graph.edges["source"] == "m0/err"
     edges = graph.edges.assign(abs_weight=one.astype(float))
     options = {"dictionaries": dictionaries, "judging": Judging(run=QUIET)}
-    first = in_degree_curve(model, Graph(graph.nodes, edges, graph.meta), "m1", tokens, (1,), **options)
+    ranked = Graph(graph.nodes, edges, graph.meta)
+    first = in_degree_curve(model, ranked, "m1", tokens, (1,), **options).set_index("n_edges")
     only = Graph(graph.nodes, graph.edges[one].reset_index(drop=True), graph.meta)
-    alone = in_degree_curve(model, only, "m1", tokens, (), **options)
-    columns = ["per_feature", "unexplained", "moved", "recall", "worth"]
-    assert (first[columns].iloc[:1] == alone[columns]).all(axis=None) and first["per_feature"][0] == 1
+    alone = in_degree_curve(model, only, "m1", tokens, (), **options).set_index("n_edges")
+    assert first.loc[1].equals(alone.loc[1]) and first["per_feature"][1] == 1
 
 
 def test_requests_that_can_not_be_met_are_refused():
@@ -103,13 +103,11 @@ def test_requests_that_can_not_be_met_are_refused():
         in_degree_curve(
             model, graph, "m1", tokens, (-1,), dictionaries=dictionaries, judging=Judging(run=QUIET)
         )
-    with pytest.raises(ValueError, match="by must be"):
-        in_degree_curve(
-            model,
-            graph,
-            "m1",
-            tokens,
-            Budgets([1], by="size"),
-            dictionaries=dictionaries,
-            judging=Judging(run=QUIET),
-        )
+    for budgets, words in (
+        (Budgets([1], by="size"), "by must be"),
+        (Budgets([1], "greedy"), "method must be"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            in_degree_curve(
+                model, graph, "m1", tokens, budgets, dictionaries=dictionaries, judging=Judging(run=QUIET)
+            )

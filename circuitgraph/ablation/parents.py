@@ -61,6 +61,11 @@ def cut_code(
     return change + run.ablated_value("acts", part.module)
 
 # %% ../../nbs/66_parents.ipynb #par10
+def _directions(cut: FeatureCut, part: Part) -> Float[Tensor, "d_dict d_model"]:
+    "The directions of a part's features, without its error node."
+    return cut.table[part.first : part.first + part.n_nodes - 1]
+
+
 def _losses_with(
     cut: FeatureCut, part: Part, tokens: Tensor, change: Float[Tensor, "batch pos d_model"]
 ) -> Float[Tensor, "batch pos"]:
@@ -83,7 +88,7 @@ def _cut_codes(
     "The code and the losses of the model, then of each selection; and what the module writes."
     ablated = values.average if values.other is None else cut.trace(values.other)
     run, clean = run_as_model(cut, tokens, ablated)
-    own, W_dec = clean.acts[part.module], cut.table[part.first : part.first + part.n_nodes - 1]
+    own, W_dec = clean.acts[part.module], _directions(cut, part)
     codes = [own, *(cut_code(run, part, edges) for edges in selections)]
     losses = [_losses_with(cut, part, tokens, (code - own) @ W_dec) for code in codes]
     output = own @ W_dec + clean.dense[f"{part.module}/err"]
@@ -145,12 +150,14 @@ def _largest_edges(graph: Graph, names: Sequence[str], n: int, by: str) -> Graph
     return graph.keep(rank <= n)
 
 
-def _read_sizes(n_edges: Sequence[int] | Budgets, most: int) -> list[int]:
-    "Numbers of edges, the largest in-degree last. Raises ValueError for numbers below zero."
-    sizes = list((n_edges.n_edges or ()) if isinstance(n_edges, Budgets) else n_edges)
+def _read_sizes(budgets: Budgets, most: int) -> list[int]:
+    "Numbers of edges from none to the largest in-degree. Raises ValueError for bad numbers and rules."
+    sizes = list(budgets.n_edges or ())
     if any(n < 0 for n in sizes):
         raise ValueError(f"n_edges must hold numbers of at least 0, got {sizes}")
-    return [*sizes, most]
+    if budgets.method not in (None, "top"):
+        raise ValueError(f"method must be 'top', the largest edges into each feature, got {budgets.method!r}")
+    return sorted({0, *(n for n in sizes if n < most), most})
 
 
 def _find_part(cut: Cut, module: str) -> Part:
@@ -170,12 +177,12 @@ def in_degree_curve(
     graph: Graph,  # of features
     module: str,  # with a dictionary: "m10"
     data: Int[Tensor, "seq pos"] | Corpus,  # a text
-    n_edges: Sequence[int] | Budgets = (0, 1, 3, 10, 30, 100),  # kept into each feature, the largest
+    n_edges: Sequence[int] | Budgets = (1, 3, 10, 30, 100),  # kept into each feature, the largest
     *,
     dictionaries: Mapping[str, Dictionary],  # by module: those that the graph was built with
     value: str | AblatedValue = "mean",  # what ablated edges carry
     judging: Judging = Judging(),  # its positions skipped, seed and run
-) -> pd.DataFrame:  # a row for each number of edges, and one for the largest in-degree, which is all
+) -> pd.DataFrame:  # a row for each number of edges, for none, and for the largest in-degree, which is all
     """How well the features of one module are computed from few edges each, the rest being the model's.
 
     Columns: n_edges, per_feature (edges into an average feature that has any), unexplained and moved
@@ -190,18 +197,19 @@ def in_degree_curve(
     assert isinstance(cut, FeatureCut)
     names = cut.names[part.first : part.first + part.n_nodes - 1]
     in_degree = np.bincount(end_codes(graph)[1], minlength=len(graph.nodes))
-    sizes = _read_sizes(n_edges, int(in_degree[graph.nodes["name"].isin(names).to_numpy()].max()))
-    by = (isinstance(n_edges, Budgets) and n_edges.by) or "abs_weight"
-    graphs = [_largest_edges(graph, names, n, by) for n in (0, *sizes)]
+    is_reader = graph.nodes["name"].isin(names).to_numpy()
+    budgets = n_edges if isinstance(n_edges, Budgets) else Budgets(n_edges)
+    sizes = _read_sizes(budgets, int(in_degree[is_reader].max()))
+    graphs = [_largest_edges(graph, names, n, budgets.by or "abs_weight") for n in sizes]
     selections = [select(cut, kept) for kept in graphs]
     text = AblatedText(tokens, run=judging.run)
     values = read_value(value, judging.seed).fix(cut, text)
-    (model_code, none, *found), output = _cut_text(cut, part, selections, text, values, judging.skip_first)
-    (own, of_model), (_, of_none) = model_code, none
-    W_dec, table = cut.table[part.first : part.first + len(names)], []
-    for n, kept, (code, loss) in zip(sizes, graphs[1:], found, strict=True):
+    (of_model, *found), output = _cut_text(cut, part, selections, text, values, judging.skip_first)
+    own, loss_of_model = of_model
+    loss_of_none, table = found[0][1], []
+    for n, kept, (code, loss) in zip(sizes, graphs, found, strict=True):
         n_read = kept.edges["target"].nunique()
         row = {"n_edges": n, "per_feature": len(kept) / max(n_read, 1)}
-        row |= _compare_codes(code, own, output, W_dec)
-        table.append(row | {"worth": (of_none - loss) / (of_none - of_model)})
+        row |= _compare_codes(code, own, output, _directions(cut, part))
+        table.append(row | {"worth": (loss_of_none - loss) / (loss_of_none - loss_of_model)})
     return pd.DataFrame(table)
