@@ -316,6 +316,8 @@ class Activity:
     vectors: dict[str, Float[Tensor, "n active d_model"]] = field(default_factory=dict)
     # gradient of a metric at what each part writes and at what "logits" reads, if edges are weighed by that
     effect: dict[str, Float[Tensor, "n d_model"]] = field(default_factory=dict)
+    # silent features that read all the same; -1 pads positions with fewer
+    silent: dict[str, Int[Tensor, "n silent"]] = field(default_factory=dict)
 
 # %% ../nbs/50_cut.ipynb #cut18
 def _scale_after(model: Model, kind: str, layer: int, x: Tensor) -> Tensor | None:
@@ -343,9 +345,36 @@ def _add_codes(activity: Activity, part: Part, output: Tensor, codes: Tensor) ->
         activity.bias[module] = activity.bias[module] + bias
     activity.dense[module] = output.flatten(0, 1) - written - bias
 
+# %% ../nbs/50_cut.ipynb #cut18b
+def _list_silent(
+    part: Part,
+    read: Float[Tensor, "n d_in"],  # what the encoder reads
+    codes: Float[Tensor, "n d_dict"],
+    n_silent: int | None,  # features a position; None for all
+) -> Int[Tensor, "n silent"]:  # -1 where a position has fewer
+    "The silent features of highest pre-activation. Raises ValueError for an encoder that is not affine."
+    known = part.structure
+    if not part.closed or known is None or known.W_enc is None or known.b_enc is None or known.gate is None:
+        raise ValueError(
+            f"n_silent must be 0 with {part.dictionary!r}, got {n_silent}: silent features read through "
+            "their pre-activations, so encoder (before its gate) and decoder must be affine"
+        )
+    pre = read @ known.W_enc + known.b_enc
+    height = pre.abs() if known.gate.kind == "abstopk" else pre
+    height = height.masked_fill(codes != 0, -torch.inf)
+    n_features = codes.shape[1]
+    size = n_features if n_silent is None else min(n_silent, n_features)
+    highest = height.topk(size, sorted=False)
+    return highest.indices.masked_fill(highest.values == -torch.inf, -1)
+
 # %% ../nbs/50_cut.ipynb #cut19
 @torch.no_grad()
-def read_activity(model: Model, tokens: Int[Tensor, "batch pos"], parts: Sequence[Part]) -> Activity:
+def read_activity(
+    model: Model,
+    tokens: Int[Tensor, "batch pos"],
+    parts: Sequence[Part],
+    n_silent: int | None = 0,  # silent features of each part that read at a position; None for all
+) -> Activity:
     "Run the model and encode what its modules write, in compact form."
     dense = {}
     for name, x in embed_tokens(model, tokens).items():
@@ -362,6 +391,10 @@ def read_activity(model: Model, tokens: Int[Tensor, "batch pos"], parts: Sequenc
             _add_codes(activity, part, output, codes)
         if part.kind == "embed":
             return
+        if codes is not None and n_silent != 0:
+            read = output if part.reads == "output" else places[part.reads]
+            silent = _list_silent(part, read.flatten(0, 1), codes.flatten(0, 1), n_silent)
+            activity.silent[module] = silent
         x = places["input"]
         if place not in scales:
             scales[place] = _scale_after(model, part.kind, part.layer, x)
@@ -626,7 +659,10 @@ def _open_features(
 ) -> FeatureCut:
     "The cut of a graph of features, all positions together, with the dictionaries that it was built with."
     if meta.get("positions", "sum") != "sum":
-        raise ValueError(f"graph must be one over all positions, got positions={meta['positions']!r}")
+        raise ValueError(
+            f"graph must be one over all positions, got positions={meta['positions']!r}: judge the graph of "
+            "a prompt with judge_prompt (circuitgraph.ablation.prompts)"
+        )
     wanted = meta.get("dictionaries", {})
     if set(dictionaries) != set(wanted):
         raise ValueError(

@@ -20,6 +20,7 @@ import torch
 
 from circuitgraph.ablation.judge import faithfulness, measure, open_judge
 from circuitgraph.ablation.selection import draw_among_nodes, select
+from circuitgraph.ablation.values import AblatedValue, Mean, Resample
 from circuitgraph.build.build import build_graph, complete_graph
 from circuitgraph.cut import ModuleCut, cut_model
 from circuitgraph.data.corpus import load_corpus
@@ -33,6 +34,7 @@ from circuitgraph.options import Judging, Run
 ROOT = Path(__file__).resolve().parent.parent
 Graphs = list[tuple[str, float, Graph]]  # rule, share of the edges, graph
 SHARES = (0.01, 0.03, 0.1)
+APART = Mean(n_apart=1)  # the first position has a mean of its own
 RULES = {
     "largest weight": Top(),
     "largest signed weight": Top(signed=True),
@@ -75,15 +77,17 @@ def list_graphs(cut: ModuleCut, whole: Graph, searched: Graph) -> Iterator[tuple
             yield "random among the search's nodes", share, draw_graph(cut, small, seed)
 
 
-def judge(cut: ModuleCut, graphs: Graphs, text: torch.Tensor, value: str, seed: int) -> pd.DataFrame:
+def judge(
+    cut: ModuleCut, graphs: Graphs, text: torch.Tensor, value: AblatedValue, seed: int
+) -> pd.DataFrame:
     "The faithfulness of each graph under one ablated value, with its interval."
     opened = open_judge(cut, text, value, Judging(seed=seed))
     selections = [select(cut, graph) for _, _, graph in graphs]
-    scores = measure(opened, [selections[0].none(), *selections], desc=value)
+    scores = measure(opened, [selections[0].none(), *selections], desc=value.name)
     own, none, metric = scores["metric"][0], scores["metric"][1], scores["metric"][2:]
     low, high = opened.interval(faithfulness, metric, own, none)
     columns = {"rule": [rule for rule, _, _ in graphs], "share": [share for _, share, _ in graphs]}
-    columns |= {"value": value, "n_edges": [len(graph) for _, _, graph in graphs]}
+    columns |= {"value": value.name, "n_edges": [len(graph) for _, _, graph in graphs]}
     columns |= {"faithfulness": faithfulness(metric, own, none), "low": low, "high": high}
     columns |= {name: scores[name][2:].mean(1) for name in ("kl", "ce")}
     return pd.DataFrame(columns).assign(ce_model=-float(own.mean()), n_inputs=len(text))
@@ -95,7 +99,7 @@ def main() -> None:
     )
     parser.add_argument("--held-out", required=True, help="a text file to judge on")
     parser.add_argument("--n-judged", type=int, default=16, help="sequences of 64 tokens to judge on")
-    parser.add_argument("--n-steps", type=int, default=24, help="steps for each budget of the search")
+    parser.add_argument("--n-steps", type=int, default=32, help="steps for each budget of the search")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "nbs/results/small_text.csv")
     args = parser.parse_args()
@@ -107,8 +111,8 @@ def main() -> None:
     search = partial(
         search_gates,
         n_edges=[round(share * len(whole)) for share in SHARES],
-        start=whole,
-        config=GateConfig(n_steps=args.n_steps, shrink=0.09),
+        value=APART,
+        config=GateConfig(n_steps=args.n_steps),
         judging=Judging(seed=args.seed, run=Run(batch_size=4, checkpoint=folder / "unfinished")),
     )
     searched = keep_or_build(folder / "searched", lambda: search(model, found_on))
@@ -120,7 +124,7 @@ def main() -> None:
         for rule, share, graph in graphs
         if rule == "search"
     ]
-    tables = [judge(cut, [*graphs, *half], judged_on, value, args.seed) for value in ("mean", "resample")]
+    tables = [judge(cut, [*graphs, *half], judged_on, value, args.seed) for value in (APART, Resample())]
     with replace_file(args.out) as partial_table:
         pd.concat(tables).round(5).to_csv(partial_table, index=False)
 

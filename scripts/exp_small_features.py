@@ -3,11 +3,19 @@
     make graph
     python scripts/exp_small_features.py --held-out wikitext-2-test.txt
 
-Takes the feature graph of SmolLM2's layers 8 to 11 that `make graph` saves, and judges it on another text:
-whole; with its coarse edges only (those at a node that is no feature); and with these and some edges between
-features, in the order of influence or at random. Writes nbs/results/small_features.csv, a row for each graph,
-and nbs/results/parents.csv, in-degree curves of some modules. A second run goes on after the rows that are
-there. CPU time on one core: 5 minutes a row, 3 minutes a module.
+First it writes nbs/results/parents.csv: in-degree curves of modules with an autoencoder and with a
+transcoder, on another text than they were built on. The autoencoders are those of `make graph`; the
+transcoders are trained here. Of each module and kind there are four curves: parents ranked by weights at the
+positions where a feature is active, by weights at all positions, and by how far these spread, and as many
+parents drawn at random.
+
+Then it takes the feature graph of SmolLM2's layers 8 to 11 that `make graph` saves, and judges it on that
+text: whole; with its coarse edges only (those at a node that is no feature); and with these and some edges
+between features, in the order of influence or at random. It writes nbs/results/small_features.csv, a row for
+each graph.
+
+A second run goes on after the rows that are there. CPU time on one core: 4 minutes a transcoder, 1 to 5
+minutes a curve, 5 minutes a graph.
 """
 
 import argparse
@@ -19,16 +27,32 @@ import pandas as pd
 from circuitgraph.ablation.judge import ablation_curve
 from circuitgraph.ablation.parents import in_degree_curve
 from circuitgraph.ablation.values import Mean
+from circuitgraph.attribution.method import Attribution
+from circuitgraph.build.build import build_feature_graph
+from circuitgraph.cut import cut_model
 from circuitgraph.data.corpus import load_corpus
+from circuitgraph.dictionary.protocol import Dictionary
 from circuitgraph.dictionary.store import load_dictionaries
+from circuitgraph.dictionary.train import train_dictionaries
+from circuitgraph.dictionary.trainer import TrainConfig
 from circuitgraph.graph.graph import Graph
 from circuitgraph.graph.influence import add_influence
 from circuitgraph.graph.tables import replace_file
+from circuitgraph.model.blocks import Model
 from circuitgraph.model.loading import load_model
-from circuitgraph.options import Judging, Run
+from circuitgraph.options import Budgets, Judging, Pruning, Run
 
 ROOT = Path(__file__).resolve().parent.parent
-DICTIONARIES = Path.home() / ".cache/circuitgraph/dictionaries/smollm2-135m-layers-8-11"
+CACHE = Path.home() / ".cache/circuitgraph/dictionaries"
+QUIET = Run(progress=False)
+N_EDGES = (3, 10, 30, 100)
+# curves of a module: silent features that read, what parents are ranked by, how they are chosen
+CURVES = {
+    "where active": (0, "abs_weight", "top"),
+    "at all positions": (None, "abs_weight", "top"),
+    "spread": (None, "spread", "top"),
+    "random": (None, "abs_weight", "random"),
+}
 
 
 def is_fine(graph: Graph) -> np.ndarray:
@@ -70,26 +94,88 @@ def has_row(file: Path, **values: object) -> bool:
     return bool((table[list(values)] == pd.Series(values)).all(axis=1).any())
 
 
+def list_dictionaries(
+    model: Model, module: str, kind: str, options: argparse.Namespace
+) -> dict[str, Dictionary]:
+    "A dictionary of the module, and autoencoders of the modules from layer 8 on that it reads."
+    every = [f"{place}{layer}" for layer in range(8, int(module[1:]) + 1) for place in "am"]
+    before = every[: every.index(module)]
+    found = dict(load_dictionaries(options.dictionaries, model, modules=before)) if before else {}
+    if kind == "autoencoder":
+        return found | dict(load_dictionaries(options.dictionaries, model, modules=[module]))
+    text = load_corpus("default", model, 50_000, seq_len=128)
+    config = TrainConfig(n_steps=600, transcode=True)
+    trained = train_dictionaries(model, text, options.modules, config, out=options.transcoders)
+    return found | {module: trained[module]}
+
+
+def weigh_parents(
+    model: Model, module: str, dictionaries: dict[str, Dictionary], n_silent: int | None, folder: Path
+) -> Graph:
+    "The largest edges into each feature of a module; kept in a folder."
+    if folder.exists():
+        return Graph.load(folder)
+    cut = cut_model(model, dictionaries)
+    text = load_corpus("default", model, 512, seq_len=128)
+    rule, pruning = Attribution(n_silent=n_silent), Pruning(n_edges=max(N_EDGES))
+    graph = build_feature_graph(cut, text, rule, pruning, QUIET, into=(module,))
+    graph.save(folder)
+    return graph
+
+
+def add_parents(model: Model, module: str, kind: str, options: argparse.Namespace) -> None:
+    "Add the curves of a module to the table of parents."
+    file = options.out / "parents.csv"
+    for name, (n_silent, by, method) in CURVES.items():
+        if has_row(file, module=module, kind=kind, parents=name):
+            continue
+        dictionaries = list_dictionaries(model, module, kind, options)
+        readers = "all" if n_silent is None else "active"
+        folder = options.graphs / f"{module}-{kind}-{readers}"
+        graph = weigh_parents(model, module, dictionaries, n_silent, folder)
+        text = load_corpus(options.held_out, model, options.n_tokens, seq_len=32)
+        settings = {
+            "value": Mean(load_corpus("default", model, 1024, seq_len=128)),
+            "dictionaries": dictionaries,
+        }
+        budgets = Budgets(N_EDGES, method, by)
+        curve = in_degree_curve(model, graph, module, text, budgets, judging=Judging(run=QUIET), **settings)
+        row = {"module": module, "kind": kind, "parents": name, "n_tokens": text.numel(), "n_seq": len(text)}
+        add_row(file, curve.assign(**row))
+        print(module, kind, name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--held-out", required=True, help="a text file that nothing was built on")
     parser.add_argument("--graph", type=Path, default=ROOT / "graphs/smollm2-features")
-    parser.add_argument("--dictionaries", type=Path, default=DICTIONARIES)
+    parser.add_argument("--dictionaries", type=Path, default=CACHE / "smollm2-135m-layers-8-11")
+    parser.add_argument("--transcoders", type=Path, default=CACHE / "smollm2-135m-transcoders")
+    parser.add_argument(
+        "--graphs", type=Path, default=ROOT / "graphs/parents", help="folder of graphs of parents"
+    )
     parser.add_argument("--n-tokens", type=int, default=256)
     parser.add_argument("--budgets", type=int, nargs="*", default=[10_000, 30_000])
-    parser.add_argument("--modules", nargs="*", default=["m8", "a10", "m10"])
+    parser.add_argument("--modules", nargs="*", default=["m8", "m10"], help="MLPs of layers 8 to 11")
+    parser.add_argument("--kinds", nargs="*", default=["transcoder", "autoencoder"])
+    parser.add_argument("--parents-only", action="store_true", help="stop after the table of parents")
     parser.add_argument("--out", type=Path, default=ROOT / "nbs/results")
     options = parser.parse_args()
-    model, graph = load_model("smollm2-135m"), Graph.load(options.graph)
+    model = load_model("smollm2-135m")
+    for kind in options.kinds:
+        for module in options.modules:
+            add_parents(model, module, kind, options)
+    if not options.parents_only:
+        judge_graphs(model, options)
+
+
+def judge_graphs(model: Model, options: argparse.Namespace) -> None:
+    "Add the graphs of features to their table."
+    graph = Graph.load(options.graph)
     dictionaries = load_dictionaries(options.dictionaries, model, modules=graph.meta["dictionaries"])
     text = load_corpus(options.held_out, model, options.n_tokens, seq_len=64)
     mean = Mean(load_corpus("default", model, 4096, seq_len=128))
-    settings = {"value": mean, "dictionaries": dictionaries, "judging": Judging(run=Run(progress=False))}
-    file = options.out / "parents.csv"
-    for module in options.modules:
-        if not has_row(file, module=module):
-            curve = in_degree_curve(model, graph, module, text, (3, 10, 30), **settings)
-            add_row(file, curve.assign(module=module, n_tokens=text.numel()))
+    settings = {"value": mean, "dictionaries": dictionaries, "judging": Judging(run=QUIET)}
     file = options.out / "small_features.csv"
     for (rule, n_fine), mask in list_graphs(graph, options.budgets).items():
         if not has_row(file, rule=rule, n_fine=n_fine):

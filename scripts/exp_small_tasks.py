@@ -3,10 +3,11 @@
     python scripts/exp_small_tasks.py
 
 For each task, graphs of heads and MLPs of SmolLM2 are found on some prompts and judged on others: by EAP-IG
-with its edges ordered in three ways, by a search (`search_gates`) that sees neither answers nor metric, and
-at random among the nodes that the search chose. Writes nbs/results/small_tasks.csv, one row a task, rule and
-budget. A second run takes the tasks that are there, and goes on with a search that was stopped. CPU time on
-one core: 10 minutes a task.
+with its edges ordered in three ways, by other methods with their largest edges, by a search (`search_gates`)
+that sees neither answers nor metric, at random among the nodes that the search chose, and by EAP-IG with
+answers that belong to other prompts. Writes nbs/results/small_tasks.csv, one row a task, rule and budget. A
+second run takes the tasks that are there, and goes on with a search that was stopped. CPU time on one core:
+15 minutes a task.
 """
 
 import argparse
@@ -14,29 +15,31 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from circuitgraph.ablation.judge import faithfulness, measure, open_judge
 from circuitgraph.ablation.selection import select
-from circuitgraph.build.build import build_graph
 from circuitgraph.cut import ModuleCut, cut_model
 from circuitgraph.data.prompts import load_task
 from circuitgraph.data.task import Task
 from circuitgraph.graph.graph import Graph
 from circuitgraph.graph.select import Top, select_edges
 from circuitgraph.graph.tables import replace_file
+from circuitgraph.methods.compare import list_methods
 from circuitgraph.methods.gates import GateConfig, search_gates
 from circuitgraph.model.loading import load_model
 from circuitgraph.options import Judging, Run
 from exp_small import draw_graph, keep_or_build
 
 ROOT = Path(__file__).resolve().parent.parent
-TASKS = ("agreement", "ioi", "greater-than")
+TASKS = ("ioi", "greater-than", "agreement", "induction", "pronoun", "successor")
 BUDGETS = (10_000, 3_000, 1_000, 300)
 RULES = {
     "EAP-IG, largest weight": Top(),
     "EAP-IG, largest signed weight": Top(signed=True),
     "EAP-IG, greedy": "greedy",
 }
+OTHERS = ("EAP", "RelP", "AtP, exact softmax", "flow, per prediction")
 
 
 def drop_known(task: Task, known: Task, n: int) -> Task:
@@ -50,26 +53,33 @@ def drop_known(task: Task, known: Task, n: int) -> Task:
     return replace(task, **kept)
 
 
+def shuffle_answers(task: Task, seed: int = 0) -> Task:
+    "A task in which each prompt has the answers of another."
+    order = torch.randperm(len(task), generator=torch.Generator().manual_seed(seed))
+    return replace(task, answers=task.answers[order], wrong=task.wrong[order])
+
+
 def find_graphs(cut: ModuleCut, task: Task, folder: Path, n_steps: int) -> list[tuple[str, int, Graph]]:
     "Each rule's graph at each budget."
-    model = cut.model
-
-    def build() -> Graph:
-        return build_graph(model, task, nodes="head", attribution="eap-ig", target="metric")
+    model, methods = cut.model, list_methods("head", "corrupted")
 
     def search() -> Graph:
-        run = Run(batch_size=8, checkpoint=folder / "unfinished")
-        config = GateConfig(n_steps=n_steps, shrink=0.09)
-        return search_gates(
-            model, task, n_edges=BUDGETS, value="corrupted", config=config, judging=Judging(run=run)
-        )
+        judging = Judging(run=Run(batch_size=8, checkpoint=folder / "unfinished"))
+        config = GateConfig(n_steps=n_steps)
+        return search_gates(model, task, n_edges=BUDGETS, value="corrupted", config=config, judging=judging)
 
-    attributed = keep_or_build(folder / "eap-ig", build)
+    def keep(name: str, data: Task) -> Graph:
+        file = name.replace(", ", "-").replace(" ", "-")
+        return keep_or_build(folder / file, lambda: methods[name.split("; ")[0]](model, data, "head"))
+
+    attributed = keep("EAP-IG", task)
+    others = {name: keep(name, task) for name in OTHERS}
+    others["EAP-IG, answers of other prompts"] = keep("EAP-IG; shuffled", shuffle_answers(task))
     searched = keep_or_build(folder / "searched", search)
     graphs = []
     for n_edges in BUDGETS:
-        for name, rule in RULES.items():
-            graphs.append((name, n_edges, select_edges(attributed, n_edges, rule)))
+        graphs += [(name, n_edges, select_edges(attributed, n_edges, rule)) for name, rule in RULES.items()]
+        graphs += [(name, n_edges, select_edges(graph, n_edges, Top())) for name, graph in others.items()]
         small = searched.top_edges(n_edges)
         graphs.append(("search", n_edges, small))
         graphs.append(("random among the search's nodes", n_edges, draw_graph(cut, small, 0)))
@@ -100,7 +110,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--n-found", type=int, default=32, help="prompts to find graphs on")
     parser.add_argument("--n-judged", type=int, default=64, help="other prompts to judge on")
-    parser.add_argument("--n-steps", type=int, default=24, help="steps for each budget of the search")
+    parser.add_argument("--n-steps", type=int, default=32, help="steps for each budget of the search")
     parser.add_argument("--out", type=Path, default=ROOT / "nbs/results/small_tasks.csv")
     args = parser.parse_args()
     model = load_model("smollm2-135m")

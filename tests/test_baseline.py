@@ -1,6 +1,7 @@
 """The other ways to draw a graph: each against the definition of what it computes, on models small enough
 to do it by hand."""
 
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +16,7 @@ from circuitgraph.ablation.values import AblatedText, read_value
 from circuitgraph.cut import cut_model
 from circuitgraph.methods import compare
 from circuitgraph.methods.compare import Comparing, list_methods
-from circuitgraph.methods.flow import Proximity, trace_flow
+from circuitgraph.methods.flow import Proximity, trace_flow, trace_routes
 from circuitgraph.methods.masks import MaskConfig, integrate_masks, learn_masks, prune_greedily
 from circuitgraph.methods.patching import patch_edges, patch_nodes, patch_ports, random_graph, logit_lens
 from circuitgraph.methods.patching import score_graph
@@ -25,7 +26,7 @@ from circuitgraph.build.modules import list_edges
 from circuitgraph.dictionary.places import visit_modules
 from circuitgraph.attribution.metric import final_gradients, score_task, write_gradients
 from circuitgraph.model.blocks import apply_norm, attention_mask, project_heads, rotary_tables, rotate
-from circuitgraph.model.blocks import run_logits
+from circuitgraph.model.blocks import freeze_block, project_qkv, run_logits
 from circuitgraph.model.loading import TINY_MODELS, tiny_model
 from circuitgraph.model.modules import embed_tokens, list_readers, trace_modules
 from circuitgraph.data.task import Task
@@ -380,6 +381,116 @@ def test_flow_by_hand():
         assert all(np.isclose(into[w], s) for w, s in wanted.items())
 
 
+def hand_shares(parts, whole):
+    "The share of each part in a sum, by the L1 proximity."
+    near = {}
+    for name, part in parts.items():
+        near[name] = max(float(whole.abs().sum() - (whole - part).abs().sum()), 1e-6)
+    return {name: size / sum(near.values()) for name, size in near.items()}
+
+
+def hand_streams(model, trace, nodes, p):
+    "Shares of the writers in what each reader reads at a position, passed on from module to module."
+    readers, writers = list_readers(model, nodes)
+    written = dict(zip(writers, trace.writes[0, p], strict=True))
+    first = writers[: readers[0].n_before]
+    stream = sum(written[w] for w in first)
+    shares, found = hand_shares({w: written[w] for w in first}, stream), {}
+    for reader in readers:
+        found[reader.module] = dict(shares)
+        if reader.kind == "logits":
+            break
+        after = stream + sum(written[name] for name in reader.names)
+        passed = hand_shares({"before": stream} | {name: written[name] for name in reader.names}, after)
+        shares = {w: s * passed["before"] for w, s in shares.items()}
+        shares |= {name: passed[name] for name in reader.names}
+        stream = after
+    return found
+
+
+def hand_sources(model, trace, layer, nodes):
+    "The share of each source position in what each head writes, or the whole layer; a loop over terms."
+    attn, x = model.layers[layer].attn, trace.reads[f"a{layer}"]
+    pattern = freeze_block(model, layer, x)["pattern"][0]
+    v = project_qkv(model, layer, apply_norm(model.layers[layer].ln1, x), x.shape[1])[2][0]
+    found = {}
+    for group in [[h] for h in range(model.n_heads)] if nodes == "head" else [range(model.n_heads)]:
+        name = f"a{layer}.h{group[0]}" if nodes == "head" else f"a{layer}"
+        for query in range(x.shape[1]):
+            terms = {
+                source: sum(pattern[h, query, source] * (attn.W_O[:, h] @ v[h, source]) for h in group)
+                for source in range(query + 1)
+            }
+            found[name, query] = hand_shares(terms, sum(terms.values()))
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("nodes", ["layer", "head"])
+@pytest.mark.parametrize("values_only", [False, True])
+def test_routes_are_all_paths_back_from_the_predictions(nodes, values_only):
+    "Each path is followed by itself, position by position, and its share added to the edges it takes."
+    model, n_pos = tiny_model("llama", dtype=torch.float64), 3
+    tokens = random_tokens(model, 1, n_pos)
+    trace = trace_modules(model, tokens, nodes)
+    streams = [hand_streams(model, trace, nodes, p) for p in range(n_pos)]
+    sources = {}
+    for layer in range(model.n_layers):
+        sources |= hand_sources(model, trace, layer, nodes)
+    weights, of_port = Counter(), {"v": 1} if values_only else {"q": 0.25, "k": 0.25, "v": 0.5}
+
+    def follow(reader, p, influence):
+        module = reader.split(".")[0]
+        parts = of_port if module[0] == "a" else {"": 1}
+        for port, part in parts.items():
+            places = sources[reader, p] if port in ("k", "v") else {p: 1}
+            for place, moved in places.items():
+                for writer, share in streams[place][module].items():
+                    passed = influence * part * moved * share
+                    edge = f"{writer}->{reader}<{port}>" if port else f"{writer}->{reader}"
+                    weights[edge] += passed
+                    if writer[0] in "am":
+                        follow(writer, place, passed)
+
+    def check(data):
+        graph = trace_routes(model, data, nodes, values_only=values_only, run=QUIET)
+        found = dict(zip(graph.edge_names, graph.edges["weight"], strict=True))
+        assert set(weights) <= set(found)
+        assert all(np.isclose(found[edge], weights[edge], atol=1e-12) for edge in found)
+
+    follow("logits", n_pos - 1, 1.0)
+    check(Task(tokens, tokens, metric=lambda logits: logits[:, -1, 0]))
+    weights.clear()
+    for p in (1, 2):
+        follow("logits", p, 0.5)
+    check(tokens)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("nodes", ["layer", "head"])
+def test_routes_lose_no_influence(name, nodes):
+    model = tiny_model(name, dtype=torch.float64)
+    for checkpoints in (True, False):
+        options = {"checkpoints": checkpoints, "run": Run(2, progress=False)}
+        edges = trace_routes(model, random_tokens(model, 3, 6), nodes, **options).edges
+        is_input = edges["source"].isin(["embed", "pos_embed", "const"])
+        for some in (edges["target"] == "logits", is_input):
+            assert np.isclose(edges["weight"][some].sum(), 1)
+
+
+def test_routes_of_padded_prompts_are_those_of_the_prompts_alone():
+    model = tiny_model("gpt2", dtype=torch.float64)
+    clean, lengths = random_tokens(model, 2, 6), torch.tensor([4, 6])
+    task = Task(clean, clean, metric=lambda logits: logits[:, -1, 0], lengths=lengths)
+    alone = []
+    for i, length in enumerate(lengths):
+        prompt = clean[i : i + 1, :length]
+        one = Task(prompt, prompt, metric=lambda logits: logits[:, -1, 0])
+        alone.append(trace_routes(model, one, run=QUIET).edges["weight"])
+    together = trace_routes(model, task, run=QUIET).edges["weight"]
+    assert np.allclose(together, sum(alone) / 2)
+
+
 @pytest.mark.parametrize("name", ["induction", "chain", "brackets", "gates"])
 def test_masks_are_learned_and_drawn_by_their_seed(name):
     known = KNOWN[name]()
@@ -479,6 +590,8 @@ def test_refusals():
         (lambda: Proximity("l2"), "proximity must be"),
         (lambda: Proximity(eps=0), "eps must be"),
         (lambda: trace_flow(model, text, skip_first=6), "skip_first must lie"),
+        (lambda: trace_routes(model, text, skip_first=6), "skip_first must lie"),
+        (lambda: trace_routes(model, text, "block"), "nodes must be 'layer' or 'head'"),
         (lambda: prune_greedily(model, text), "give a Task"),
         (lambda: integrate_masks(model, task, path="loop"), "path"),
         (lambda: integrate_masks(model, task, n_steps=0), "n_steps"),

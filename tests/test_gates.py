@@ -10,17 +10,18 @@ import known
 from circuitgraph.ablation.judge import evaluate, open_judge
 from circuitgraph.ablation.modules import run_module_selections
 from circuitgraph.ablation.selection import ModuleSelection, select
-from circuitgraph.ablation.values import AblatedText, Mean, Resample
+from circuitgraph.ablation.values import AblatedText, Corrupted, Mean, Resample, Zero
 from circuitgraph.build.build import complete_graph
 from circuitgraph.cut import cut_model
-from circuitgraph.data.task import Task
-from circuitgraph.methods.gates import GateConfig, _take_one_length, list_stages, search_gates
+from circuitgraph.methods.gates import GateConfig, GateSearch, ablated_stream, order_nodes, run_gated
+from circuitgraph.methods.gates import search_gates
 from circuitgraph.model.blocks import run_logits
-from circuitgraph.model.loading import tiny_model
+from circuitgraph.model.loading import TINY_MODELS, tiny_model
 from circuitgraph.options import Judging, Run
 from oracles import random_tokens
 
 QUIET = Judging(run=Run(progress=False))
+SPARSE = GateConfig(surplus=8)  # known circuits use few of the edges between their nodes
 
 
 @pytest.mark.parametrize("value", ["mean", "corrupted"])
@@ -28,7 +29,7 @@ QUIET = Judging(run=Run(progress=False))
 def test_as_many_edges_as_a_known_circuit_has_are_faithful(name, value):
     made = getattr(known, name)()
     n_edges = len(made.edges)
-    graph = search_gates(made.model, made.task, n_edges=[n_edges], value=value, judging=QUIET)
+    graph = search_gates(made.model, made.task, n_edges=[n_edges], value=value, config=SPARSE, judging=QUIET)
     by_cross_entropy = Judging(metric="ce", run=Run(progress=False))
     judged = evaluate(made.model, graph.top_edges(n_edges), made.task, value=value, judging=by_cross_entropy)
     drawn = np.random.default_rng(0).permutation(len(graph)) < n_edges
@@ -49,7 +50,7 @@ def test_a_stopped_search_goes_on_to_the_same_bits(tmp_path):
     made, config = known.chain(), GateConfig(n_steps=4)
     whole = search_gates(made.model, made.task, n_edges=[30, 8], config=config, judging=QUIET)
     judging = Judging(run=Run(progress=False, checkpoint=tmp_path))
-    search_gates(made.model, made.task, n_edges=[30], config=config, judging=judging)
+    search_gates(made.model, made.task, n_edges=[8], config=config, judging=judging)
     first = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     resumed = search_gates(made.model, made.task, n_edges=[30, 8], config=config, judging=judging)
     both = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
@@ -60,7 +61,7 @@ def test_a_stopped_search_goes_on_to_the_same_bits(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2 * len(both)
 
 
-def test_another_corruption_or_start_is_another_search(tmp_path):
+def test_another_corruption_is_another_search(tmp_path):
     made, config = known.chain(), GateConfig(n_steps=2, n_scored=2)
     judging = Judging(run=Run(progress=False, checkpoint=tmp_path))
     options = {"n_edges": [40], "config": config, "value": "corrupted", "judging": judging}
@@ -73,14 +74,40 @@ def test_another_corruption_or_start_is_another_search(tmp_path):
     assert searched.edges.equals(alone.edges)
 
 
-def test_the_first_order_comes_from_text_without_padding():
-    model = tiny_model("llama")
-    clean, corrupted = (random_tokens(model, 5, 9, seed=seed) for seed in (1, 2))
-    task = Task(
-        clean, corrupted, lengths=torch.tensor([9, 6, 6, 6, 9]), metric=lambda logits: logits[:, 0, 0]
-    )
-    text = _take_one_length(open_judge(cut_model(model, "head"), task, "corrupted").data)
-    assert torch.equal(text, clean[1:4, :6])
+@pytest.mark.parametrize("value", [Mean(), Mean(n_apart=1), Zero(), Resample(), Corrupted()])
+@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("grain", ["block", "layer", "head"])
+def test_gates_are_masks_that_are_alike_for_all_edges_out_of_a_node(name, grain, value):
+    model = tiny_model(name)
+    cut, every = cut_model(model, grain), complete_graph(model, grain)
+    tokens, corrupted = (random_tokens(model, 3, 7, seed=seed) for seed in (1, 2))
+    fixed = value.fix(cut, AblatedText(tokens, corrupted))
+    source = torch.tensor(every.edges["source"].cat.codes.to_numpy(), dtype=torch.long)
+    is_const = torch.tensor((every.nodes["name"] == "const").to_list())
+    gates = torch.rand(len(every.nodes), generator=torch.Generator().manual_seed(0), dtype=model.dtype)
+    gates[is_const] = 1
+    results = []
+    for as_mask in (False, True):
+        given = gates.clone().requires_grad_()
+        if as_mask:
+            mask = given[source]
+            (stream,) = run_module_selections(cut, [ModuleSelection(mask, len(mask))], tokens, fixed)
+        else:
+            stream = run_gated(cut, given, tokens, ablated_stream(cut, fixed))
+        (gradient,) = torch.autograd.grad(stream.square().sum(), given)
+        results.append((stream.detach(), gradient[~is_const]))
+    for of_gates, of_mask in zip(*results, strict=True):
+        torch.testing.assert_close(of_gates, of_mask, rtol=1e-9, atol=1e-10)
+
+
+def test_nodes_of_a_known_circuit_come_first():
+    made = known.chain()
+    every, cut = complete_graph(made.model, "head"), cut_model(made.model, "head")
+    judge = open_judge(cut, made.task, "mean", replace(QUIET, metric="kl"))
+    search = GateSearch([judge], every, GateConfig())
+    order = order_nodes(search)
+    assert set(every.nodes["name"].iloc[order[:3]]) == {"m0", "m1", "m2"}
+    assert len(order) == int((~search.is_open).sum()) == len(set(order.tolist()))
 
 
 @pytest.mark.parametrize("value", [Mean(), Resample()])
@@ -104,12 +131,6 @@ def test_a_support_changes_neither_logits_nor_gradients(name, value):
     assert results[0][1].abs().max() > 1e-6
 
 
-def test_stages_shrink_by_no_more_than_they_may():
-    stages = list_stages([100, 1_000], 20_000, 0.3)
-    assert {100, 1_000} < set(stages)
-    assert all(small >= 0.3 * large - 1 for large, small in zip([20_000, *stages], stages, strict=False))
-
-
 @pytest.mark.parametrize("n_edges", [[0], [10_000], [5, -1]])
 def test_budgets_out_of_range_are_refused(n_edges):
     made = known.chain()
@@ -123,7 +144,6 @@ def test_budgets_out_of_range_are_refused(n_edges):
         ({"n_steps": 0}, "n_steps"),
         ({"surplus": 0.9}, "surplus"),
         ({"rate": 1}, "rate"),
-        ({"shrink": 0}, "shrink"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, message):

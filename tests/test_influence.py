@@ -10,7 +10,7 @@ import pytest
 
 from circuitgraph.graph.graph import Graph
 from circuitgraph.graph.influence import PORT_PARTS, add_influence, measure_influence
-from circuitgraph.graph.select import DEFAULT_RULE, RULES, Coverage, Greedy, Influence, NodeProduct
+from circuitgraph.graph.select import RULES, Coverage, Greedy, Influence, NodeProduct
 from circuitgraph.graph.select import SelectionRule, Top, find_rule, register_rule, select_edges
 from test_prompt import by_hand
 
@@ -362,20 +362,20 @@ def test_every_rule_keeps_to_its_budget(name, by):
 
 
 def test_rules_have_names_that_find_them():
-    assert set(RULES) == {"top", "greedy", "influence", "node product", "coverage"}
+    assert set(RULES) == {"top", "greedy", "influence", "node product", "coverage", "default"}
     every = [Top(signed=True), Coverage(share=0.5), Coverage(share=0.9, by="rms_weight"), NodeProduct()]
     for rule in [*RULES.values(), *every]:
         assert find_rule(rule.name) == rule == find_rule(rule)
     assert Coverage(share=0.9, by="rms_weight").name == "coverage(by='rms_weight', share=0.9)"
     assert find_rule("top", by="abs_weight") == Top(by="abs_weight")
     assert find_rule(Top(signed=True), by="abs_weight") == Top(by="abs_weight", signed=True)
-    assert find_rule() == RULES[DEFAULT_RULE]
+    assert find_rule() == RULES["default"]
 
 
 def test_what_is_no_rule_is_refused():
     graph = random_graph(0)
     refused = {
-        "best": "method must be one of 'top', 'greedy', 'influence', 'node product', 'coverage', or a rule",
+        "best": "method must be one of 'top', 'greedy', 'influence', 'node product', 'coverage', 'default', or a rule",
         "best(by='weight')": "method must be one of",
         "coverage(size=2)": "options of the rule 'coverage' must be among by, share",
         "coverage(0.9)": "options of the rule 'coverage' must be among",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from circuitgraph.ablation.parents import FIGURES, _draw_parents, _sum_sequences, _take_figures
 from circuitgraph.ablation.parents import cut_code, in_degree_curve, run_as_model
 from circuitgraph.ablation.selection import select
 from circuitgraph.ablation.values import Zero
@@ -10,7 +11,7 @@ from circuitgraph.cut import open_cut
 from circuitgraph.graph.graph import Graph
 from circuitgraph.model.loading import tiny_model
 from circuitgraph.options import Budgets, Judging, Run
-from feature_oracles import all_dictionaries, every_edge, mean_by_hand, thin, triples, walk_features
+from feature_oracles import D_DICT, all_dictionaries, every_edge, mean_by_hand, thin, triples, walk_features
 from oracles import random_tokens
 
 QUIET = Run(progress=False)
@@ -111,3 +112,76 @@ def test_requests_that_can_not_be_met_are_refused():
             in_degree_curve(
                 model, graph, "m1", tokens, budgets, dictionaries=dictionaries, judging=Judging(run=QUIET)
             )
+
+
+def test_random_parents_are_as_many_and_drawn_among_writers():
+    model = tiny_model("llama", dtype=torch.float64)
+    tokens, dictionaries = random_tokens(model, 3, 6), all_dictionaries(model)
+    graph = every_edge(model, tokens, dictionaries)
+    cut = open_cut(model, graph, dictionaries)
+    frequency = graph.nodes.set_index("name")["frequency"]
+    for module, ports in (("m1", {"mlp"}), ("a1", {"q", "k", "v"})):
+        part = next(part for part in cut.parts if part.module == module)
+        few, many = _draw_parents(cut, graph, part, (3, 10_000), seed=0)
+        drawn = list(zip(few.target.tolist(), few.source.tolist(), few.port.tolist(), strict=True))
+        assert len(set(drawn)) == len(drawn) == 3 * D_DICT and set(few.port) <= ports
+        assert set(few.target) == set(range(part.first, part.first + D_DICT))
+        writers = {name for name in cut.names[: part.n_before] if frequency[name] > 0 and name != "const"}
+        assert {cut.names[i] for i in many.source} == writers
+        assert len(many.source) == D_DICT * len(writers) * len(ports)
+        other = _draw_parents(cut, graph, part, (3,), seed=1)[0]
+        assert other.source.tolist() != few.source.tolist()
+    options = {"dictionaries": dictionaries, "judging": Judging(run=QUIET)}
+    curve = in_degree_curve(model, graph, "m1", tokens, Budgets([2], "random"), **options)
+    assert curve["n_edges"].tolist() == [0, 2] and curve["per_feature"].tolist() == [0, 2]
+
+
+def test_edges_are_ranked_by_how_far_they_spread():
+    model = tiny_model("llama", dtype=torch.float64)
+    tokens, dictionaries = random_tokens(model, 3, 6), all_dictionaries(model)
+    graph = every_edge(model, tokens, dictionaries)
+    constant, varied = graph.edges["source"] == "embed", graph.edges["source"] == "m0/err"
+    weights = {"weight": 5.0 * constant, "abs_weight": 5.0 * constant + 2.0 * varied}
+    weights["rms_weight"] = 5.0 * constant + 2.0 * varied  # of one weight that is 2 or -2
+    ranked = Graph(graph.nodes, graph.edges.assign(**weights), graph.meta)
+    options = {"dictionaries": dictionaries, "judging": Judging(run=QUIET)}
+    for by, mask in (("abs_weight", constant), ("spread", varied)):
+        first = in_degree_curve(model, ranked, "m1", tokens, Budgets([1], by=by), **options).loc[1]
+        only = Graph(graph.nodes, graph.edges[mask].reset_index(drop=True), graph.meta)
+        alone = in_degree_curve(model, only, "m1", tokens, (), **options).loc[1]
+        assert first.equals(alone)
+
+
+def test_figures_are_sums_over_sequences():
+    generator = torch.Generator().manual_seed(0)
+    code, own = (torch.rand(4, 5, 7, generator=generator) for _ in range(2))
+    code, own = code * (code > 0.5), own * (own > 0.4)
+    W_dec, output = (torch.randn(*shape, generator=generator) for shape in ((7, 3), (4, 5, 3)))
+    losses = torch.tensor([[2.0, 1, 3, 2], [1, 1, 1, 1], [3, 3, 3, 5]])
+    found = dict(zip(FIGURES, _take_figures(_sum_sequences(code, own, output, W_dec), losses), strict=True))
+    mean, missed, moved, spread, hits, fired, due = output.mean((0, 1)), 0.0, 0.0, 0.0, 0, 0, 0
+    for b in range(4):
+        for p in range(5):
+            missed += float((output[b, p] - code[b, p] @ W_dec).square().sum())
+            moved += float(((code[b, p] - own[b, p]) @ W_dec).square().sum())
+            spread += float((output[b, p] - mean).square().sum())
+            for j in range(7):
+                fired, due = fired + int(code[b, p, j] != 0), due + int(own[b, p, j] != 0)
+                hits += int(code[b, p, j] != 0 and own[b, p, j] != 0)
+    expected = {"unexplained": missed / spread, "moved": moved / spread, "recall": hits / due}
+    expected |= {"precision": hits / fired, "worth": (3.5 - 2) / (3.5 - 1)}
+    for name, value in expected.items():
+        assert abs(float(found[name]) - value) < 1e-5
+
+
+def test_every_figure_has_an_interval_over_sequences():
+    model = tiny_model("llama", dtype=torch.float64)
+    tokens, dictionaries = random_tokens(model, 5, 6), all_dictionaries(model)
+    graph = every_edge(model, tokens, dictionaries)
+    options = {"dictionaries": dictionaries, "judging": Judging(run=QUIET, n_boot=50)}
+    curve = in_degree_curve(model, graph, "m1", tokens, (3,), **options)
+    for name in FIGURES:
+        assert (curve[f"{name}_low"] <= curve[name]).all() and (curve[name] <= curve[f"{name}_high"]).all()
+    assert curve["moved_low"][1] < curve["moved_high"][1]
+    one = in_degree_curve(model, graph, "m1", tokens[:1], (3,), **options)
+    assert one[[f"{name}_low" for name in FIGURES]].isna().all(axis=None)

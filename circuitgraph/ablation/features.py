@@ -69,9 +69,10 @@ def group_inputs(
     "The readers of a part by what their listed edges are."
     merged, by_reader = cut.rule.ports == "merged" and part.kind != "logits", {}
     for source, reader, port in edges:
-        slots = node_slots(part, reader)
-        listed = by_reader.setdefault(reader, {slot: [] for slot in slots})
-        for slot in slots if merged else (port,):
+        if reader not in by_reader:
+            by_reader[reader] = {slot: [] for slot in node_slots(part, reader)}
+        listed = by_reader[reader]
+        for slot in listed if merged else (port,):
             listed[slot].append(source)
     groups: dict[tuple, InputGroup] = {}
     for reader, listed in by_reader.items():
@@ -134,6 +135,7 @@ class FeatureRun:
         self.written = {name: y.detach() for name, y in embed_tokens(cut.model, self.tokens).items()}
         self.embeddings = {i: self.written[name] for i, name in enumerate(cut.names[: cut.const])}
         self.bases = {} if ablated is None else _sum_before(cut, ablated)
+        self.running: dict[int, Tensor] = {}  # sums of changes, where a run needs them
         self.zero = cut.model.W_U.new_zeros(1, 1, cut.model.d_model)
         self.nothing = self.zero.expand(*tokens.shape, -1)
 

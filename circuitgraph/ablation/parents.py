@@ -17,9 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .features import FeatureRun, group_inputs, write_part
+from .judge import bootstrap
 from .selection import FeatureSelection, select
 from .values import AblatedText, AblatedValue, FixedValues, read_value
-from ..cut import Cut, FeatureCut, FeatureTrace, Part, open_cut
+from ..cut import Cut, FeatureCut, FeatureTrace, Part, node_ports, open_cut
 from ..data.corpus import Corpus, check_tokens
 from ..dictionary.places import visit_modules
 from ..dictionary.protocol import Dictionary
@@ -102,8 +103,8 @@ def _cut_text(
     text: AblatedText,
     values: FixedValues,
     skip: int,  # positions at the start of each sequence that are left out
-) -> tuple[list[tuple[Tensor, float]], Tensor]:
-    "The same over a text: codes with positions end to end, and mean losses."
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:  # codes `[seq pos d_dict]` and losses `[seq]`; output
+    "The same over a text, with the mean loss of each sequence."
     size = text.run.sequences_at_a_time(text.tokens)
     starts = range(0, len(text.tokens), size)
     batches = []
@@ -112,52 +113,115 @@ def _cut_text(
         batches.append(_cut_codes(cut, part, selections, text.tokens[rows], values.of_rows(rows)))
 
     def join(tensors: Iterable[Tensor]) -> Tensor:
-        return torch.cat([x[:, skip:].flatten(0, 1) for x in tensors])
+        return torch.cat([x[:, skip:] for x in tensors])
 
     found = []
     for i in range(len(selections) + 1):
         code = join(pairs[i][0] for pairs, _ in batches)
         loss = join(pairs[i][1] for pairs, _ in batches)
-        found.append((code, loss.mean().item()))
+        found.append((code, loss.double().mean(1)))
     return found, join(output for _, output in batches)
 
 # %% ../../nbs/66_parents.ipynb #par12
-def _compare_codes(
-    code: Float[Tensor, "n d_dict"],
-    own: Float[Tensor, "n d_dict"],  # of the model's own run
-    output: Float[Tensor, "n d_model"],  # what the module writes
+FIGURES = ("unexplained", "moved", "recall", "precision", "worth")
+
+
+def _sum_sequences(
+    code: Float[Tensor, "seq pos d_dict"],
+    own: Float[Tensor, "seq pos d_dict"],  # of the model's own run
+    output: Float[Tensor, "seq pos d_model"],  # what the module writes, without the decoder's bias
     W_dec: Float[Tensor, "d_dict d_model"],
-) -> dict[str, float]:
-    "How far a code is from the model's own, and what it decodes to from the module's output."
-    variance = (output - output.mean(0)).square().sum()
+) -> Float[Tensor, "six seq"]:
+    "Sums over each sequence: squares missed, moved and in all; features hit, fired, and to be fired."
     missed = output - code @ W_dec
     moved = (code - own) @ W_dec
+    spread = output - output.mean((0, 1))
+    squares = [x.double().square().sum((1, 2)) for x in (missed, moved, spread)]
     fires, should_fire = code != 0, own != 0
-    hits = (fires & should_fire).sum()
-    return {
-        "unexplained": (missed.square().sum() / variance).item(),
-        "moved": (moved.square().sum() / variance).item(),
-        "recall": (hits / should_fire.sum()).item(),
-        "precision": (hits / fires.sum()).item(),
-        "active": fires.sum(1).double().mean().item(),
-    }
+    counts = [x.sum((1, 2)).double() for x in (fires & should_fire, fires, should_fire)]
+    return torch.stack([*squares, *counts])
+
+
+def _take_figures(
+    sums: Float[Tensor, "six input"],
+    losses: Float[Tensor, "three input"],  # of the cut code, of the model, and without any edge
+) -> Float[Tensor, " figure"]:
+    "The figures of a text from sums over its sequences, in the order of `FIGURES`."
+    missed, moved, spread, hits, fired, should_fire = sums.sum(-1)
+    loss, of_model, of_none = losses.mean(-1)
+    worth = (of_none - loss) / (of_none - of_model)
+    return torch.stack([missed / spread, moved / spread, hits / should_fire, hits / fired, worth])
 
 # %% ../../nbs/66_parents.ipynb #par13
-def _largest_edges(graph: Graph, names: Sequence[str], n: int, by: str) -> Graph:
-    "The n largest edges into each of some nodes."
-    size = pd.Series(magnitude(graph, by)).where(graph.edges["target"].isin(names))
+def _measure_edges(graph: Graph, by: str) -> np.ndarray:
+    "What edges are ranked by."
+    if by != "spread":
+        return magnitude(graph, by)
+    mean, root_mean_square = graph.edges["weight"].to_numpy(), graph.edges["rms_weight"].to_numpy()
+    variance = root_mean_square**2 - mean**2
+    return np.sqrt(np.maximum(variance, 0))
+
+
+def _keep_largest(
+    cut: FeatureCut, graph: Graph, part: Part, sizes: Sequence[int], by: str
+) -> list[FeatureSelection]:
+    "The largest edges into each feature of a part, for several numbers of them."
+    names = cut.names[part.first : part.first + part.n_nodes - 1]
+    size = pd.Series(_measure_edges(graph, by)).where(graph.edges["target"].isin(names))
     rank = size.groupby(graph.edges["target"], observed=True).rank(method="first", ascending=False)
-    return graph.keep(rank <= n)
+    return [select(cut, graph.keep((rank <= n).to_numpy())) for n in sizes]
 
 
+def _draw_parents(
+    cut: FeatureCut, graph: Graph, part: Part, sizes: Sequence[int], seed: int
+) -> list[FeatureSelection]:
+    "Parents of each feature of a part drawn among all nodes that write before it; more hold fewer."
+    frequency = graph.nodes.set_index("name")["frequency"].reindex(cut.names[: part.n_before])
+    writers = np.flatnonzero(frequency.to_numpy() > 0)
+    writers = writers[writers != cut.const]
+    ports = np.array(node_ports(part, 0, cut.rule))
+    generator = np.random.default_rng(seed)
+    n_drawn = min(max(sizes), len(writers) * len(ports))
+    features = range(part.n_nodes - 1)
+    drawn = [generator.choice(len(writers) * len(ports), n_drawn, replace=False) for _ in features]
+    places = np.stack(drawn)
+    selections = []
+    for n in sizes:
+        place = places[:, :n].ravel()
+        target = np.repeat(part.first + np.arange(len(places)), min(n, n_drawn))
+        source, port = writers[place % len(writers)], ports[place // len(writers)]
+        selections.append(FeatureSelection(cut, source, target, port))
+    return selections
+
+# %% ../../nbs/66_parents.ipynb #par13c
 def _read_sizes(budgets: Budgets, most: int) -> list[int]:
     "Numbers of edges from none to the largest in-degree. Raises ValueError for bad numbers and rules."
     sizes = list(budgets.n_edges or ())
     if any(n < 0 for n in sizes):
         raise ValueError(f"n_edges must hold numbers of at least 0, got {sizes}")
+    if budgets.method == "random":
+        return sorted({0, *sizes})
     if budgets.method not in (None, "top"):
-        raise ValueError(f"method must be 'top', the largest edges into each feature, got {budgets.method!r}")
+        raise ValueError(
+            "method must be 'top', the largest edges into each feature, or 'random', as many parents drawn, "
+            f"got {budgets.method!r}"
+        )
     return sorted({0, *(n for n in sizes if n < most), most})
+
+
+def _select_parents(
+    cut: FeatureCut, graph: Graph, part: Part, budgets: Budgets, seed: int
+) -> dict[int, FeatureSelection]:
+    "The edges that each point of a curve keeps."
+    in_degree = np.bincount(end_codes(graph)[1], minlength=len(graph.nodes))
+    names = cut.names[part.first : part.first + part.n_nodes - 1]
+    is_reader = graph.nodes["name"].isin(names).to_numpy()
+    sizes = _read_sizes(budgets, int(in_degree[is_reader].max()))
+    if budgets.method == "random":
+        selections = _draw_parents(cut, graph, part, sizes, seed)
+    else:
+        selections = _keep_largest(cut, graph, part, sizes, budgets.by or "abs_weight")
+    return dict(zip(sizes, selections, strict=True))
 
 
 def _find_part(cut: Cut, module: str) -> Part:
@@ -181,35 +245,47 @@ def in_degree_curve(
     *,
     dictionaries: Mapping[str, Dictionary],  # by module: those that the graph was built with
     value: str | AblatedValue = "mean",  # what ablated edges carry
-    judging: Judging = Judging(),  # its positions skipped, seed and run
+    judging: Judging = Judging(),  # its positions skipped, bootstrap, seed and run
 ) -> pd.DataFrame:  # a row for each number of edges, for none, and for the largest in-degree, which is all
     """How well the features of one module are computed from few edges each, the rest being the model's.
 
     Columns: n_edges, per_feature (edges into an average feature that has any), unexplained and moved
-    (@eq-parents), recall, precision, active (features a position), and worth.
+    (@eq-parents), recall, precision and worth, each with the ends of its interval over sequences
+    (`recall_low` and `recall_high`), and active (features a position).
 
         in_degree_curve(model, graph, "m10", held_out, dictionaries=dictionaries)
+        in_degree_curve(model, graph, "m10", held_out, Budgets([30], by="spread"), dictionaries=dictionaries)
+        in_degree_curve(model, graph, "m10", held_out, Budgets([30], "random"), dictionaries=dictionaries)
 
     Raises ValueError for a module without dictionary, and as `evaluate` does."""
     cut, tokens = open_cut(model, graph, dictionaries), data.whole() if isinstance(data, Corpus) else data
     check_tokens(tokens, model, "data")
     part = _find_part(cut, module)
     assert isinstance(cut, FeatureCut)
-    names = cut.names[part.first : part.first + part.n_nodes - 1]
-    in_degree = np.bincount(end_codes(graph)[1], minlength=len(graph.nodes))
-    is_reader = graph.nodes["name"].isin(names).to_numpy()
     budgets = n_edges if isinstance(n_edges, Budgets) else Budgets(n_edges)
-    sizes = _read_sizes(budgets, int(in_degree[is_reader].max()))
-    graphs = [_largest_edges(graph, names, n, budgets.by or "abs_weight") for n in sizes]
-    selections = [select(cut, kept) for kept in graphs]
+    selections = _select_parents(cut, graph, part, budgets, judging.seed)
     text = AblatedText(tokens, run=judging.run)
     values = read_value(value, judging.seed).fix(cut, text)
-    (of_model, *found), output = _cut_text(cut, part, selections, text, values, judging.skip_first)
-    own, loss_of_model = of_model
-    loss_of_none, table = found[0][1], []
-    for n, kept, (code, loss) in zip(sizes, graphs, found, strict=True):
-        n_read = kept.edges["target"].nunique()
-        row = {"n_edges": n, "per_feature": len(kept) / max(n_read, 1)}
-        row |= _compare_codes(code, own, output, _directions(cut, part))
-        table.append(row | {"worth": (loss_of_none - loss) / (loss_of_none - loss_of_model)})
+    found, output = _cut_text(cut, part, list(selections.values()), text, values, judging.skip_first)
+    (own, loss_of_model), (_, loss_of_none) = found[:2]
+    table = []
+    for (n, kept), (code, loss) in zip(selections.items(), found[1:], strict=True):
+        sums = _sum_sequences(code, own, output, _directions(cut, part))
+        losses = torch.stack([loss, loss_of_model, loss_of_none])
+        n_read = len(np.unique(kept.target))
+        row = {"n_edges": n, "per_feature": len(kept.target) / max(n_read, 1)}
+        row |= _describe_figures(sums, losses, judging)
+        table.append(row | {"active": (code != 0).sum(2).double().mean().item()})
     return pd.DataFrame(table)
+
+
+def _describe_figures(
+    sums: Float[Tensor, "six seq"], losses: Float[Tensor, "three seq"], judging: Judging
+) -> dict[str, float]:
+    "The figures and the ends of their intervals."
+    estimates = _take_figures(sums, losses)
+    lows, highs = bootstrap(_take_figures, sums, losses, n_boot=judging.n_boot, seed=judging.seed)
+    row: dict[str, float] = dict(zip(FIGURES, estimates.tolist(), strict=True))
+    for name, low, high in zip(FIGURES, lows.tolist(), highs.tolist(), strict=True):
+        row |= {f"{name}_low": low, f"{name}_high": high}
+    return row

@@ -208,6 +208,11 @@ class Method:
                 f"{given} maps what is read, which has no baseline: leave baseline='zero', "
                 f"got {rule.baseline!r}"
             )
+        if rule.n_silent != 0 and not self.closed_form:
+            raise ValueError(
+                f"n_silent must be 0 with {given}, got {rule.n_silent}: silent features are weighed by "
+                "'ig' or 'gradient'"
+            )
         if rule.norm == "live" and rule.baseline == "zero" and not self.live_from_zero:
             raise ValueError(
                 "norm='live' has no meaning with baseline='zero': a norm is blind to scale, so the path from "
@@ -269,6 +274,7 @@ class Attribution:
     pattern: str = "live"  # attention patterns "live", or "frozen": the OV path alone
     ports: str = "split"  # attention's ports "split" into q, k, v or "merged" into one
     skip_first: int = 1  # readers at the first positions are left out
+    n_silent: int | None = 0  # silent features of each dictionary that read at a position; None for all
 
     def __post_init__(self) -> None:
         method = self.method
@@ -285,6 +291,8 @@ class Attribution:
             raise ValueError(f"n_steps must be at least 1, got {self.n_steps}")
         if self.skip_first < 0:
             raise ValueError(f"skip_first must be at least 0, got {self.skip_first}")
+        if self.n_silent is not None and self.n_silent < 0:
+            raise ValueError(f"n_silent must be at least 0, or None for all features, got {self.n_silent}")
         method.check_options(self)
 
     @property
@@ -298,6 +306,9 @@ class Attribution:
         return self.method.points(self.n_steps)
 
     def describe(self) -> dict[str, str | int]:
-        "The options as a graph's `meta` records them, the method by its name."
-        options = asdict(self)
-        return options | {"attribution": self.method.name}
+        "The options as a graph's `meta` records them: the method by its name, silent readers if there are any."
+        options = asdict(self) | {"attribution": self.method.name}
+        n_silent = options.pop("n_silent")
+        if n_silent != 0:
+            options["n_silent"] = "all" if n_silent is None else n_silent
+        return options

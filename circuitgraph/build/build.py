@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +189,7 @@ def build_feature_graph(
     rule: Attribution,
     pruning: Pruning = Pruning(),
     run: Run = Run(),
+    into: Collection[str] | None = None,  # modules whose incoming edges are weighed; None for all
 ) -> Graph:
     "Weigh every edge between the features of dictionaries over a text, or for a task's metric."
     if isinstance(data, Task):
@@ -200,10 +201,13 @@ def build_feature_graph(
     meta = _describe_features(cut, corpus, rule, pruning)
     if task is not None:
         meta |= {"target": name_target(task), "mean_over": "prompts"}
+    if into is not None:
+        meta["history"] = [f"edges into {', '.join(into)} only"]
     if run.checkpoint is not None:
         request = json.dumps([meta, run.memory], sort_keys=True)
         run = replace(run, checkpoint=_open_groups(run.checkpoint, request))
-    nodes, edges = weigh_features(cut, corpus, rule, task=task, pruning=pruning, run=run)
+    options = {"pruning": pruning, "run": run, "into": into}
+    nodes, edges = weigh_features(cut, corpus, rule, task=task, **options)
     return Graph(nodes, edges, meta)
 
 # %% ../../nbs/58_build.ipynb #bld06
@@ -233,6 +237,12 @@ def _read_rule(attribution: str | Method | Attribution, data: Any, cut: Cut) -> 
         baseline = find_method(attribution).default_baseline(target, grain)
         rule = Attribution(attribution, baseline=baseline, skip_first=0 if kept else 1)
     rule.method.check(target, grain, kept)
+    if rule.n_silent != 0 and (kept or grain != "feature"):
+        graph = "keeps positions" if kept else "has modules as nodes"
+        raise ValueError(
+            f"n_silent must be 0 for a graph that {graph}, got {rule.n_silent}: silent features read in the "
+            "graph of a text, over all positions"
+        )
     return rule
 
 

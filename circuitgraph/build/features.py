@@ -7,7 +7,7 @@ __all__ = ['PartBatch', 'add_part', 'ReaderGroup', 'group_readers', 'check_rule'
 
 # %% ../../nbs/56_feature_graph.ipynb #5e242828
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
@@ -27,8 +27,9 @@ from ..attribution.metric import metric_gradients, value_effects
 from .attention import AttentionSequence, Paths, average_paths, project_source
 from .attention import project_writers, queries_vjp, source_ports, weigh_dense
 from .attention import weigh_sources
-from .readers import Readers, Writers, carry_cotangents, late_positions, list_active
-from .readers import list_writers, mlp_readers_vjp, weigh_writers
+from .readers import Cotangents, Readers, Writers, carry_cotangents, late_positions
+from .readers import list_active, list_silent, list_writers, mlp_readers_vjp
+from .readers import weigh_writers
 from .sums import Occurrences, Sums, add_features, add_keys, is_compiled, list_moments
 from .sums import order_occurrences, run_on_threads, select_readers
 from ..cut import Activity, FeatureCut, Part, part_ports, read_activity
@@ -80,9 +81,11 @@ def add_part(sums: Sums, batch: PartBatch) -> None:
     direct = None
     if readers.direct is not None:
         direct = weigh_writers(readers.direct, batch.writers)
-    if direct is not None and not batch.merged:
+    if direct is not None and (not batch.merged or readers.inner is None):
         sums.add("in", readers, batch.occurrences, direct)
         direct = None
+    if readers.inner is None:
+        return  # silent features of an encoder that reads before its module
     if batch.part.kind == "attn":
         _add_attention(sums, batch, direct)
         return
@@ -547,7 +550,7 @@ def _keep_activities(text: _Text, task: Task | None, progress: bool) -> None:
     bar = tqdm(text.batches, desc="activations", disable=not progress)
     for i, (tokens, effect) in enumerate(zip_longest(bar, effects)):
         tokens = tokens.to(model.device)
-        activity = read_activity(model, tokens, text.cut.parts)
+        activity = read_activity(model, tokens, text.cut.parts, text.rule.n_silent)
         if effect is not None:
             _, gradients = effect
             by_part = {name: grad.flatten(0, 1) for name, grad in gradients.items()}
@@ -586,6 +589,30 @@ def group_readers(
         groups.append(ReaderGroup(part, ports, first, min(first + step, part.n_nodes)))
     return groups
 
+# %% ../../nbs/56_feature_graph.ipynb #fg30b
+def _silent_bytes(batch: PartBatch, cotangents: Cotangents) -> int:
+    "Bytes that one silent feature takes on a batch, as a reader at every position."
+    n_seq, n_pos, width = batch.x.shape
+    if cotangents.inner is not None:
+        width = max(width, cotangents.inner[0].numel())
+        if batch.part.kind == "attn":
+            width += 4 * n_pos * batch.model.n_heads  # gradients at the scores, on two powers, twice
+    return n_seq * n_pos * width * batch.x.element_size()
+
+
+def _add_silent(
+    sums: Sums, batch: PartBatch, cotangents: Cotangents, activity: Activity, group: ReaderGroup
+) -> None:
+    "Add the edges into silent features of a group, a block of features at a time."
+    step = max(1, int(batch.memory // _silent_bytes(batch, cotangents)))
+    last = min(group.last, batch.part.n_nodes - 1)
+    for first in range(group.first, last, step):
+        features = first, min(first + step, last)
+        skip_first = batch.rule.skip_first
+        readers = list_silent(batch.model, batch.part, cotangents, activity, skip_first, features)
+        if readers.active.any():
+            add_part(sums, replace(batch, readers=readers))
+
 # %% ../../nbs/56_feature_graph.ipynb #fg31
 _BY_SCOPE = {"position": _add_general, "sequence": _add_sequences, "removal": _add_removals}
 
@@ -608,7 +635,10 @@ def _add_group(sums: Sums, text: _Text, group: ReaderGroup, bar: tqdm) -> None:
         elif closed:
             readers = list_active(model, part, cotangents, activity, rule.skip_first)
             readers = select_readers(readers, group.first, group.last)
-            add_part(sums, PartBatch(model, part, readers, writers, x, rule, projected))
+            batch = PartBatch(model, part, readers, writers, x, rule, projected)
+            add_part(sums, batch)
+            if cotangents is not None and part.module in activity.silent:
+                _add_silent(sums, batch, cotangents, activity, group)
         else:
             readers = _list_general(part, activity, rule.skip_first, (group.first, group.last))
             _BY_SCOPE[rule.method.scope](sums, PartBatch(changed, part, readers, writers, x, rule, projected))
@@ -735,6 +765,18 @@ def check_rule(rule: Attribution) -> None:
         )
 
 
+def _find_parts(cut: FeatureCut, modules: Collection[str] | None) -> list[Part]:
+    "The parts of some modules, in order. Raises ValueError for a module that is no part or reads nothing."
+    if modules is None:
+        return cut.parts
+    readers = {part.module: part for part in cut.parts if part.kind != "embed"}
+    unknown = [module for module in modules if module not in readers]
+    if unknown or not modules:
+        got = repr(unknown[0]) if unknown else "none"
+        raise ValueError(f"into must name parts of the cut model ({', '.join(readers)}), got {got}")
+    return [part for module, part in readers.items() if module in modules]
+
+
 @torch.no_grad()
 def weigh_features(
     cut: FeatureCut,
@@ -744,11 +786,17 @@ def weigh_features(
     task: Task | None = None,  # whose clean prompts the corpus is: edges are weighed by effects on its metric
     pruning: Pruning = Pruning(),
     run: Run = Run(),  # frozen; its checkpoint folder keeps the edges of each finished group
+    into: Collection[str] | None = None,  # modules whose incoming edges are weighed; None for all
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # nodes and edges of a `Graph`
     "Weigh every edge between features over a text. Raises ValueError for rules and memory that do not fit."
     check_rule(rule)
+    if task is not None and rule.n_silent != 0:
+        raise ValueError(
+            f"n_silent must be 0 for a task's metric, got {rule.n_silent}: with its gate frozen, a silent "
+            "feature has no effect on a metric"
+        )
     groups = []
-    for part in cut.parts:
+    for part in _find_parts(cut, into):
         groups += group_readers(part, part_ports(part, rule), run.memory)
     batches = corpus.split(run.sequences_at_a_time(corpus))
     with tempfile.TemporaryDirectory() as folder:

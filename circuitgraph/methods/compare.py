@@ -37,7 +37,7 @@ from ..graph.graph import Graph, magnitude, merge_graphs
 from ..graph.select import SelectionRule, find_rule
 from ..graph.tables import WEIGHTS, replace_file
 from .feature_circuits import find_feature_circuit, random_features
-from .flow import trace_flow
+from .flow import trace_flow, trace_routes
 from .gates import search_gates
 from .masks import integrate_masks, learn_masks, prune_greedily
 from .patch_free import trace_contributions
@@ -54,6 +54,10 @@ def _tokens_of(data: TextOrTask) -> Tensor:
     if isinstance(data, Task):
         return data.clean
     return data.whole() if isinstance(data, Corpus) else data
+
+
+def _prompts_of(data: TextOrTask) -> Tensor | Task:
+    return data if isinstance(data, Task) else _tokens_of(data)
 
 
 def _task_of(data: TextOrTask) -> Task:
@@ -158,6 +162,7 @@ def _module_methods(value: str) -> dict[str, GraphMethod]:
         "node gates": _by_judging(search_gates, value=value),
         "flow": _by_text(trace_flow),
         "flow, no checkpoints": _by_text(trace_flow, checkpoints=False),
+        "flow, per prediction": _by_run(_prompts_of, trace_routes),
         "IG of values": values("ig"),
         "gradient of values": values("gradient"),
         "guided IG of values": values("guided-ig"),
@@ -263,6 +268,7 @@ class Comparing:
     exact: Graph | None = None  # a graph of exact patching, with which all are compared
     # how a budget is spent: a rule or its name, or several, each of which selects from the same graphs
     selection: str | SelectionRule | Sequence[str | SelectionRule] = "greedy"
+    ablation: str | Sequence[str] = ("edge", "node")  # one ablation mode or both
     n_boot: int = 1000  # resamples of the inputs for the intervals
     out: str | Path | None = None  # a CSV file; methods whose rows it holds for a setting are not run again
     progress: bool = True
@@ -307,7 +313,9 @@ def _judge(model: Model, graph: Graph, data: TextOrTask, budgets: Budgets, **opt
     areas, curve = compare_curves(model, {"graph": graph}, data, budgets, **options)
     n_edges = budgets.n_edges or ()
     width = (max(n_edges) - min(n_edges)) / max(1, len(graph))
-    areas = areas.drop(columns="graph").set_index("ablation") / (width or float("nan"))
+    areas = areas.drop(columns="graph").set_index("ablation")
+    over_shares = [name for name in areas if "_log" not in name]
+    areas[over_shares] /= width or float("nan")  # those over the logarithm are means already
     return curve.drop(columns="graph").join(areas, on="ablation")
 
 # %% ../../nbs/77_compare.ipynb #74countc
@@ -382,7 +390,7 @@ def compare_methods(
     nodes: Nodes = "head",  # grain, or dictionaries by module
     value: str = "mean",  # what ablated edges carry when graphs are judged
     comparing: Comparing = Comparing(),
-) -> pd.DataFrame:  # setting, method, seed; cost; ranks; the columns of `ablation_curve`; cpr and cmd
+) -> pd.DataFrame:  # setting, method, seed; cost; ranks; the columns of `ablation_curve`; areas
     """Find a graph by each method and judge it on other data.
 
     The table has one row for each seed, method, rule, ablation mode and budget, with the cost (seconds,
@@ -403,7 +411,12 @@ def compare_methods(
         data, test = (draw(seed) if callable(draw) else draw for draw in (found_on, judged_on))
         name = _name_data(data, test, value)
         judging = Judging(n_boot=comparing.n_boot, seed=seed, run=run)
-        options = {"value": value, "dictionaries": dictionaries, "judging": judging}
+        options = {
+            "ablation": comparing.ablation,
+            "value": value,
+            "dictionaries": dictionaries,
+            "judging": judging,
+        }
         for method, make in methods.items():
             setting = (name, grain, value)
             missing = _list_missing(table, setting, comparing.rules, seed, method)
