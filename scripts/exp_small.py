@@ -77,9 +77,7 @@ def list_graphs(cut: ModuleCut, whole: Graph, searched: Graph) -> Iterator[tuple
             yield "random among the search's nodes", share, draw_graph(cut, small, seed)
 
 
-def judge(
-    cut: ModuleCut, graphs: Graphs, text: torch.Tensor, value: AblatedValue, seed: int
-) -> pd.DataFrame:
+def judge(cut: ModuleCut, graphs: Graphs, text: torch.Tensor, value: AblatedValue, seed: int) -> pd.DataFrame:
     "The faithfulness of each graph under one ablated value, with its interval."
     opened = open_judge(cut, text, value, Judging(seed=seed))
     selections = [select(cut, graph) for _, _, graph in graphs]

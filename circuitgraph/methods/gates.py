@@ -90,14 +90,15 @@ class GateConfig:
 
     n_steps: int = 40  # of Adam, for each budget
     lr: float = 0.06  # of Adam; a gate lies between 0 and 1
-    surplus: float = 5.0  # edges between the chosen nodes, as a multiple of the budget
+    # edges between the chosen nodes, as a multiple of the budget; None: 5 with corrupted values, else 1.8
+    surplus: float | None = None
     rate: float = 0.2  # share of the edges that are pruned at a time
     n_scored: int = 16  # inputs on which edges are scored before each pruning
 
     def __post_init__(self) -> None:
         if self.n_steps < 1 or self.n_scored < 1:
             raise ValueError(f"n_steps and n_scored must be at least 1, got {self.n_steps}, {self.n_scored}")
-        if self.surplus < 1:
+        if self.surplus is not None and self.surplus < 1:
             raise ValueError(f"surplus must be at least 1, got {self.surplus}")
         if not 0 < self.rate < 1:
             raise ValueError(f"rate must lie in (0, 1), got {self.rate}")
@@ -112,6 +113,9 @@ class GateSearch:
         every: Graph,  # the complete graph, whose edges stand in the order of masks
         config: GateConfig,
     ) -> None:
+        if config.surplus is None:
+            is_partial_harmless = all(judge.value_name == "corrupted" for judge in judges)
+            config = replace(config, surplus=5.0 if is_partial_harmless else 1.8)
         self.judges, self.config = judges, config
         self.source, self.target = (torch.tensor(code, dtype=torch.long) for code in end_codes(every))
         kind = every.nodes["kind"].to_numpy()
@@ -293,6 +297,7 @@ def prune_edges(
 
 def spend_budget(search: GateSearch, state: GateState, n_edges: int, stage: int, bar: tqdm) -> GateState:
     "Go to a larger budget: first choose more nodes, then prune the edges between them."
+    assert search.config.surplus is not None
     n_between = search.config.surplus * n_edges
     order = learn_gates(search, state.order, n_between, state.chosen, bar)
     n_nodes = fit_nodes(search, order, n_between)
@@ -385,7 +390,7 @@ def search_gates(
     unknown = torch.full((len(every),), -torch.inf)
     state = GateState(order_nodes(search), torch.zeros_like(search.is_open), none_kept, unknown)
     request = {"model": model.weights_hash, "nodes": nodes, "data": list(map(_hash_judge, judges))}
-    request |= {"config": config, "skip_first": judging.skip_first}
+    request |= {"config": search.config, "skip_first": judging.skip_first}
     request |= {"seed": judging.seed, "batch_size": judging.run.batch_size}
     n_steps = len(budgets) * config.n_steps
     with tqdm(total=n_steps, unit="step", desc="gates", disable=not judging.run.progress) as bar:
