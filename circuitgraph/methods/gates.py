@@ -332,9 +332,9 @@ def _save_state(path: Path | None, state: GateState) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {name: np.asarray(array) for name, array in vars(state).items()}
+    chosen, kept, score = (tensor.numpy() for tensor in (state.chosen, state.kept, state.score))
     with replace_file(path) as partial, partial.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, order=state.order, chosen=chosen, kept=kept, score=score)
 
 
 def _hash_judge(judge: Judge) -> list[str]:
