@@ -375,7 +375,7 @@ def test_rules_have_names_that_find_them():
 def test_what_is_no_rule_is_refused():
     graph = random_graph(0)
     refused = {
-        "best": "method must be one of 'top', 'greedy', 'influence', 'node product', 'coverage', 'default', or",
+        "best": "method must be one of 'top', 'greedy', 'influence', 'node product', 'coverage'",
         "best(by='weight')": "method must be one of",
         "coverage(size=2)": "options of the rule 'coverage' must be among by, share",
         "coverage(0.9)": "options of the rule 'coverage' must be among",
