@@ -356,7 +356,7 @@ def test_every_rule_keeps_to_its_budget(name, by):
         pruned = select_edges(graph, n, name, by=by)
         assert len(chosen) == n or (name == "greedy" and len(chosen) < n)
         assert set(pruned.edge_names) <= set(chosen.edge_names)
-        assert chosen.meta["history"] == [f"select_edges({n}, {find_rule(name, by)})"]
+        assert chosen.meta["history"] == [f"select_edges({n}, {find_rule(name, by).fit(graph)})"]
     if name != "greedy":
         assert select_edges(graph, len(graph), name, prune=False).edge_names == graph.edge_names
 
@@ -370,6 +370,24 @@ def test_rules_have_names_that_find_them():
     assert find_rule("top", by="abs_weight") == Top(by="abs_weight")
     assert find_rule(Top(signed=True), by="abs_weight") == Top(by="abs_weight", signed=True)
     assert find_rule() == RULES["default"]
+
+
+@pytest.mark.parametrize(
+    ("meta", "rule"),
+    [
+        ({"target": "node", "nodes": "head", "corpus": ["a text"]}, Coverage()),
+        ({"target": "node", "nodes": "feature", "corpus": ["a text"]}, Influence()),
+        ({"target": "node", "nodes": "head", "corpus": []}, Top()),
+        ({"target": "logit_diff", "nodes": "head", "corpus": ["prompts"]}, Top()),
+    ],
+)
+def test_the_default_rule_follows_what_weights_explain(meta, rule):
+    graph = random_graph(0)
+    told = Graph(graph.nodes, graph.edges, graph.meta | meta)
+    assert find_rule().fit(told) == rule
+    by_default, by_rule = (select_edges(told, 7, one, prune=False) for one in ("default", rule))
+    assert by_default.edge_names == by_rule.edge_names
+    assert by_default.meta["history"] == [f"select_edges(7, {rule})"]
 
 
 def test_what_is_no_rule_is_refused():

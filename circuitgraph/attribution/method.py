@@ -306,7 +306,7 @@ class Attribution:
         return self.method.points(self.n_steps)
 
     def describe(self) -> dict[str, str | int]:
-        "The options as a graph's `meta` records them: the method by its name, silent readers if there are any."
+        "The options as a graph's `meta` records them: the method by its name, silent readers if any."
         options = asdict(self) | {"attribution": self.method.name}
         n_silent = options.pop("n_silent")
         if n_silent != 0:
