@@ -367,7 +367,7 @@ def test_selected_edges_lie_on_paths_from_tokens(judged):
         if into[name] & reached:
             reached.add(name)
     stays = {edge for edge in top if edge[0] in reached and edge[1] in leads | {"logits"}}
-    assert triples(select_edges(graph, 60)) == stays
+    assert triples(select_edges(graph, 60, "top")) == stays
     assert any(name.startswith("embed/") for name, _, _ in stays)
 
 

@@ -376,7 +376,14 @@ def test_curves_go_to_the_model(case):
     )
     assert len(areas) == 4 and len(curves) == 12 and curves.attrs["exact"]
     alone = ablation_curve(
-        model, graph, text, [1, 100, len(graph)], dictionaries=dictionaries, progress=False, n_boot=20
+        model,
+        graph,
+        text,
+        [1, 100, len(graph)],
+        dictionaries=dictionaries,
+        method="top",
+        progress=False,
+        n_boot=20,
     )
     assert np.allclose(alone["faithfulness"], curves["faithfulness"][curves["graph"] == "drawn"])
     whole = ablation_curve(
