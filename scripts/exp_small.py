@@ -5,8 +5,8 @@
 Graphs of heads and MLPs of SmolLM2-135M are found on the embedded text and judged on another, which is given:
 by rules that order the edges of one graph, by a search (`search_gates`), and at random among the nodes that
 the search chose. Writes nbs/results/small_text.csv, one row a rule, budget and ablated value. A second run
-takes the graphs that are there, and goes on with a search that was stopped. CPU time on one core: 20 minutes
-for the search, 2 for the graph, 15 for judging.
+takes the graphs that are there, and goes on with a search that was stopped. CPU time on one core: 25 minutes
+for the search, 2 for the graph, 20 for judging.
 """
 
 import argparse

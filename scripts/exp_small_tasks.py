@@ -7,7 +7,7 @@ with its edges ordered in three ways, by other methods with their largest edges,
 that sees neither answers nor metric, at random among the nodes that the search chose, and by EAP-IG with
 answers that belong to other prompts. Writes nbs/results/small_tasks.csv, one row a task, rule and budget. A
 second run takes the tasks that are there, and goes on with a search that was stopped. CPU time on one core:
-15 minutes a task.
+30 minutes for indirect objects, fewer for shorter prompts.
 """
 
 import argparse

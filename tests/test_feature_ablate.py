@@ -364,27 +364,11 @@ def test_an_evaluation_is_made_of_three_runs(case):
 def test_curves_go_to_the_model(case):
     model, dictionaries, text, graph = case
     every = every_edge(model, text, dictionaries)
-    areas, curves = compare_curves(
-        model,
-        {"all": every, "drawn": graph},
-        text,
-        [1, 100, len(graph)],
-        dictionaries=dictionaries,
-        method="top",
-        progress=False,
-        n_boot=20,
-    )
+    budgets = [1, 100, len(graph)]
+    options = {"dictionaries": dictionaries, "method": "top", "progress": False, "n_boot": 20}
+    areas, curves = compare_curves(model, {"all": every, "drawn": graph}, text, budgets, **options)
     assert len(areas) == 4 and len(curves) == 12 and curves.attrs["exact"]
-    alone = ablation_curve(
-        model,
-        graph,
-        text,
-        [1, 100, len(graph)],
-        dictionaries=dictionaries,
-        method="top",
-        progress=False,
-        n_boot=20,
-    )
+    alone = ablation_curve(model, graph, text, budgets, **options)
     assert np.allclose(alone["faithfulness"], curves["faithfulness"][curves["graph"] == "drawn"])
     whole = ablation_curve(
         model, every, text, [len(every)], dictionaries=dictionaries, progress=False, n_boot=20

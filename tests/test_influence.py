@@ -411,6 +411,17 @@ def test_what_is_no_rule_is_refused():
         Coverage(share=1.5)
 
 
+def test_greedy_starts_at_every_output():
+    edges = [("embed", "m0", "mlp", 9.0), ("embed", "m1", "mlp", 1.0)]
+    edges += [("m0", "first", "logits", 3.0), ("m1", "second", "logits", 5.0)]
+    names = ["embed", "m0", "m1", "first", "second"]
+    graph = draw_graph(names, ["embed", "mlp", "mlp", "logits", "logits"], edges)
+    taken = [set(select_edges(graph, n, "greedy", prune=False).edge_names) for n in (1, 2, 3)]
+    assert taken[0] == {"m1->second"}
+    assert taken[1] == taken[0] | {"m0->first"}
+    assert taken[2] == taken[1] | {"embed->m0"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Latest(SelectionRule):
     """Edges into the last readers."""

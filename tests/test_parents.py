@@ -7,10 +7,12 @@ from circuitgraph.ablation.parents import FIGURES, _draw_parents, _sum_sequences
 from circuitgraph.ablation.parents import cut_code, in_degree_curve, run_as_model
 from circuitgraph.ablation.selection import select
 from circuitgraph.ablation.values import Zero
-from circuitgraph.cut import open_cut
+from circuitgraph.attribution.method import Attribution
+from circuitgraph.build.build import build_feature_graph
+from circuitgraph.cut import cut_model, open_cut
 from circuitgraph.graph.graph import Graph
 from circuitgraph.model.loading import tiny_model
-from circuitgraph.options import Budgets, Judging, Run
+from circuitgraph.options import Budgets, Judging, Pruning, Run
 from feature_oracles import D_DICT, all_dictionaries, every_edge, mean_by_hand, thin, triples, walk_features
 from oracles import random_tokens
 
@@ -185,3 +187,19 @@ def test_every_figure_has_an_interval_over_sequences():
     assert curve["moved_low"][1] < curve["moved_high"][1]
     one = in_degree_curve(model, graph, "m1", tokens[:1], (3,), **options)
     assert one[[f"{name}_low" for name in FIGURES]].isna().all(axis=None)
+
+
+@torch.no_grad()
+def test_edges_into_some_modules_are_those_of_the_whole_graph():
+    model = tiny_model("llama", dtype=torch.float64)
+    dictionaries = all_dictionaries(model)
+    cut, tokens = cut_model(model, dictionaries), random_tokens(model, 3, 6)
+    rule, quiet = Attribution(n_steps=2), Run(progress=False)
+    whole = build_feature_graph(cut, tokens, rule, Pruning(None), quiet)
+    some = build_feature_graph(cut, tokens, rule, Pruning(None), quiet, into=("m1", "a0"))
+    is_wanted = whole.edges["target"].astype(str).str.startswith(("m1/", "a0/")).to_numpy()
+    assert 0 < is_wanted.sum() < len(whole)
+    assert some.edges.equals(whole.keep(is_wanted).edges) and some.nodes["name"].equals(whole.nodes["name"])
+    for wrong in (["m9"], ["embed"], []):
+        with pytest.raises(ValueError, match="into must name parts of the cut model"):
+            build_feature_graph(cut, tokens, rule, Pruning(None), quiet, into=wrong)

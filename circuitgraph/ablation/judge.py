@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['TEXT_METRICS', 'Metric', 'SHARES', 'AREAS', 'run_ablated', 'run_in_batches', 'score_text', 'score_prompts',
            'JudgedData', 'Judge', 'open_judge', 'measure', 'faithfulness', 'bootstrap', 'Evaluation', 'evaluate',
-           'list_budgets', 'area_between', 'mean_over_decades', 'compare_curves', 'ablation_curve', 'minimality']
+           'list_budgets', 'spend_budgets', 'area_between', 'mean_over_decades', 'compare_curves', 'ablation_curve',
+           'minimality']
 
 # %% ../../nbs/63_judging.ipynb #01e272b9
+import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -322,7 +324,11 @@ def _resample(
     draws: Int[Tensor, "draw drawn_input"],
 ) -> Float[Tensor, "draw *graph"]:
     "The statistic of each draw of inputs."
-    return torch.stack([statistic(*(v[..., draw] for v in values)) for draw in draws])
+    resampled = []
+    for draw in draws:
+        drawn = [scores[..., draw] for scores in values]
+        resampled.append(statistic(*drawn))
+    return torch.stack(resampled)
 
 
 def _leave_out(n: int) -> Int[Tensor, "n n_minus_1"]:
@@ -377,7 +383,8 @@ def bootstrap(
 
 def _widen(level: float, n: int) -> float:
     "The place of a level on a normal distribution, as far out as Student's for so many inputs (@eq-widen)."
-    return (n / (n - 1)) ** 0.5 * float(scipy.stats.t.ppf(level, n - 1))
+    of_student = float(scipy.stats.t.ppf(level, n - 1))
+    return math.sqrt(n / (n - 1)) * of_student
 
 
 def _accelerate(left_out: Float[Tensor, "input *graph"]) -> Float[Tensor, "*graph"]:
@@ -505,7 +512,7 @@ def list_budgets(
     return sorted({max(1, int(share * len(graph))) for share in shares})
 
 
-def _spend(graph: Graph, budgets: Budgets) -> dict[int, Graph]:
+def spend_budgets(graph: Graph, budgets: Budgets) -> dict[int, Graph]:
     "The subgraph of each budget, by its number of edges."
     sizes = sorted(set(list_budgets(graph) if budgets.n_edges is None else budgets.n_edges))
     limit = len(graph) if budgets.clip else max(sizes, default=0)
@@ -534,6 +541,9 @@ def mean_over_decades(
     return torch.trapezoid(values, logs) / (logs[-1] - logs[0])
 
 
+AREAS = ("cpr", "cmd", "cpr_log", "cmd_log")
+
+
 def _areas(
     judge: Judge, n_edges: Sequence[int], n_all: int, scores: Tensor, ends: tuple[Tensor, Tensor]
 ) -> dict[str, float]:
@@ -551,9 +561,6 @@ def _areas(
     for i, name in enumerate(AREAS):
         row |= {name: float(estimates[i]), f"{name}_low": float(lows[i]), f"{name}_high": float(highs[i])}
     return row
-
-
-AREAS = ("cpr", "cmd", "cpr_log", "cmd_log")
 
 # %% ../../nbs/63_judging.ipynb #jdg15
 def _check_modes(ablation: str | Sequence[str]) -> list[str]:
@@ -614,7 +621,7 @@ def compare_curves(
     if not graphs:
         raise ValueError("graphs must hold at least one graph")
     modes, budgets = _check_modes(ablation), n_edges if isinstance(n_edges, Budgets) else Budgets(n_edges)
-    subgraphs = {name: _spend(graph, budgets) for name, graph in graphs.items()}
+    subgraphs = {name: spend_budgets(graph, budgets) for name, graph in graphs.items()}
     if not any(subgraphs.values()):
         raise ValueError("n_edges must hold at least one budget")
     _check_comparable(graphs)

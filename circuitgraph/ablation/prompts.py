@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .features import FeatureRun, InputGroup, evaluate_part, group_inputs
-from .judge import faithfulness, list_budgets
+from .judge import faithfulness, spend_budgets
 from .selection import select
 from .values import AblatedText, AblatedValue, FixedValues, Mean, read_value
 from ..build.prompt import Outputs
@@ -29,7 +29,6 @@ from ..cut import Cut, FeatureCut, Part, node_ports, node_slots, open_cut
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph
 from ..graph.influence import keeps_positions
-from ..graph.select import find_rule, select_edges
 from ..model.blocks import Model, run_logits
 from ..options import Budgets, Judging, Run
 
@@ -569,17 +568,14 @@ def prompt_curve(
 
     Raises ValueError as `judge_prompt` and `select_edges` do."""
     budgets = n_edges if isinstance(n_edges, Budgets) else Budgets(n_edges)
-    sizes = sorted(set(list_budgets(graph) if budgets.n_edges is None else budgets.n_edges))
-    if not sizes:
+    graphs = spend_budgets(graph, budgets)
+    if not graphs:
         raise ValueError("n_edges must hold at least one budget")
-    limit = len(graph) if budgets.clip else max(sizes)
-    rule = find_rule(budgets.method, budgets.by)
-    graphs = [select_edges(graph, min(n, limit), rule) for n in sizes]
     prompt = open_prompt(model, graph, dictionaries)
     values = fix_prompt_values(prompt, value, corrupted)
-    tables = _judge(prompt, graphs, values, n_random, judging)
+    tables = _judge(prompt, list(graphs.values()), values, n_random, judging)
     rows = []
-    for n, small, table in zip(sizes, graphs, tables, strict=True):
+    for (n, small), table in zip(graphs.items(), tables, strict=True):
         n_nodes = len({*small.edges["source"].cat.codes, *small.edges["target"].cat.codes})
         rows.append(table.assign(n_edges=n, n_kept=len(small), n_nodes=n_nodes))
     curve = pd.concat(rows, ignore_index=True)

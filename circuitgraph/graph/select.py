@@ -129,11 +129,12 @@ register_rule(Top())
 
 # %% ../../nbs/34_select.ipynb #4dfab692
 @numba.njit(cache=True)
-def _take_greedily(rank, place_of, first, source, target, output, n):
-    "Places of the edges taken first. Edges stand by reader, the best first, with one into the output."
+def _take_greedily(rank, place_of, first, source, target, outputs, n):
+    "Places of the edges taken first. Edges stand by reader, the best first, with one into each output."
     is_connected = np.zeros(len(first), dtype=np.bool_)
-    is_connected[output] = True
-    heap = [rank[first[output]]]
+    is_connected[outputs] = True
+    heap = [rank[first[output]] for output in outputs]
+    heapq.heapify(heap)
     taken, n_taken = np.empty(n, dtype=np.int64), 0
     while heap and n_taken < n:
         place = place_of[heapq.heappop(heap)]
@@ -160,15 +161,15 @@ class Greedy(SelectionRule):
         "The edges that are taken first, from `logits` backwards."
         score = Top(by=self.by, signed=self.signed).score(graph)
         source, target = (code.astype(np.int64) for code in end_codes(graph))
-        outputs = np.flatnonzero(graph.nodes["name"] == "logits")
-        if not np.isin(outputs, target).any():
+        outputs = np.intersect1d(np.flatnonzero(graph.nodes["kind"] == "logits"), target)
+        if not len(outputs):
             return _flag([], len(graph))
         best_first = np.argsort(-score, kind="stable")
         rank = np.argsort(target[best_first], kind="stable")  # of the edges, by reader and the best first
         order = best_first[rank]
         source, target = source[order], target[order]
         first = np.searchsorted(target, np.arange(len(graph.nodes)))
-        taken = _take_greedily(rank, np.argsort(rank), first, source, target, outputs[0], n)
+        taken = _take_greedily(rank, np.argsort(rank), first, source, target, outputs, n)
         return _flag(order[taken], len(graph))
 
 
