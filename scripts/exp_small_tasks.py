@@ -115,17 +115,17 @@ def main() -> None:
     args = parser.parse_args()
     model = load_model("smollm2-135m")
     cut = cut_model(model, "head")
-    tables = [pd.read_csv(args.out)] if args.out.exists() else []
     for name in args.tasks:
-        if any(name in set(table["task"]) for table in tables):
+        if args.out.exists() and name in set(pd.read_csv(args.out)["task"]):
             continue
         found_on = load_task(name, model, n=args.n_found, seed=0)
         drawn = load_task(name, model, n=args.n_found + args.n_judged, seed=1)
         judged_on = drop_known(drawn, found_on, args.n_judged)
         graphs = find_graphs(cut, found_on, ROOT / f"graphs/small/tasks/{name}", args.n_steps)
-        tables.append(judge(cut, graphs, judged_on).assign(task=name))
+        rows = judge(cut, graphs, judged_on).assign(task=name).round(5)
+        table = pd.concat([pd.read_csv(args.out), rows]) if args.out.exists() else rows
         with replace_file(args.out) as partial_table:
-            pd.concat(tables).round(5).to_csv(partial_table, index=False)
+            table.to_csv(partial_table, index=False)
 
 
 if __name__ == "__main__":
