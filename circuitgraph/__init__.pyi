@@ -37,6 +37,9 @@ from .graph.graph import Graph as Graph
 from .graph.select import select_edges as select_edges
 from .graph.tables import GraphError as GraphError
 from .graph.viewer import view as view
+from .label.nodes import explain as explain
+from .label.nodes import label_nodes as label_nodes
+from .label.replaced import run_labelled as run_labelled
 from .methods.compare import compare_methods as compare_methods
 from .methods.compare import list_methods as list_methods
 from .model.blocks import Model as Model

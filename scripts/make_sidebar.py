@@ -15,6 +15,7 @@ SECTIONS = {  # the first number of each section; notebooks below 10 stand befor
     60: "Ablation and viewer",
     70: "Methods",
     80: "Communities",
+    88: "Labels",
     90: "Command line",
     91: "Experiments",
 }

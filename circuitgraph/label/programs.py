@@ -11,9 +11,10 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 # %% ../../nbs/880_programs.ipynb #pg05
 N_BACK = 8  # tokens that a selector can look back
@@ -52,6 +53,15 @@ class Positions:
             return np.maximum(here - int(selector.removeprefix("back ")), -1)
         raise ValueError(f"selector must read one position, got {selector!r}")
 
+    def flat_source(self, selector: str) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+        "Its place in the flattened text, and whether there is one; if not, that of the sequence's start."
+        source = self.source(selector)
+        exists = source >= 0
+        n_seq, n_pos = source.shape
+        first = n_pos * np.arange(n_seq)[:, None]
+        place = first + np.maximum(source, 0)
+        return place.ravel(), exists.ravel()
+
     def select(
         self,
         x: Float[np.ndarray, "seq pos input"],
@@ -77,9 +87,10 @@ class Positions:
         "Whether the token that a selector reads is one of some; its own where the selector reads several."
         if selector in ("last active", "mean"):
             selector = "same"
-        source = self.source(selector)
-        token = np.take_along_axis(self.tokens, np.maximum(source, 0), 1)
-        return (np.isin(token, tokens) & (source >= 0)).astype(np.float32)
+        place, exists = self.flat_source(selector)
+        token = self.tokens.ravel()[place]
+        is_one = np.isin(token, tokens) & exists
+        return is_one.reshape(self.tokens.shape).astype(np.float32)
 
 # %% ../../nbs/880_programs.ipynb #pg12
 @dataclass(frozen=True)
@@ -98,7 +109,8 @@ class Threshold:
     @property
     def n_reals(self) -> int:
         "Its real parameters."
-        return len(self.weights) + 1 + (self.least > 0)
+        has_threshold = self.least > 0
+        return len(self.weights) + 1 + has_threshold
 
     @property
     def choice_bits(self) -> float:
@@ -106,14 +118,20 @@ class Threshold:
         return 0.0
 
     def __call__(self, x: Float[np.ndarray, "n input"]) -> Float[np.ndarray, " n"]:
-        total = x @ np.array(self.weights, dtype=x.dtype) + self.bias
+        weights = np.array(self.weights, dtype=x.dtype)
+        total = x @ weights + self.bias
         return np.where(total > self.least, total, 0)
 
     def write(self, inputs: Sequence[str]) -> str:
         "Its formula."
-        terms = [f"{w:+.2g} {name}" for w, name in zip(self.weights, inputs, strict=True)]
-        total = " ".join([*terms, f"{self.bias:+.2g}"]).removeprefix("+")
-        return f"max(0, {total})" if self.least <= 0 else f"z if z > {self.least:.2g}, z = {total}"
+        terms = []
+        for weight, name in zip(self.weights, inputs, strict=True):
+            terms.append(f"{weight:+.2g} {name}")
+        terms.append(f"{self.bias:+.2g}")
+        total = " ".join(terms).removeprefix("+")
+        if self.least > 0:
+            return f"z if z > {self.least:.2g}, z = {total}"
+        return f"max(0, {total})"
 
 # %% ../../nbs/880_programs.ipynb #pg14
 @dataclass(frozen=True)
@@ -131,12 +149,14 @@ class Count:
         return float(np.log2(self.n_inputs))
 
     def __call__(self, x: Float[np.ndarray, "n input"]) -> Float[np.ndarray, " n"]:
-        n_active = (x > 0).sum(-1)
+        is_active = x > 0
+        n_active = is_active.sum(-1)
         return np.where(n_active >= self.k, self.value, 0.0)
 
     def write(self, inputs: Sequence[str]) -> str:
         "Its formula."
-        return f"{self.value:.2g} if at least {self.k} of {self.n_inputs} are active: {', '.join(inputs)}"
+        names = ", ".join(inputs)
+        return f"{self.value:.2g} if at least {self.k} of {self.n_inputs} are active: {names}"
 
 # %% ../../nbs/880_programs.ipynb #pg16
 @dataclass(frozen=True)
@@ -151,11 +171,14 @@ class Product:
 
     def __call__(self, x: Float[np.ndarray, "n two"]) -> Float[np.ndarray, " n"]:
         product = x[..., 0] * x[..., 1]
-        return np.where(product > 0, np.maximum(self.scale * product + self.bias, 0), 0)
+        value = self.scale * product + self.bias
+        is_on = (product > 0) & (value > 0)
+        return np.where(is_on, value, 0)
 
     def write(self, inputs: Sequence[str]) -> str:
         "Its formula."
-        return f"max(0, {self.scale:.2g} {inputs[0]} * {inputs[1]} {self.bias:+.2g})"
+        first, second = inputs
+        return f"max(0, {self.scale:.2g} {first} * {second} {self.bias:+.2g})"
 
 # %% ../../nbs/880_programs.ipynb #pg18
 @dataclass(frozen=True)
@@ -186,23 +209,33 @@ class Tree:
     @property
     def choice_bits(self) -> float:
         "What its discrete choices cost, in bits: an input for each cut, and the shape."
-        return (self.n_leaves - 1) * (np.log2(max(self.n_inputs, 1)) + 2)
+        n_cuts = self.n_leaves - 1
+        an_input = np.log2(max(self.n_inputs, 1))
+        return n_cuts * (an_input + 2)
 
     def __call__(self, x: Float[np.ndarray, "n input"]) -> Float[np.ndarray, " n"]:
         node = np.zeros(x.shape[:-1], dtype=int)
-        inputs, cuts, below, above = map(np.array, (self.inputs, self.cuts, self.below, self.above))
+        inputs, cuts = np.array(self.inputs), np.array(self.cuts)
+        below, above = np.array(self.below), np.array(self.above)
         for _ in range(self.n_leaves):
-            value = np.take_along_axis(x, np.maximum(inputs[node], 0)[..., None], -1)[..., 0]
-            after = np.where(value <= cuts[node], below[node], above[node])
-            node = np.where(inputs[node] < 0, node, after)
-        return np.array(self.values)[node]
+            asked = inputs[node]
+            place = np.maximum(asked, 0)[..., None]
+            value = np.take_along_axis(x, place, -1)[..., 0]
+            is_below = value <= cuts[node]
+            after = np.where(is_below, below[node], above[node])
+            node = np.where(asked < 0, node, after)
+        values = np.array(self.values)
+        return values[node]
 
     def write(self, inputs: Sequence[str], node: int = 0) -> str:
         "Its formula, from one node on."
-        if self.inputs[node] < 0:
+        asked = self.inputs[node]
+        if asked < 0:
             return f"{self.values[node]:.2g}"
-        above, below = (self.write(inputs, side[node]) for side in (self.above, self.below))
-        return f"({above} if {inputs[self.inputs[node]]} > {self.cuts[node]:.2g} else {below})"
+        above = self.write(inputs, self.above[node])
+        below = self.write(inputs, self.below[node])
+        cut = self.cuts[node]
+        return f"({above} if {inputs[asked]} > {cut:.2g} else {below})"
 
 # %% ../../nbs/880_programs.ipynb #pg19
 Function = Threshold | Count | Product | Tree
@@ -225,22 +258,24 @@ class Program:
 
     def __post_init__(self) -> None:
         n_given = len(self.parents) + bool(self.tokens)
-        if self.function.n_inputs > n_given or (
-            not isinstance(self.function, Tree) and self.function.n_inputs != n_given
-        ):
-            raise ValueError(
-                f"function must read the {n_given} inputs of the program, but reads {self.function.n_inputs}"
-            )
+        n_read = self.function.n_inputs
+        reads_all = n_read == n_given
+        if isinstance(self.function, Tree):
+            reads_all = n_read <= n_given
+        if not reads_all:
+            raise ValueError(f"function must read the {n_given} inputs of the program, but reads {n_read}")
 
     @property
     def kind(self) -> str:
         '"tokens", "copy", "not", "threshold", "count", "product" or "tree".'
         function = self.function
-        if not isinstance(function, Threshold) or len(self.parents) + bool(self.tokens) > 1:
+        if isinstance(function, Tree) or function.n_inputs > 1:
             return type(function).__name__.lower()
         if self.tokens:
             return "tokens"
-        return "copy" if function.weights[0] > 0 else "not"
+        if isinstance(function, Threshold) and function.weights[0] < 0:
+            return "not"
+        return "copy"
 
     def run(
         self,
@@ -250,7 +285,8 @@ class Program:
         "The activation that the program gives at each position."
         x = text.select(acts, self.selector)
         if self.tokens:
-            x = np.concatenate([x, text.is_token(self.tokens, self.selector)[:, :, None]], -1)
+            is_listed = text.is_token(self.tokens, self.selector)
+            x = np.concatenate([x, is_listed[:, :, None]], -1)
         return self.function(x)
 
     def write(self, show: Callable[[int], str] = str) -> str:
@@ -258,7 +294,8 @@ class Program:
         at = "" if self.selector == "same" else f"@{self.selector}"
         inputs = [f"{parent}{at}" for parent in self.parents]
         if self.tokens:
-            inputs.append(f"[token{at} in {{{', '.join(show(token) for token in self.tokens)}}}]")
+            listed = ", ".join(map(show, self.tokens))
+            inputs.append(f"[token{at} in {{{listed}}}]")
         return self.function.write(inputs)
 
 # %% ../../nbs/880_programs.ipynb #pg26
@@ -268,13 +305,18 @@ def save_program(program: Program) -> str:
     return json.dumps(record)
 
 
+def _freeze(record: dict[str, Any]) -> dict[str, Any]:
+    "A record with tuples in the place of lists."
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+
+
 def load_program(text: str) -> Program:
     "A program from a line of JSON. Raises ValueError for one that is damaged."
     try:
         record = json.loads(text)
-        function = FUNCTIONS[record.pop("name")]
-        values = {name: tuple(x) if isinstance(x, list) else x for name, x in record.pop("function").items()}
-        parents, tokens = tuple(record.pop("parents")), tuple(record.pop("tokens"))
-        return Program(function(**values), parents, tokens=tokens, **record)
+        function = FUNCTIONS[record["name"]]
+        values = _freeze(record["function"])
+        of_program = _freeze({name: record[name] for name in ("parents", "selector", "tokens")})
+        return Program(function(**values), **of_program)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"text must hold a program as save_program writes it, got {text[:60]!r}") from error

@@ -1,0 +1,341 @@
+"""Labels against definitions: programs, their fit, the two tests, the labelled model, and bad input."""
+
+import json
+
+import joblib
+import numpy as np
+import pytest
+import torch
+
+from circuitgraph.build.build import build_graph
+from circuitgraph.cut import cut_model
+from circuitgraph.label.fit import LabelConfig, data_bits, draw_positions, fit_threshold
+from circuitgraph.label.nodes import explain, label_nodes, read_codes
+from circuitgraph.label.nodes import (
+    read_programs,
+    run_part,
+    swap_codes,
+    test_programs as score_programs,
+)
+from circuitgraph.label.programs import SELECTORS, Count, Positions, Program, Threshold, load_program
+from circuitgraph.label.programs import save_program
+from circuitgraph.label.replaced import choose_programs, judge_labelled, run_labelled, run_replaced
+from circuitgraph.model.loading import tiny_model
+from circuitgraph.options import Judging, Pruning, Run
+from feature_oracles import all_dictionaries, draw, module_by_hand
+from known_features import KNOWN_FEATURES
+from oracles import random_tokens
+
+QUIET = Run(progress=False)
+
+
+@pytest.fixture(scope="module")
+def logic():
+    "The model of ANDs and ORs, its graph, and a text."
+    known = KNOWN_FEATURES["AND and OR in superposition"]()
+    graph = build_graph(known.model, known.tokens, known.dictionaries, pruning=Pruning(None), run=QUIET)
+    return known, graph, known.tokens.repeat(8, 1)
+
+
+@pytest.fixture(scope="module")
+def labelled(logic):
+    known, graph, text = logic
+    return label_nodes(graph, known.model, text, known.dictionaries, run=QUIET)
+
+
+# Programs
+
+
+def select_by_hand(x, tokens, selector):
+    "What a selector reads, position by position."
+    out = np.zeros_like(x)
+    for s, row in enumerate(tokens):
+        for t in range(len(row)):
+            for i in range(x.shape[2]):
+                column = x[s, : t + 1, i]
+                if selector == "same":
+                    out[s, t, i] = x[s, t, i]
+                elif selector == "mean":
+                    out[s, t, i] = column.mean()
+                elif selector == "last active":
+                    active = np.flatnonzero(column)
+                    out[s, t, i] = column[active[-1]] if len(active) else 0
+                elif selector == "induction":
+                    earlier = [u for u in range(t) if row[u] == row[t]]
+                    out[s, t, i] = x[s, earlier[-1] + 1, i] if earlier else 0
+                else:
+                    back = t - int(selector.split()[1])
+                    out[s, t, i] = x[s, back, i] if back >= 0 else 0
+    return out
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_a_selector_reads_what_it_says(selector):
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(4, size=(3, 12))
+    x = generator.random((3, 12, 2)) * (generator.random((3, 12, 2)) < 0.4)
+    text = Positions(tokens)
+    assert np.allclose(text.select(x, selector), select_by_hand(x, tokens, selector))
+    if selector not in ("mean", "last active"):
+        place, exists = text.flat_source(selector)
+        flat = x.reshape(-1, 2)[place] * exists[:, None]
+        assert np.array_equal(flat.reshape(x.shape), text.select(x, selector))
+
+
+def test_bad_programs_are_refused():
+    with pytest.raises(ValueError, match="selector must be one of"):
+        Positions(np.zeros((1, 2), dtype=int)).select(np.zeros((1, 2, 1)), "next")
+    with pytest.raises(ValueError, match="must read the 1 inputs"):
+        Program(Threshold((1.0, 2.0), 0.0), ("m0/1",))
+    for text in ("", "[]", "{}", json.dumps({"name": "Lambda", "function": {}, "parents": [], "tokens": []})):
+        with pytest.raises(ValueError, match="must hold a program"):
+            load_program(text)
+
+
+# Bits
+
+
+def test_data_bits_are_those_of_the_empirical_code():
+    acts = np.array([0, 0, 0, 0, 1.0, 1.5, 2.0, 0.5])
+    predicted = np.array([0, 0, 0, 0.7, 1.1, 1.4, 2.0, 0])
+    unit = acts[acts > 0].std() / 10
+    log2 = np.log2
+    firing = (
+        -3 * log2(3 / 4) - log2(1 / 4) - log2(1 / 4) - 3 * log2(3 / 4)
+    )  # 3 of 4 where on, 1 of 4 elsewhere
+    errors = np.array([0.1, 0.1, 0.0])
+    sigma = np.sqrt((errors**2).mean())
+    magnitude = 3 * log2(np.sqrt(2 * np.pi * np.e) * sigma / unit)
+    assert np.isclose(data_bits(acts, predicted), firing + magnitude)
+    doubled = data_bits(np.tile(acts, 2), np.tile(predicted, 2))
+    assert np.isclose(doubled, data_bits(acts, predicted, np.full(8, 2.0)))
+
+
+def test_drawn_positions_stand_for_all():
+    generator = np.random.default_rng(0)
+    fires, tokens = generator.random(9000) < 0.02, generator.integers(500, size=9000)
+    counted = generator.random(9000) < 0.9
+    rows, weight = draw_positions(fires, tokens, counted, 20_000)
+    assert counted[rows].all() and len(set(rows)) == len(rows)
+    assert set(np.flatnonzero(fires & counted)) <= set(rows)
+    assert np.isclose(weight.sum(), counted.sum())
+    assert np.isclose(weight[fires[rows]].sum(), (fires & counted).sum())
+
+
+def test_a_threshold_finds_a_not():
+    x = np.concatenate([np.zeros(400), np.linspace(0.5, 1.5, 100)])[:, None]
+    y = np.where(x[:, 0] == 0, 1.0, 0.0)
+    rule = fit_threshold(x, y, np.ones(500))
+    assert rule.weights[0] < 0 and np.allclose(rule(x), y, atol=1e-2)
+
+
+# Labels of a model that is known
+
+
+def test_labels_of_known_features_are_exact(labelled):
+    programs = read_programs(labelled)
+    assert set(programs) == {f"m1/{j}" for j in range(12)}
+    for j in range(12):
+        pair = {f"m0/{j - j % 2}", f"m0/{j - j % 2 + 1}"}
+        program = programs[f"m1/{j}"]
+        assert set(program.parents) == pair and not program.tokens
+        assert isinstance(program.function, Count) and program.function.k == 2 - j % 2
+    nodes = labelled.nodes.set_index("name").loc[list(programs)]
+    assert (nodes[["r2", "f1"]] > 0.999).all(axis=None)
+    intervened = nodes[["r2_intervened", "f1_intervened"]].dropna()
+    assert len(intervened) > 6 and (intervened > 0.999).all(axis=None)
+
+
+def test_a_correlate_passes_on_text_and_fails_when_parents_are_swapped(logic):
+    "The token says when an AND fires, but the module reads features: swapping these tells the two apart."
+    known, graph, text = logic
+    cut = cut_model(known.model, known.dictionaries)
+    cause = {f"m1/{2 * k}": Program(Count(2, 2, 1.0), (f"m0/{2 * k}", f"m0/{2 * k + 1}")) for k in range(6)}
+    correlate = {f"m1/{2 * k}": Program(Count(1, 1, 1.0), (), tokens=(3 * k + 2,)) for k in range(6)}
+    options = {"share": 0.5, "run": Run(batch_size=12, progress=False)}
+    assert (score_programs(cut, cause, text, run=QUIET)["r2"] > 0.999).all()
+    assert (score_programs(cut, correlate, text, run=QUIET)["r2"] > 0.999).all()
+    assert (score_programs(cut, cause, text, **options)["r2"] > 0.999).all()
+    assert (score_programs(cut, correlate, text, **options)["r2"] < 0.9).all()
+
+
+@pytest.mark.parametrize("module", ["m1", "a1"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox"])
+@torch.no_grad()
+def test_a_module_is_run_on_its_changed_input(name, module):
+    model = tiny_model(name, dtype=torch.float64)
+    tokens = random_tokens(model, 2, 6)
+    dictionaries = all_dictionaries(model, gate="relu")
+    cut = cut_model(model, dictionaries)
+    codes, streams = read_codes(cut, tokens)
+    part = next(part for part in cut.parts if part.module == module)
+    before = {p.module: codes[p.module] for p in cut.parts if p.dictionary and p.first < part.n_before}
+    swapped = swap_codes(before, 0.4, torch.Generator().manual_seed(0))
+    x = cut.trace(tokens).reads[module].clone()
+    change = torch.zeros_like(x)
+    for writer, code in before.items():
+        W_dec = dictionaries[writer].W_dec
+        for j in range(code.shape[-1]):
+            change += (swapped[writer] - code)[:, :, j, None] * W_dec[j]
+    assert change.abs().max() > 0.1 and not change[:, 0].any()
+    ports = ("mlp",) if module[0] == "m" else ("q", "k", "v")
+    output = module_by_hand(model, module[0], 1, {port: x + change for port in ports})[0]
+    expected = dictionaries[module].encode(output)
+    assert torch.allclose(run_part(cut, part, tokens, streams[1], change), expected, atol=1e-9)
+
+
+def test_swapped_codes_are_those_of_other_positions():
+    codes = {"m0": torch.arange(48.0).view(2, 4, 6), "a1": torch.rand(2, 4, 3)}
+    swapped = swap_codes(codes, 0.5, torch.Generator().manual_seed(1))
+    is_moved = (swapped["m0"] != codes["m0"]).flatten(0, 1)
+    assert 0 < is_moved.any(0).sum() < 6
+    assert (swapped["m0"][:, 0] == codes["m0"][:, 0]).all()
+    for j in range(6):
+        assert set(swapped["m0"][..., j].flatten().tolist()) == set(codes["m0"][..., j].flatten().tolist())
+    assert torch.equal(swap_codes(codes, 0.0, torch.Generator())["a1"], codes["a1"])
+
+
+# The labelled model
+
+
+@pytest.mark.parametrize("module", ["m0", "a1"])
+@torch.no_grad()
+def test_replaced_features_are_those_of_hooks(module):
+    "Constants in the place of features, through the bridge's own hooks."
+    model = tiny_model("llama", dtype=torch.float64)
+    tokens = random_tokens(model, 2, 6)
+    dictionary = draw(model, module, gate="relu")
+    cut = cut_model(model, {module: dictionary})
+    chosen = {f"{module}/1": 0.3, f"{module}/4": 0.0}
+
+    def replace_features(output, hook):  # noqa: ARG001
+        code = dictionary.encode(output)
+        for name, value in chosen.items():
+            j = int(name.split("/")[1])
+            output[:, 1:] += (value - code[:, 1:, j, None]) * dictionary.W_dec[j]
+        return output
+
+    place = {"m0": "blocks.0.hook_mlp_out", "a1": "blocks.1.hook_attn_out"}[module]
+    expected = model.bridge.run_with_hooks(tokens, fwd_hooks=[(place, replace_features)])
+    # the bridge takes norms in single precision
+    assert torch.allclose(run_replaced(cut, chosen, tokens), expected, atol=1e-5)
+    assert torch.allclose(run_replaced(cut, {}, tokens), model.bridge(tokens), atol=1e-5)
+    assert (expected - model.bridge(tokens)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_dropped_errors_leave_the_reconstruction():
+    model = tiny_model("llama", dtype=torch.float64)
+    tokens = random_tokens(model, 2, 6)
+    dictionary = draw(model, "m0", reads="normed", gate="relu")  # a transcoder with a skip path
+    cut = cut_model(model, {"m0": dictionary})
+
+    def reconstruct(output, hook):  # noqa: ARG001
+        x = cut.trace(tokens).reads["m0"]
+        norm = model.layers[0].ln2
+        read = x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight
+        new = dictionary.decode(dictionary.encode(read)) + read @ dictionary.W_skip.T
+        return torch.cat([output[:, :1], new[:, 1:]], 1)
+
+    expected = model.bridge.run_with_hooks(tokens, fwd_hooks=[("blocks.0.hook_mlp_out", reconstruct)])
+    assert torch.allclose(run_replaced(cut, {}, tokens, error=False), expected, atol=1e-5)
+    assert (expected - model.bridge(tokens)).abs().max() > 1e-3
+
+
+def test_later_labels_read_earlier_ones(logic):
+    "A label on m0 that is wrong changes what the label on m1 says."
+    known, _, _ = logic
+    cut = cut_model(known.model, known.dictionaries)
+    reader = Program(Count(2, 2, 1.0), ("m0/0", "m0/1"))
+    tokens = known.tokens
+    of_model = run_replaced(cut, {"m1/0": reader}, tokens)
+    rolled = run_replaced(cut, {"m0/0": 0.0, "m1/0": reader}, tokens)
+    by_hand = run_replaced(cut, {"m0/0": 0.0, "m1/0": 0.0}, tokens)  # without m0/0 the AND never fires
+    assert torch.allclose(rolled, by_hand, atol=1e-6)
+    assert (rolled - of_model).abs().max() > 1e-3
+
+
+def test_the_labelled_model_of_known_features_is_the_model(logic, labelled):
+    known, _, _ = logic
+    own = known.model(known.tokens).detach()
+    logits = run_labelled(known.model, labelled, known.tokens, known.dictionaries)
+    assert torch.allclose(logits, own, atol=1e-4 * float(own.abs().max()))
+    options = {"shares": [0.25, 1.0], "judging": Judging(run=QUIET)}
+    table = judge_labelled(known.model, labelled, known.tokens, known.dictionaries, **options)
+    rise = table.set_index(["share", "replaced_by"])["rise"]
+    assert abs(rise[1.0, "program"]) < 1e-3 and rise[1.0, "silence"] > 1 and rise[1.0, "average"] > 1
+    assert rise[0.25, "silence"] < rise[1.0, "silence"]
+    assert len(choose_programs(labelled, 0.25)) == 6
+
+
+# Requests
+
+
+def test_a_stopped_search_goes_on_to_the_same_labels(logic, tmp_path):
+    known, graph, text = logic
+    whole = label_nodes(graph, known.model, text, known.dictionaries, run=QUIET)
+    run = Run(progress=False, checkpoint=tmp_path)
+    label_nodes(graph, known.model, text, known.dictionaries, run=run)
+    (path,) = tmp_path.glob("labels-*.json")
+    rows = json.loads(path.read_text())
+    rows[0]["bits_none"] += 100  # a mark, to see that the file is read
+    path.write_text(json.dumps(rows))
+    again = label_nodes(graph, known.model, text, known.dictionaries, run=run)
+    assert (again.nodes["bits"] - whole.nodes["bits"]).abs().max() == 100
+    assert again.nodes["program"].equals(whole.nodes["program"])
+    config = LabelConfig(seed=1)
+    other = label_nodes(graph, known.model, text, known.dictionaries, config=config, run=run)
+    assert len(list(tmp_path.glob("labels-*.json"))) == 2 and len(other.nodes) == len(whole.nodes)
+
+
+def test_any_number_of_processes_finds_the_same(logic):
+    known, graph, text = logic
+    one = label_nodes(graph, known.model, text, known.dictionaries, run=QUIET)
+    with joblib.parallel_config(n_jobs=2):
+        two = label_nodes(graph, known.model, text, known.dictionaries, run=QUIET)
+    assert one.nodes.equals(two.nodes)
+
+
+def test_labels_are_saved_and_explained(labelled, tmp_path):
+    labelled.save(tmp_path / "graph")
+    loaded = type(labelled).load(tmp_path / "graph")
+    programs = read_programs(loaded)
+    assert programs == read_programs(labelled)
+    assert {save_program(one) for one in programs.values()} == set(labelled.nodes["program"]) - {""}
+    lines = explain(loaded, "m1/0").splitlines()
+    assert lines[0].startswith("m1/0 = ") and "R2 1.00" in lines[1]
+    assert lines[2].endswith("no label (no parents that are features)") and len(lines) == 4
+
+
+def test_features_that_cannot_be_labelled_say_why(logic):
+    known, graph, text = logic
+    options = {"config": LabelConfig(min_active=10_000), "run": QUIET}
+    nodes = label_nodes(graph, known.model, text, known.dictionaries, **options).nodes.set_index("name")
+    assert (nodes["program"] == "").all()
+    assert "fewer than 10000" in nodes["no_label"]["m1/0"]
+    assert nodes["no_label"]["m0/0"] == "no parents that are features"
+    strict = LabelConfig(min_saved=0.999)
+    nodes = label_nodes(graph, known.model, text, known.dictionaries, config=strict, run=QUIET).nodes
+    assert "no program saves" in nodes.set_index("name")["no_label"]["m1/0"]
+
+
+def test_bad_requests_are_refused(logic, labelled):
+    known, graph, text = logic
+    model, dictionaries = known.model, known.dictionaries
+    requests = {
+        "at least 2 sequences": lambda: label_nodes(graph, model, text[:1], dictionaries, run=QUIET),
+        "got 'm1/99'": lambda: label_nodes(graph, model, text, dictionaries, nodes=["m1/99"], run=QUIET),
+        "dictionaries": lambda: label_nodes(graph, model, text, {"m0": dictionaries["m0"]}, run=QUIET),
+        "one of features": lambda: label_nodes(
+            build_graph(model, known.tokens, "layer", run=QUIET), model, text, None, run=QUIET
+        ),
+        "must be labelled": lambda: run_labelled(model, graph, text, dictionaries),
+        r"share must lie in \[0, 1\]": lambda: run_labelled(model, labelled, text, dictionaries, share=2.0),
+        "node must be one of": lambda: explain(labelled, "m7/3"),
+        "n_used must be at most 10": lambda: LabelConfig(n_used=11),
+        "min_saved must lie": lambda: LabelConfig(min_saved=1.0),
+        "n_parents must be at least 1": lambda: LabelConfig(n_parents=0),
+    }
+    for message, request in requests.items():
+        with pytest.raises(ValueError, match=message):
+            request()
