@@ -4,7 +4,8 @@
     python scripts/exp_labels.py --held-out wikitext-2-test.txt
 
 Layers 8 to 11 of SmolLM2-135M are cut into features: attention layers by the autoencoders of `make graph`,
-MLPs by transcoders, which are trained here. Each feature gets a program over its parents. Writes to nbs/results:
+MLPs by transcoders, which are trained here. Each feature gets a program over its parents.
+Writes to nbs/results:
 
 - labels_features.csv: a row for each feature that was tried, with its two tests;
 - labels_nulls.csv: some features, labelled with the parents of another feature, and by a table of tokens;
@@ -17,14 +18,16 @@ A second run goes on where the first was stopped. CPU time on one core: 8 minute
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
+from circuitgraph.attribution.method import Attribution
 from circuitgraph.build.build import build_feature_graph
 from circuitgraph.cut import FeatureCut, cut_model
-from circuitgraph.attribution.method import Attribution
 from circuitgraph.data.corpus import load_corpus
 from circuitgraph.dictionary.protocol import Dictionary
 from circuitgraph.dictionary.store import load_dictionaries
@@ -34,11 +37,11 @@ from circuitgraph.graph.graph import Graph
 from circuitgraph.graph.tables import replace_file
 from circuitgraph.label.fit import LabelConfig, fit_program
 from circuitgraph.label.nodes import Activities, label_nodes, list_parents, list_selectors
-from circuitgraph.label.nodes import read_activities, split_text, test_programs
+from circuitgraph.label.nodes import read_activities, split_text, score_programs
 from circuitgraph.label.replaced import judge_labelled
 from circuitgraph.model.blocks import Model
 from circuitgraph.model.loading import load_model
-from circuitgraph.options import Judging, Pruning, Run
+from circuitgraph.options import Pruning, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path.home() / ".cache/circuitgraph/dictionaries"
@@ -104,7 +107,12 @@ def swap_readers(graph: Graph, names: list[str], parents: dict[str, list[str]]) 
 
 
 def make_nulls(
-    model: Model, graph: Graph, cut: FeatureCut, text: object, dictionaries: dict[str, Dictionary], n: int
+    model: Model,
+    graph: Graph,
+    cut: FeatureCut,
+    text: torch.Tensor,
+    dictionaries: dict[str, Dictionary],
+    n: int,
 ) -> pd.DataFrame:
     "Labels of some features with their own parents, with those of another feature, and by their tokens."
     found_on, tested_on = split_text(text)
@@ -123,8 +131,8 @@ def make_nulls(
             for name in names
         }
         programs = {name: program for name, program in fits.items() if program is not None}
-        table = test_programs(cut, programs, tested_on).join(
-            test_programs(cut, programs, tested_on, 0.2), rsuffix="_intervened"
+        table = score_programs(cut, programs, tested_on).join(
+            score_programs(cut, programs, tested_on, 0.2), rsuffix="_intervened"
         )
         reads = {name: len(program.parents) for name, program in programs.items()}
         table = table.assign(n_parents=pd.Series(reads)).reindex(names).rename_axis("name").reset_index()
@@ -132,7 +140,8 @@ def make_nulls(
     return pd.concat(tables)
 
 
-def main() -> None:
+def read_arguments() -> argparse.Namespace:
+    "The options of the command."
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -145,38 +154,45 @@ def main() -> None:
     )
     parser.add_argument("--n-judged", type=int, default=32, help="sequences of 64 tokens to run labels on")
     parser.add_argument("--n-nulls", type=int, default=400, help="features labelled for the nulls")
-    parser.add_argument("--n-jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "nbs/results")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def roll_labels(
+    model: Model, labelled: Graph, dictionaries: dict[str, Dictionary], text: torch.Tensor
+) -> pd.DataFrame:
+    "Cross-entropy with programs in the place of features: of all modules together, and of each alone."
+    tables = []
+    for error in (True, False):
+        table = judge_labelled(model, labelled, text, dictionaries, shares=SHARES, error=error)
+        tables.append(table.assign(modules="all", error=error))
+    for module in dictionaries:
+        table = judge_labelled(model, labelled, text, dictionaries, shares=[1.0], modules=[module])
+        tables.append(table.assign(modules=module, error=True))
+    return pd.concat(tables).assign(n_seq=len(text))
+
+
+def main() -> None:
+    args = read_arguments()
     model = load_model("smollm2-135m")
     dictionaries = open_dictionaries(model, args)
     cut = cut_model(model, dictionaries)
     small = load_corpus("default", model, 1024, seq_len=128)
-    rule, pruning = Attribution(), Pruning(n_edges=100)
-    graph = keep_or_build(
-        args.folder / "graph", lambda: build_feature_graph(cut, small, rule, pruning, Run())
-    )
+    build = partial(build_feature_graph, cut, small, Attribution(), Pruning(n_edges=100), Run())
+    graph = keep_or_build(args.folder / "graph", build)
     text = load_corpus("default", model, args.n_tokens, seq_len=128, seed=1)
     run = Run(checkpoint=args.folder / "unfinished")
-    options = {"n_jobs": args.n_jobs, "run": run}
-    labelled = keep_or_build(
-        args.folder / "labelled", lambda: label_nodes(graph, model, text, dictionaries, **options)
-    )
-    tried = labelled.nodes[(labelled.nodes["kind"] == "feature") & labelled.nodes["bits"].notna()]
+    label = partial(label_nodes, graph, model, text, dictionaries, run=run)
+    labelled = keep_or_build(args.folder / "labelled", label)
+    is_tried = (labelled.nodes["kind"] == "feature") & labelled.nodes["bits"].notna()
+    tried = labelled.nodes[is_tried]
     write_table(tried[COLUMNS].round(4), args.out / "labels_features.csv")
     best = tried.sort_values("bits_saved", ascending=False).groupby(["module", "function"]).head(2)
     write_table(best[[*COLUMNS, "program"]].round(4), args.out / "labels_examples.csv")
     judged_on = load_corpus(args.held_out, model, args.n_judged * 64, seq_len=64)
     if not (args.out / "labels_rolled.csv").exists():
-        tables = []
-        for error in (True, False):
-            settings = {"shares": SHARES, "error": error, "judging": Judging()}
-            table = judge_labelled(model, labelled, judged_on, dictionaries, **settings)
-            tables.append(table.assign(modules="all", error=error))
-        for module in dictionaries:
-            table = judge_labelled(model, labelled, judged_on, dictionaries, shares=[1.0], modules=[module])
-            tables.append(table.assign(modules=module, error=True))
-        write_table(pd.concat(tables).assign(n_seq=len(judged_on)).round(5), args.out / "labels_rolled.csv")
+        rolled = roll_labels(model, labelled, dictionaries, judged_on)
+        write_table(rolled.round(5), args.out / "labels_rolled.csv")
     if not (args.out / "labels_nulls.csv").exists():
         nulls = make_nulls(model, labelled, cut, text, dictionaries, args.n_nulls)
         write_table(nulls.round(4), args.out / "labels_nulls.csv")

@@ -6,20 +6,18 @@ import joblib
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import nnls
 
 from circuitgraph.build.build import build_graph
 from circuitgraph.cut import cut_model
 from circuitgraph.label.fit import LabelConfig, data_bits, draw_positions, fit_threshold
-from circuitgraph.label.nodes import explain, label_nodes, read_codes
-from circuitgraph.label.nodes import (
-    read_programs,
-    run_part,
-    swap_codes,
-    test_programs as score_programs,
-)
+from circuitgraph.label.heads import RULES, label_heads, make_patterns, rule_patterns
+from circuitgraph.label.nodes import explain, label_nodes, read_codes, read_programs, run_part
+from circuitgraph.label.nodes import score_programs, swap_codes
 from circuitgraph.label.programs import SELECTORS, Count, Positions, Program, Threshold, load_program
 from circuitgraph.label.programs import save_program
 from circuitgraph.label.replaced import choose_programs, judge_labelled, run_labelled, run_replaced
+from circuitgraph.model.blocks import run_attention
 from circuitgraph.model.loading import tiny_model
 from circuitgraph.options import Judging, Pruning, Run
 from feature_oracles import all_dictionaries, draw, module_by_hand
@@ -339,3 +337,93 @@ def test_bad_requests_are_refused(logic, labelled):
     for message, request in requests.items():
         with pytest.raises(ValueError, match=message):
             request()
+
+
+# Heads
+
+
+def rule_by_hand(rule, row, t):
+    "The pattern of a rule for one query, position by position."
+    pattern = np.zeros(len(row))
+    name, _, rest = rule.partition(", or ")
+    earlier = [u for u in range(t) if row[u] == row[t]]
+    found = {
+        "first": 0,
+        "same": t,
+        "repeat": earlier[-1] if earlier else None,
+        "induction": earlier[-1] + 1 if earlier else None,
+    } | {f"back {k}": t - k if t >= k else None for k in range(1, 9)}
+    if name == "mean" or (rest and found[name] is None):
+        pattern[: t + 1] = 1 / (t + 1)
+    else:
+        pattern[found[name] or 0] = 1
+    return pattern
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_pattern_of_a_rule_is_what_it_says(rule):
+    tokens = torch.randint(4, (3, 11), generator=torch.Generator().manual_seed(0))
+    patterns = rule_patterns(tokens)[RULES.index(rule)].numpy()
+    for s, row in enumerate(tokens.tolist()):
+        by_hand = np.stack([rule_by_hand(rule, row, t) for t in range(len(row))])
+        assert np.allclose(patterns[s], by_hand)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox"])
+@torch.no_grad()
+def test_a_label_is_the_least_squares_mixture(name):
+    "Against a solver that sees the outputs of every position, written through W_O."
+    model = tiny_model(name, dtype=torch.float64)
+    tokens = random_tokens(model, 4, 9)
+    heads = label_heads(model, tokens, n_rules=2, run=QUIET)
+    patterns = rule_patterns(tokens).double()
+    for row in heads.itertuples():
+        x = cut_model(model, "head").trace(tokens).reads[f"a{row.layer}"]
+        attn = model.layers[row.layer].attn
+        z = run_attention(model, row.layer, x, x, x)[:, row.head]
+        shape = (-1, model.n_heads, -1, -1)
+        of_rules = [
+            run_attention(model, row.layer, x, x, x, pattern=p[:, None].expand(shape)) for p in patterns
+        ]
+        target, *columns = (
+            y[:, 1:] @ attn.W_O[:, row.head].T for y in (z, *(z[:, row.head] for z in of_rules))
+        )
+        rules = [RULES.index(rule) for rule in row.weights]
+        if not rules:
+            continue
+        design = torch.stack([columns[i].flatten() for i in rules], 1).numpy()
+        weights, left = nnls(design, target.flatten().numpy())
+        assert np.allclose(list(row.weights.values()), weights, atol=1e-6)
+        assert np.isclose(row.explained, 1 - left**2 / float(target.square().sum()), atol=1e-6)
+
+
+@torch.no_grad()
+def test_replaced_patterns_are_those_of_hooks():
+    model = tiny_model("llama", dtype=torch.float64)
+    tokens = random_tokens(model, 2, 7)
+    heads = label_heads(model, tokens, run=QUIET)
+    mixture = {"back 1": 0.7, "first": 0.2}
+    heads["weights"] = [mixture] * len(heads)
+    pattern = sum(w * rule_patterns(tokens)[RULES.index(rule)] for rule, w in mixture.items()).double()
+
+    def set_pattern(given, hook):  # noqa: ARG001
+        given[:, 1, 1:] = pattern[:, 1:]
+        return given
+
+    hooks = [("blocks.0.attn.hook_pattern", set_pattern)]
+    expected = model.bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+    assert (expected - model.bridge(tokens)).abs().max() > 1e-3
+    logits = make_patterns(model, heads, ["a0.h1"]).run(model, tokens)
+    assert torch.allclose(logits, expected, atol=1e-5)
+    own = make_patterns(model, heads, []).run(model, tokens)
+    assert torch.allclose(own, model.bridge(tokens), atol=1e-5)
+
+
+def test_bad_requests_for_heads_are_refused():
+    model = tiny_model("llama")
+    tokens = random_tokens(model, 2, 6)
+    heads = label_heads(model, tokens, run=QUIET)
+    with pytest.raises(ValueError, match="by must be one of"):
+        make_patterns(model, heads, ["a0.h0"], by="median")
+    with pytest.raises(ValueError, match="corpus|tokens"):
+        label_heads(model, tokens.float(), run=QUIET)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SKIP_FIRST', 'Chunk', 'Codes', 'SWAPPED', 'list_parents', 'split_text', 'Activities', 'read_activities',
            'list_selectors', 'fit_chunk', 'fit_readers', 'read_codes', 'encode_part', 'run_part', 'swap_codes',
-           'predict_codes', 'split_name', 'group_programs', 'test_programs', 'label_nodes', 'read_programs', 'explain']
+           'predict_codes', 'split_name', 'group_programs', 'score_programs', 'label_nodes', 'read_programs', 'explain']
 
 # %% ../../nbs/882_labels.ipynb #lb03
 import hashlib
@@ -375,7 +375,7 @@ class _Test:
 
 
 @torch.no_grad()
-def test_programs(
+def score_programs(
     cut: FeatureCut,
     programs: Mapping[str, Program],  # by feature
     tokens: Int[Tensor, "seq pos"],  # that no program was found on
@@ -485,8 +485,8 @@ def label_nodes(
     programs = {name: fit.program for name, fit in fits.items() if fit.program is not None}
     options: dict[str, Any] = {"seed": config.seed, "run": run}
     tests = {
-        "": test_programs(cut, programs, tested_on, **options),
-        "_intervened": test_programs(cut, programs, tested_on, SWAPPED, **options),
+        "": score_programs(cut, programs, tested_on, **options),
+        "_intervened": score_programs(cut, programs, tested_on, SWAPPED, **options),
     }
     step = f"labels: {len(programs)} programs from {tokens.numel()} tokens, seed {config.seed}"
     return add_history(graph, step, **_make_columns(graph, fits, tests))
