@@ -24,7 +24,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--held-out", required=True, help="a text file that nothing was found on")
-    parser.add_argument("--n-tokens", type=int, default=8_192, help="to find labels on")
+    parser.add_argument("--n-tokens", type=int, default=4_096, help="to find labels on")
     parser.add_argument("--n-judged", type=int, default=32, help="sequences of 64 tokens to judge on")
     parser.add_argument("--out", type=Path, default=ROOT / "nbs/results")
     args = parser.parse_args()

@@ -201,9 +201,12 @@ def rank_pairs(
     share = weight / weight.sum()
     on = active.astype(np.float64)
     of_all, of_firing = _count_cells(on, share), _count_cells(on, share * fires)
-    left = sum(_cell_bits(n_cell, n_fires) for n_cell, n_fires in zip(of_all, of_firing, strict=True))
-    first, second = np.triu_indices(on.shape[1], 1)
-    best = np.argsort(left[first, second], kind="stable")[:n]
+    left = np.zeros_like(of_all[0])
+    for n_cell, n_fires in zip(of_all, of_firing, strict=True):
+        left = left + _cell_bits(n_cell, n_fires)
+    first, second = np.triu_indices(len(left), 1)
+    order = np.argsort(left[first, second], kind="stable")
+    best = order[:n]
     return list(zip(first[best].tolist(), second[best].tolist(), strict=True))
 
 # %% ../../nbs/881_fit.ipynb #ft22
@@ -323,7 +326,10 @@ class _Copy:
     "A tree of scikit-learn as a table of nodes."
 
     def __init__(self, tree: Any, leaf: np.ndarray, y: np.ndarray, weight: np.ndarray) -> None:
-        self.tree, self.leaf, self.y, self.weight = tree, leaf, y, weight
+        self.tree = tree
+        self.leaf = leaf
+        self.y = y
+        self.weight = weight
         self.rows: list[_Node] = []
 
     def value(self, node: int) -> float:
@@ -535,7 +541,9 @@ def _explain(sample: _Sample) -> float:
 def run_program(program: Program, reader: Reader) -> Float[np.ndarray, " n"]:
     "What a program predicts at each position of a reader's text."
     inputs = [reader.parents.index(name) for name in program.parents]
-    return program.run(reader.parent_acts[:, :, inputs], reader.text).ravel()
+    acts = reader.parent_acts[:, :, inputs]
+    predicted = program.run(acts, reader.text)
+    return predicted.ravel()
 
 
 class _Search:
@@ -543,8 +551,10 @@ class _Search:
 
     def __init__(self, reader: Reader, config: LabelConfig, n_vocab: int) -> None:
         self.reader, self.config, self.n_vocab = reader, config, n_vocab
-        self.acts, self.counted = reader.acts, reader.counted
-        self.n_fires = int((self.acts[self.counted] > 0).sum())
+        self.acts = reader.acts
+        self.counted = reader.counted
+        fires = self.acts[self.counted] > 0
+        self.n_fires = int(fires.sum())
 
     def own_bits(self, program: Program) -> float:
         "The bits of a program."

@@ -85,8 +85,10 @@ class Activities:
         columns = [self.column[one] for one in (name, *parents)]
         table = self.table[:, columns].toarray()
         acts = np.maximum(table, 0)
-        of_parents = acts[:, 1:].reshape(*self.text.tokens.shape, -1)
-        return Reader(acts[:, 0], tuple(parents), of_parents, self.text, self.counted)
+        own, others = acts[:, 0], acts[:, 1:]
+        n_seq, n_pos = self.text.tokens.shape
+        of_parents = others.reshape(n_seq, n_pos, -1)
+        return Reader(own, tuple(parents), of_parents, self.text, self.counted)
 
 # %% ../../nbs/882_labels.ipynb #lb11
 SKIP_FIRST = 1  # positions at the start of each sequence where dictionaries say nothing
@@ -97,10 +99,13 @@ def read_activities(
 ) -> Activities:
     "Read the activations of all features on a text."
     patterns = read_patterns(model, graph, tokens, dictionaries, skip_first=SKIP_FIRST, run=run)
-    column = {name: i for i, name in enumerate(graph.nodes["name"])}
-    position = np.arange(tokens.numel()) % tokens.shape[1]
+    names = graph.nodes["name"].tolist()
+    column = dict(zip(names, range(len(names)), strict=True))
+    n_seq, n_pos = tokens.shape
+    position = np.tile(np.arange(n_pos), n_seq)
     text = Positions(tokens.cpu().numpy())
-    return Activities(sp.csc_array(patterns), column, text, position >= SKIP_FIRST)
+    table = sp.csc_array(patterns)
+    return Activities(table, column, text, position >= SKIP_FIRST)
 
 # %% ../../nbs/882_labels.ipynb #lb13
 Chunk = list[tuple[str, list[str]]]  # readers with their parents

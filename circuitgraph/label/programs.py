@@ -307,7 +307,11 @@ def save_program(program: Program) -> str:
 
 def _freeze(record: dict[str, Any]) -> dict[str, Any]:
     "A record with tuples in the place of lists."
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+    frozen = {}
+    for name, value in record.items():
+        is_list = isinstance(value, list)
+        frozen[name] = tuple(value) if is_list else value
+    return frozen
 
 
 def load_program(text: str) -> Program:
