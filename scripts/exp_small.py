@@ -6,7 +6,7 @@ Graphs of heads and MLPs of SmolLM2-135M are found on the embedded text and judg
 by rules that order the edges of one graph, by a search (`search_gates`), and at random among the nodes that
 the search chose. Writes nbs/results/small_text.csv, one row a rule, budget and ablated value. A second run
 takes the graphs that are there, and goes on with a search that was stopped. CPU time on one core: 25 minutes
-for the searches, one for each budget, 2 for the graph, 20 for judging.
+for the search, 2 for the graph, 20 for judging.
 """
 
 import argparse
@@ -65,15 +65,13 @@ def restore_half(graph: Graph, every: Graph, seed: int) -> Graph:
     return every.keep(kept | restored)
 
 
-def list_graphs(
-    cut: ModuleCut, whole: Graph, searched: dict[float, Graph]
-) -> Iterator[tuple[str, float, Graph]]:
+def list_graphs(cut: ModuleCut, whole: Graph, searched: Graph) -> Iterator[tuple[str, float, Graph]]:
     "Each rule's graph at each budget."
     for share in SHARES:
         n_edges = round(share * len(whole))
         for name, rule in RULES.items():
             yield name, share, select_edges(whole, n_edges, rule, prune=False)
-        small = searched[share].top_edges(n_edges)
+        small = searched.top_edges(n_edges)
         yield "search", share, small
         for seed in range(2):
             yield "random among the search's nodes", share, draw_graph(cut, small, seed)
@@ -99,7 +97,7 @@ def main() -> None:
     )
     parser.add_argument("--held-out", required=True, help="a text file to judge on")
     parser.add_argument("--n-judged", type=int, default=16, help="sequences of 64 tokens to judge on")
-    parser.add_argument("--n-steps", type=int, default=60, help="steps of each search")
+    parser.add_argument("--n-steps", type=int, default=40, help="steps for each budget of the search")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "nbs/results/small_text.csv")
     args = parser.parse_args()
@@ -110,15 +108,12 @@ def main() -> None:
     found_on = load_corpus("default", model, 400 * 64, seq_len=64, seed=args.seed + 5)
     search = partial(
         search_gates,
+        n_edges=[round(share * len(whole)) for share in SHARES],
         value=APART,
         config=GateConfig(n_steps=args.n_steps),
         judging=Judging(seed=args.seed, run=Run(batch_size=4, checkpoint=folder / "unfinished")),
     )
-    searched = {}
-    for share in SHARES:
-        n_edges = [round(share * len(whole))]
-        build = partial(search, model, found_on, n_edges=n_edges)
-        searched[share] = keep_or_build(folder / f"searched-{share}", build)
+    searched = keep_or_build(folder / "searched", lambda: search(model, found_on))
     judged_on = load_corpus(args.held_out, model, args.n_judged * 64, seq_len=64)
     cut = cut_model(model, "head")
     graphs = list(list_graphs(cut, whole, searched))

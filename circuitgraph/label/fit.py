@@ -243,13 +243,16 @@ def _calibrate(total: np.ndarray, y: np.ndarray, weight: np.ndarray, cut: float)
     hit = (total > cut) & (y > 0)
     if not hit.any():
         return 1.0, 0.0
-    share = weight[hit] / weight[hit].sum()
-    mean_total, mean_y = share @ total[hit], share @ y[hit]
-    from_mean = total[hit] - mean_total
+    total, y, weight = total[hit], y[hit], weight[hit]
+    share = weight / weight.sum()
+    mean_total = share @ total
+    mean_y = share @ y
+    from_mean = total - mean_total
     spread = share @ from_mean**2
     scale = 1.0
     if spread > 1e-9 * mean_total**2:
-        scale = float(share @ (from_mean * y[hit]) / spread)
+        together = share @ (from_mean * y)
+        scale = float(together / spread)
     if scale <= 0:
         scale = 1.0
     return scale, float(mean_y - scale * mean_total)
@@ -533,7 +536,8 @@ class Fit:
 
 def _explain(sample: _Sample) -> float:
     "The share of variance that three inputs explain."
-    balanced = balance(sample.y > 0, sample.weight)
+    fires = sample.y > 0
+    balanced = balance(fires, sample.weight)
     _, explained = order_inputs(sample.x, sample.y, balanced, 3)
     return explained
 
@@ -565,9 +569,11 @@ class _Search:
         "The bits of all activations with a program, its own included, or with none."
         acts = self.acts[self.counted]
         if program is None:
-            return data_bits(acts, np.zeros_like(acts))
-        predicted = run_program(program, self.reader)[self.counted]
-        return data_bits(acts, predicted) + self.own_bits(program)
+            nothing = np.zeros_like(acts)
+            return data_bits(acts, nothing)
+        predicted = run_program(program, self.reader)
+        bits = data_bits(acts, predicted[self.counted])
+        return bits + self.own_bits(program)
 
     def samples(self, selectors: Sequence[str], n: int = 2) -> list[_Sample]:
         "What the selectors read, with which three inputs explain most."

@@ -256,8 +256,9 @@ def swap_codes(
         if moved is None:
             moved = torch.randperm(len(positions), generator=generator)
         elsewhere = positions[moved].view_as(later)
-        chosen = torch.rand(code.shape[-1], generator=generator) < share
-        new = torch.where(chosen.to(code.device), elsewhere, later)
+        draws = torch.rand(code.shape[-1], generator=generator)
+        chosen = (draws < share).to(code.device)
+        new = torch.where(chosen, elsewhere, later)
         swapped[module] = torch.cat([first, new], 1)
     return swapped
 

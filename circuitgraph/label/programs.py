@@ -23,13 +23,16 @@ SELECTORS = ("same", *(f"back {k}" for k in range(1, N_BACK + 1)), "induction", 
 
 def find_induction(tokens: Int[np.ndarray, "seq pos"]) -> Int[np.ndarray, "seq pos"]:
     "The position after the last earlier occurrence of each token; -1 where there is none."
-    found = np.full(tokens.shape, -1)
-    for sequence, row in enumerate(tokens.tolist()):
+    found = []
+    for row in tokens.tolist():
+        after = []
         last: dict[int, int] = {}
         for position, token in enumerate(row):
-            found[sequence, position] = last.get(token, -2) + 1
+            earlier = last.get(token, -2)
+            after.append(earlier + 1)
             last[token] = position
-    return found
+        found.append(after)
+    return np.array(found)
 
 # %% ../../nbs/880_programs.ipynb #pg09
 @dataclass(frozen=True, eq=False)
@@ -72,12 +75,13 @@ class Positions:
             raise ValueError(f"selector must be one of {', '.join(SELECTORS)}, got {selector!r}")
         if selector == "same":
             return x
+        here = np.arange(x.shape[1])[:, None]
         if selector == "mean":
-            counts = np.arange(1, x.shape[1] + 1, dtype=x.dtype)
-            return x.cumsum(1) / counts[:, None]
+            total = x.cumsum(1)
+            return total / (here + 1).astype(x.dtype)
         if selector == "last active":
-            here = np.arange(x.shape[1])[:, None]
-            last = np.maximum.accumulate(np.where(x != 0, here, -1), axis=1)
+            active = np.where(x != 0, here, -1)
+            last = np.maximum.accumulate(active, axis=1)
         else:
             last = self.source(selector)[:, :, None]
         values = np.take_along_axis(x, np.maximum(last, 0), 1)
@@ -283,10 +287,12 @@ class Program:
         text: Positions,
     ) -> Float[np.ndarray, "seq pos"]:
         "The activation that the program gives at each position."
-        x = text.select(acts, self.selector)
+        selector = self.selector
+        x = text.select(acts, selector)
         if self.tokens:
-            is_listed = text.is_token(self.tokens, self.selector)
-            x = np.concatenate([x, is_listed[:, :, None]], -1)
+            is_listed = text.is_token(self.tokens, selector)
+            column = is_listed[:, :, None]
+            x = np.concatenate([x, column], -1)
         return self.function(x)
 
     def write(self, show: Callable[[int], str] = str) -> str:

@@ -66,7 +66,8 @@ class _Roll:
         assert dictionary is not None
         code = encode_part(self.cut, part, places)
         new = self.replace(part, code)
-        self.codes[part.module] = new.float().cpu().numpy()
+        as_array = new.float().cpu().numpy()
+        self.codes[part.module] = as_array
         change = dictionary.decode(new) - dictionary.decode(code)
         if not self.error:
             change = change - self.missed(part, places)
@@ -117,9 +118,10 @@ def run_replaced(
     error: bool = True,
 ) -> Float[Tensor, "batch pos d_vocab"]:
     "Logits of the model with some features replaced (@eq-replaced)."
+    model = cut.model
     roll = _Roll(cut, programs, tokens, error)
-    stream = visit_modules(cut.model, tokens, roll.visit)
-    return run_logits(cut.model, stream)
+    stream = visit_modules(model, tokens, roll.visit)
+    return run_logits(model, stream)
 
 
 def run_labelled(
@@ -199,9 +201,10 @@ def _list_runs(graph: Graph, shares: Sequence[float], modules: Sequence[str] | N
         chosen = choose_programs(graph, share)
         if modules is not None:
             chosen = {name: one for name, one in chosen.items() if split_name(name)[0] in modules}
+        names = list(chosen)
         runs[share, "program"] = chosen
-        runs[share, "average"] = {name: float(average[name]) for name in chosen}
-        runs[share, "silence"] = dict.fromkeys(chosen, 0.0)
+        runs[share, "average"] = average.reindex(names).to_dict()
+        runs[share, "silence"] = dict.fromkeys(names, 0.0)
     return runs
 
 
