@@ -10,7 +10,7 @@ Writes to nbs/results:
 - labels_features.csv: a row for each feature that was tried, with its two tests;
 - labels_nulls.csv: some features, labelled with the parents of another feature, and by a table of tokens;
 - labels_rolled.csv: cross-entropy with programs in the place of features, on the text of --held-out;
-- labels_examples.csv: the programs that save most bits in each module.
+- labels_examples.csv: the 40 programs that do best when parents are swapped.
 
 A second run goes on where the first was stopped. CPU time on one core: 8 minutes to train, 5 for the graph,
 25 for labels, 15 for the rest.
@@ -36,19 +36,20 @@ from circuitgraph.dictionary.trainer import TrainConfig
 from circuitgraph.graph.graph import Graph
 from circuitgraph.graph.tables import replace_file
 from circuitgraph.label.fit import LabelConfig, fit_program
-from circuitgraph.label.nodes import Activities, label_nodes, list_parents, list_selectors
+from circuitgraph.label.nodes import SWAPPED, Activities, label_nodes, list_parents, list_selectors
 from circuitgraph.label.nodes import read_activities, split_text, score_programs
 from circuitgraph.label.replaced import judge_labelled
 from circuitgraph.model.blocks import Model
 from circuitgraph.model.loading import load_model
-from circuitgraph.options import Pruning, Run
+from circuitgraph.options import Judging, Pruning, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path.home() / ".cache/circuitgraph/dictionaries"
 LAYERS = range(8, 12)
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
-COLUMNS = ["name", "module", "function", "no_label", "bits", "bits_saved", "frequency"]
-COLUMNS += ["r2", "f1", "r2_intervened", "f1_intervened"]
+JUDGING = Judging(run=Run(batch_size=32))
+TESTS = ["r2", "f1", "r2_intervened", "f1_intervened"]
+COLUMNS = ["name", "function", "bits", "saved", *TESTS]
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
@@ -132,7 +133,7 @@ def make_nulls(
         }
         programs = {name: program for name, program in fits.items() if program is not None}
         table = score_programs(cut, programs, tested_on).join(
-            score_programs(cut, programs, tested_on, 0.2), rsuffix="_intervened"
+            score_programs(cut, programs, tested_on, SWAPPED), rsuffix="_intervened"
         )
         reads = {name: len(program.parents) for name, program in programs.items()}
         table = table.assign(n_parents=pd.Series(reads)).reindex(names).rename_axis("name").reset_index()
@@ -158,16 +159,29 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def list_tried(labelled: Graph) -> pd.DataFrame:
+    "The features that were tried: those with parents that fire often enough."
+    nodes = labelled.nodes
+    is_feature = (nodes["kind"] == "feature") & nodes["bits"].notna()
+    tried = nodes[is_feature & ~nodes["no_label"].str.startswith("active at")]
+    saved = tried["bits_saved"] / tried["bits"]
+    tests = tried[TESTS].replace(-np.inf, np.nan).round(3)
+    function = tried["function"].replace("", "none")
+    return tried.assign(saved=saved.round(3), bits=tried["bits"].round(), function=function, **tests)
+
+
 def roll_labels(
     model: Model, labelled: Graph, dictionaries: dict[str, Dictionary], text: torch.Tensor
 ) -> pd.DataFrame:
     "Cross-entropy with programs in the place of features: of all modules together, and of each alone."
     tables = []
     for error in (True, False):
-        table = judge_labelled(model, labelled, text, dictionaries, shares=SHARES, error=error)
+        options = {"error": error, "judging": JUDGING}
+        table = judge_labelled(model, labelled, text, dictionaries, shares=SHARES, **options)
         tables.append(table.assign(modules="all", error=error))
     for module in dictionaries:
-        table = judge_labelled(model, labelled, text, dictionaries, shares=[1.0], modules=[module])
+        options = {"modules": [module], "judging": JUDGING}
+        table = judge_labelled(model, labelled, text, dictionaries, shares=[1.0], **options)
         tables.append(table.assign(modules=module, error=True))
     return pd.concat(tables).assign(n_seq=len(text))
 
@@ -181,14 +195,13 @@ def main() -> None:
     build = partial(build_feature_graph, cut, small, Attribution(), Pruning(n_edges=100), Run())
     graph = keep_or_build(args.folder / "graph", build)
     text = load_corpus("default", model, args.n_tokens, seq_len=128, seed=1)
-    run = Run(checkpoint=args.folder / "unfinished")
+    run = Run(batch_size=32, checkpoint=args.folder / "unfinished")
     label = partial(label_nodes, graph, model, text, dictionaries, run=run)
     labelled = keep_or_build(args.folder / "labelled", label)
-    is_tried = (labelled.nodes["kind"] == "feature") & labelled.nodes["bits"].notna()
-    tried = labelled.nodes[is_tried]
-    write_table(tried[COLUMNS].round(4), args.out / "labels_features.csv")
-    best = tried.sort_values("bits_saved", ascending=False).groupby(["module", "function"]).head(2)
-    write_table(best[[*COLUMNS, "program"]].round(4), args.out / "labels_examples.csv")
+    tried = list_tried(labelled)
+    write_table(tried[COLUMNS], args.out / "labels_features.csv")
+    best = tried[tried["function"] != "none"].sort_values("r2_intervened", ascending=False)
+    write_table(best.head(40)[[*COLUMNS, "program"]], args.out / "labels_examples.csv")
     judged_on = load_corpus(args.held_out, model, args.n_judged * 64, seq_len=64)
     if not (args.out / "labels_rolled.csv").exists():
         rolled = roll_labels(model, labelled, dictionaries, judged_on)

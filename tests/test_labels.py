@@ -10,6 +10,7 @@ from scipy.optimize import nnls
 
 from circuitgraph.build.build import build_graph
 from circuitgraph.cut import cut_model
+from circuitgraph.graph.figures import plot_layers
 from circuitgraph.label.fit import LabelConfig, data_bits, draw_positions, fit_threshold
 from circuitgraph.label.heads import RULES, label_heads, make_patterns, rule_patterns
 from circuitgraph.label.nodes import explain, label_nodes, read_codes, read_programs, run_part
@@ -427,3 +428,14 @@ def test_bad_requests_for_heads_are_refused():
         make_patterns(model, heads, ["a0.h0"], by="median")
     with pytest.raises(ValueError, match="corpus|tokens"):
         label_heads(model, tokens.float(), run=QUIET)
+
+
+# Figures
+
+
+def test_a_label_stands_where_a_node_is_hovered(logic, labelled):
+    _, graph, _ = logic
+    label = labelled.nodes.set_index("name")["label"]["m1/0"]
+    shown = [text for trace in plot_layers(labelled, 10).data for text in trace.text or ()]
+    assert sum(label in text for text in shown if text.startswith("m1/0<br>")) == 1
+    assert not any(label in text for trace in plot_layers(graph, 10).data for text in trace.text or ())

@@ -149,6 +149,11 @@ def _node_traces(
     size = 5 + 17 * np.sqrt(out / max(out.max(), 1e-12))
     strengths = zip(graph.nodes["name"], out, into, strict=True)
     texts = [f"{name}<br>strength out {o:.3g}, in {i:.3g}" for name, o, i in strengths]
+    if "label" in graph.nodes:
+        written = graph.nodes["label"].map(html.escape)
+        texts = [
+            f"{text}<br>{label}".removesuffix("<br>") for text, label in zip(texts, written, strict=True)
+        ]
     labels = np.array(texts, dtype=object)
     traces = []
     for kind in dict.fromkeys(kinds):

@@ -183,6 +183,7 @@ def fit_readers(
     )
     bar = tqdm(missing, desc="programs", unit="chunk", disable=not run.progress)
     for i, of_chunk in zip(bar, found, strict=True):
+        assert of_chunk is not None
         _save_fits(paths[i], of_chunk)
         fits[i] = of_chunk
     every = [fit for of_chunk in fits if of_chunk is not None for fit in of_chunk]
@@ -317,9 +318,10 @@ class _Sums:
         self.on += on.sum(0)
 
     def score(self) -> pd.DataFrame:
-        "R2 and F1; NaN for a reader that is silent and predicted so."
+        "R2, NaN for a reader that is silent; and F1, NaN where it is predicted so."
+        variance = self.square - self.total**2 / self.n
+        variance[self.fires == 0] = np.nan
         with np.errstate(divide="ignore", invalid="ignore"):
-            variance = self.square - self.total**2 / self.n
             r2 = 1 - self.error / variance
             f1 = 2 * self.hits / (self.fires + self.on)
         return pd.DataFrame({"r2": r2, "f1": f1, "n_active": self.fires.astype(int)})

@@ -102,12 +102,12 @@ def choose_programs(
     if not 0 <= share <= 1:
         raise ValueError(f"share must lie in [0, 1], got {share}")
     programs = read_programs(graph)
-    nodes = graph.nodes.set_index("name")
+    nodes = graph.nodes
     is_live = (nodes["kind"] == "feature") & (nodes["frequency"] > 0)
-    n = round(share * int(is_live.sum()))
-    saved = nodes["bits_saved"].reindex(list(programs))
-    best = saved.sort_values(ascending=False, kind="stable").index[:n]
-    return {name: programs[name] for name in best}
+    n = round(share * int(is_live.to_numpy().sum()))
+    saved = dict(zip(nodes["name"], nodes["bits_saved"], strict=True))
+    best = sorted(programs, key=saved.__getitem__, reverse=True)
+    return {name: programs[name] for name in best[:n]}
 
 
 @torch.no_grad()
