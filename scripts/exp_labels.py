@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pandas as pd
 import torch
@@ -155,6 +156,7 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--n-judged", type=int, default=32, help="sequences of 64 tokens to run labels on")
     parser.add_argument("--n-nulls", type=int, default=400, help="features labelled for the nulls")
+    parser.add_argument("--n-jobs", type=int, default=2, help="processes that find programs")
     parser.add_argument("--out", type=Path, default=ROOT / "nbs/results")
     return parser.parse_args()
 
@@ -197,7 +199,8 @@ def main() -> None:
     text = load_corpus("default", model, args.n_tokens, seq_len=128, seed=1)
     run = Run(batch_size=32, checkpoint=args.folder / "unfinished")
     label = partial(label_nodes, graph, model, text, dictionaries, run=run)
-    labelled = keep_or_build(args.folder / "labelled", label)
+    with joblib.parallel_config(n_jobs=args.n_jobs):
+        labelled = keep_or_build(args.folder / "labelled", label)
     tried = list_tried(labelled)
     write_table(tried[COLUMNS], args.out / "labels_features.csv")
     best = tried[tried["function"] != "none"].sort_values("r2_intervened", ascending=False)

@@ -219,23 +219,22 @@ def _solve(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return np.linalg.solve(products + ridge * np.eye(len(products)), scaled.T @ y)
 
 
-def _best_cut(total: np.ndarray, fires: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
-    "The cut of a sum, not below 0, that tells best where a reader fires, and the bits of firing with it."
-    n, n_fires = float(weight.sum()), float(weight[fires].sum())
+def _best_cut(total: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
+    "The cut of a sum, not below 0, with the least squared error, and that error."
+    squares = weight * y**2
     above = np.flatnonzero(total > 0)
     if not len(above):
-        return 0.0, _coin_bits(n_fires, n)
+        return 0.0, float(squares.sum())
     order = above[np.argsort(-total[above], kind="stable")]
     height = total[order]
-    n_on = weight[order].cumsum()
-    n_hit = (weight * fires)[order].cumsum()
-    bits = _cell_bits(n_on, n_hit) + _cell_bits(n - n_on, n_fires - n_hit)
+    gained = squares[order] - weight[order] * (y[order] - height) ** 2
+    error = squares.sum() - gained.cumsum()
     is_tied = height[1:] == height[:-1]
-    bits[:-1][is_tied] = np.inf  # no cut lies between equal sums
-    best = int(bits.argmin())
+    error[:-1][is_tied] = np.inf  # no cut lies between equal sums
+    best = int(error.argmin())
     is_last = best + 1 == len(order)
     cut = 0.0 if is_last else float(height[best : best + 2].mean())
-    return cut, float(bits[best])
+    return cut, float(error[best])
 
 
 def _calibrate(total: np.ndarray, y: np.ndarray, weight: np.ndarray, cut: float) -> tuple[float, float]:
@@ -268,12 +267,12 @@ def fit_threshold(
     design = np.concatenate([x, np.ones((len(x), 1), dtype=x.dtype)], 1)
     fires = y > 0
     fitted = _solve(design, y, balance(fires, weight))
-    tried: list[tuple[float, float, np.ndarray]] = []  # bits of firing, cut, weights
+    tried: list[tuple[float, float, np.ndarray]] = []  # squared error, cut, weights
     rows = np.zeros(len(y), dtype=bool)
     for _ in range(n_rounds):
         total = design @ fitted
-        cut, bits = _best_cut(total, fires, weight)
-        tried.append((bits, cut, fitted))
+        cut, error = _best_cut(total, y, weight)
+        tried.append((error, cut, fitted))
         new = fires | (total > 0)
         if (new == rows).all():
             break
@@ -291,12 +290,14 @@ def fit_threshold(
 def fit_counts(
     x: Float[np.ndarray, "n input"], y: Float[np.ndarray, " n"], weight: Float[np.ndarray, " n"]
 ) -> Iterator[Count]:
-    "A count for each number of inputs that must be active."
+    "A count for each number of active inputs with which the reader fires more often than not."
     n_inputs = x.shape[1]
     n_active = (x > 0).sum(1)
     for k in range(1, n_inputs + 1):
-        hit = (n_active >= k) & (y > 0)
-        if hit.any():
+        on = n_active >= k
+        hit = on & (y > 0)
+        n_hit = weight[hit].sum()
+        if n_hit > 0 and 2 * n_hit >= weight[on].sum():
             value = np.average(y[hit], weights=weight[hit])
             yield Count(k, n_inputs, float(value))
 

@@ -211,7 +211,10 @@ def make_patterns(
         raise ValueError(f"by must be one of {', '.join(WAYS)}, got {by!r}")
     weights = torch.zeros(model.n_layers, model.n_heads, len(RULES))
     is_replaced = torch.zeros(model.n_layers, model.n_heads, dtype=torch.bool)
-    for row in heads[heads["name"].isin(names)].to_dict(orient="records"):
+    chosen = set(names)
+    for row in heads.to_dict(orient="records"):
+        if row["name"] not in chosen:
+            continue
         layer, head = row["layer"], row["head"]
         is_replaced[layer, head] = True
         given = {"label": row["weights"], "mean": {"mean": 1.0}, "nothing": {}}[by]
