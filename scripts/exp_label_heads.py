@@ -2,9 +2,9 @@
 
     python scripts/exp_label_heads.py --held-out wikitext-2-test.txt
 
-Each head of SmolLM2-135M gets a mixture of rules, on the text of the package. Then the rules take the place of
-the patterns of more and more heads, on the text of --held-out. Writes nbs/results/labels_heads.csv and
-labels_heads_rolled.csv. CPU time on one core: 3 minutes.
+Each head of SmolLM2-135M gets a mixture of rules, on the text of the package. Then the rules take the place
+of the patterns of more and more heads, on the text of --held-out. Writes nbs/results/labels_heads.csv and
+labels_heads_rolled.csv. CPU time on one core: 4 minutes.
 """
 
 import argparse

@@ -10,6 +10,7 @@ Writes to nbs/results:
 - labels_features.csv: a row for each feature that was tried, with its two tests;
 - labels_nulls.csv: some features, labelled with the parents of another feature, and by a table of tokens;
 - labels_rolled.csv: cross-entropy with programs in the place of features, on the text of --held-out;
+- labels_best.csv: the same with programs only that did well when they were tested;
 - labels_examples.csv: the 40 programs that do best when parents are swapped.
 
 A second run goes on where the first was stopped. CPU time on one core: 8 minutes to train, 5 for the graph,
@@ -37,8 +38,8 @@ from circuitgraph.dictionary.trainer import TrainConfig
 from circuitgraph.graph.graph import Graph
 from circuitgraph.graph.tables import replace_file
 from circuitgraph.label.fit import LabelConfig, fit_program
-from circuitgraph.label.nodes import SWAPPED, Activities, label_nodes, list_parents, list_selectors
-from circuitgraph.label.nodes import read_activities, split_text, score_programs
+from circuitgraph.label.nodes import SWAPPED, Activities, keep_tested, label_nodes, list_parents
+from circuitgraph.label.nodes import list_selectors, read_activities, score_programs, split_text
 from circuitgraph.label.replaced import judge_labelled
 from circuitgraph.model.blocks import Model
 from circuitgraph.model.loading import load_model
@@ -47,7 +48,8 @@ from circuitgraph.options import Judging, Pruning, Run
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path.home() / ".cache/circuitgraph/dictionaries"
 LAYERS = range(8, 12)
-SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
+SHARES = (0.1, 0.25, 1.0)
+LEAST = (0.0, 0.3, 0.5)  # R2 of programs
 JUDGING = Judging(run=Run(batch_size=32))
 TESTS = ["r2", "f1", "r2_intervened", "f1_intervened"]
 COLUMNS = ["name", "function", "bits", "saved", *TESTS]
@@ -175,16 +177,28 @@ def list_tried(labelled: Graph) -> pd.DataFrame:
 def roll_labels(
     model: Model, labelled: Graph, dictionaries: dict[str, Dictionary], text: torch.Tensor
 ) -> pd.DataFrame:
-    "Cross-entropy with programs in the place of features: of all modules together, and of each alone."
+    "Cross-entropy with programs in the place of features: of all modules together, and of each MLP alone."
     tables = []
     for error in (True, False):
         options = {"error": error, "judging": JUDGING}
         table = judge_labelled(model, labelled, text, dictionaries, shares=SHARES, **options)
         tables.append(table.assign(modules="all", error=error))
-    for module in dictionaries:
+    for module in (name for name in dictionaries if name.startswith("m")):
         options = {"modules": [module], "judging": JUDGING}
         table = judge_labelled(model, labelled, text, dictionaries, shares=[1.0], **options)
         tables.append(table.assign(modules=module, error=True))
+    return pd.concat(tables).assign(n_seq=len(text))
+
+
+def roll_best(
+    model: Model, labelled: Graph, dictionaries: dict[str, Dictionary], text: torch.Tensor
+) -> pd.DataFrame:
+    "Cross-entropy with programs only that did well when they were tested."
+    tables = []
+    for least in LEAST:
+        kept = keep_tested(labelled, least)
+        table = judge_labelled(model, kept, text, dictionaries, shares=[1.0], judging=JUDGING)
+        tables.append(table.assign(least=least))
     return pd.concat(tables).assign(n_seq=len(text))
 
 
@@ -209,6 +223,10 @@ def main() -> None:
     if not (args.out / "labels_rolled.csv").exists():
         rolled = roll_labels(model, labelled, dictionaries, judged_on)
         write_table(rolled.round(5), args.out / "labels_rolled.csv")
+    if not (args.out / "labels_best.csv").exists():
+        write_table(
+            roll_best(model, labelled, dictionaries, judged_on).round(5), args.out / "labels_best.csv"
+        )
     if not (args.out / "labels_nulls.csv").exists():
         nulls = make_nulls(model, labelled, cut, text, dictionaries, args.n_nulls)
         write_table(nulls.round(4), args.out / "labels_nulls.csv")

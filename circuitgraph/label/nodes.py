@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SKIP_FIRST', 'Chunk', 'Codes', 'SWAPPED', 'list_parents', 'split_text', 'Activities', 'read_activities',
            'list_selectors', 'fit_chunk', 'fit_readers', 'read_codes', 'encode_part', 'run_part', 'swap_codes',
-           'predict_codes', 'split_name', 'group_programs', 'score_programs', 'label_nodes', 'read_programs', 'explain']
+           'predict_codes', 'split_name', 'group_programs', 'score_programs', 'label_nodes', 'keep_tested',
+           'read_programs', 'explain']
 
 # %% ../../nbs/882_labels.ipynb #lb03
 import hashlib
@@ -500,6 +501,19 @@ def label_nodes(
     return add_history(graph, step, **_make_columns(graph, fits, tests))
 
 # %% ../../nbs/882_labels.ipynb #lb28
+def keep_tested(
+    graph: Graph,  # labelled
+    least: float = 0.0,  # R2 that a program must have in both tests
+) -> Graph:
+    "Drop programs that do worse in a test. Raises ValueError for a graph without labels."
+    if "program" not in graph.nodes:
+        raise ValueError("graph must be labelled: give what label_nodes returns")
+    nodes = graph.nodes
+    fails = (nodes["r2"] < least) | (nodes["r2_intervened"] < least)
+    kept = nodes["program"].mask(fails, "")
+    return add_history(graph, f"keep_tested({least:g})", program=kept.to_numpy())
+
+# %% ../../nbs/882_labels.ipynb #lb31
 def read_programs(graph: Graph) -> dict[str, Program]:
     "The programs of a labelled graph by feature. Raises ValueError for a graph without labels."
     if "program" not in graph.nodes:
