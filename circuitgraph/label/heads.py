@@ -21,11 +21,10 @@ from scipy.optimize import nnls
 from torch import Tensor
 from tqdm import tqdm
 
-from ..ablation.judge import bootstrap
 from ..data.corpus import Corpus, check_tokens
 from ..dictionary.places import visit_modules
 from .programs import N_BACK, Positions
-from .replaced import mean_loss, next_token_losses
+from .replaced import describe_losses, next_token_losses
 from ..model.blocks import Model, run_attention, run_logits, write_heads
 from ..options import Judging, Run
 
@@ -253,10 +252,6 @@ def judge_heads(
     for batch in tqdm(batches, desc="labelled heads", unit="batch", disable=not judging.run.progress):
         of_batch = [next_token_losses(patterns.run(model, batch), batch) for patterns in runs.values()]
         losses.append(torch.stack(of_batch))
-    every = torch.cat(losses, 1)
-    rises = every - every[0]
-    low, high = bootstrap(mean_loss, rises, n_boot=judging.n_boot, seed=judging.seed)
     table = pd.DataFrame(list(runs), columns=["share", "replaced_by"])
-    columns = {"n_heads": [int(one.is_replaced.sum()) for one in runs.values()], "ce": every.mean(1).tolist()}
-    columns |= {"rise": rises.mean(1).tolist(), "rise_low": low.tolist(), "rise_high": high.tolist()}
-    return table.assign(**columns)
+    table["n_heads"] = [int(patterns.is_replaced.sum()) for patterns in runs.values()]
+    return table.join(describe_losses(torch.cat(losses, 1), judging))

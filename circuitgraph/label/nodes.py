@@ -505,7 +505,7 @@ def keep_tested(
     graph: Graph,  # labelled
     least: float = 0.0,  # R2 that a program must have in both tests
 ) -> Graph:
-    "Drop programs that do worse in a test. Raises ValueError for a graph without labels."
+    "Drop programs that do worse in a test; a test in which the feature is silent (NaN) drops none."
     if "program" not in graph.nodes:
         raise ValueError("graph must be labelled: give what label_nodes returns")
     nodes = graph.nodes
