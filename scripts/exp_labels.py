@@ -135,9 +135,8 @@ def make_nulls(
             for name in names
         }
         programs = {name: program for name, program in fits.items() if program is not None}
-        table = score_programs(cut, programs, tested_on).join(
-            score_programs(cut, programs, tested_on, SWAPPED), rsuffix="_intervened"
-        )
+        swapped = score_programs(cut, programs, tested_on, SWAPPED).add_suffix("_intervened")
+        table = score_programs(cut, programs, tested_on).join(swapped)
         reads = {name: len(program.parents) for name, program in programs.items()}
         table = table.assign(n_parents=pd.Series(reads)).reindex(names).rename_axis("name").reset_index()
         tables.append(table.assign(parents=kind))

@@ -3,10 +3,11 @@
     python scripts/exp_small.py --held-out wikitext-2-test.txt
 
 Graphs of heads and MLPs of SmolLM2-135M are found on the embedded text and judged on another, which is given:
-by rules that order the edges of one graph, by a search (`search_gates`), and at random among the nodes that
-the search chose. Writes nbs/results/small_text.csv, one row a rule, budget and ablated value. A second run
-takes the graphs that are there, and goes on with a search that was stopped. CPU time on one core: 25 minutes
-for the search, 2 for the graph, 20 for judging.
+by rules that order the edges of one graph, by methods that see the loss, by a search for each budget
+(`search_gates`), and at random among the nodes that the search chose. Writes nbs/results/small_text.csv, one
+row a rule, budget and ablated value. A second run takes the graphs that are there, and goes on with a search
+that was stopped. CPU time on one core: 20 minutes for each search, 2 for the graph, 15 for the methods, 25
+for judging.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from circuitgraph.data.corpus import load_corpus
 from circuitgraph.graph.graph import Graph
 from circuitgraph.graph.select import Coverage, Top, select_edges
 from circuitgraph.graph.tables import replace_file
+from circuitgraph.methods.compare import list_methods
 from circuitgraph.methods.gates import GateConfig, search_gates
 from circuitgraph.model.loading import load_model
 from circuitgraph.options import Judging, Run
@@ -43,6 +45,7 @@ RULES = {
     "coverage .95": Coverage(share=0.95),
     "coverage 1": Coverage(share=1.0),
 }
+METHODS = ("EAP-IG", "AtP*", "mask IG")  # they see the loss; edges by the larger absolute weight
 
 
 def keep_or_build(folder: Path, build: Callable[[], Graph]) -> Graph:
@@ -65,13 +68,15 @@ def restore_half(graph: Graph, every: Graph, seed: int) -> Graph:
     return every.keep(kept | restored)
 
 
-def list_graphs(cut: ModuleCut, whole: Graph, searched: Graph) -> Iterator[tuple[str, float, Graph]]:
+def list_graphs(
+    cut: ModuleCut, whole: Graph, scored: dict[str, Graph], searched: dict[float, Graph]
+) -> Iterator[tuple[str, float, Graph]]:
     "Each rule's graph at each budget."
-    for share in SHARES:
-        n_edges = round(share * len(whole))
+    for share, small in searched.items():
         for name, rule in RULES.items():
-            yield name, share, select_edges(whole, n_edges, rule, prune=False)
-        small = searched.top_edges(n_edges)
+            yield name, share, select_edges(whole, len(small), rule, prune=False)
+        for name, graph in scored.items():
+            yield name, share, select_edges(graph, len(small), "greedy")
         yield "search", share, small
         for seed in range(2):
             yield "random among the search's nodes", share, draw_graph(cut, small, seed)
@@ -88,7 +93,8 @@ def judge(cut: ModuleCut, graphs: Graphs, text: torch.Tensor, value: AblatedValu
     columns |= {"value": value.name, "n_edges": [len(graph) for _, _, graph in graphs]}
     columns |= {"faithfulness": faithfulness(metric, own, none), "low": low, "high": high}
     columns |= {name: scores[name][2:].mean(1) for name in ("kl", "ce")}
-    return pd.DataFrame(columns).assign(ce_model=-float(own.mean()), n_inputs=len(text))
+    columns |= {"kl_none": float(scores["kl"][1].mean()), "ce_model": -float(own.mean())}
+    return pd.DataFrame(columns).assign(n_inputs=len(text))
 
 
 def main() -> None:
@@ -97,7 +103,7 @@ def main() -> None:
     )
     parser.add_argument("--held-out", required=True, help="a text file to judge on")
     parser.add_argument("--n-judged", type=int, default=16, help="sequences of 64 tokens to judge on")
-    parser.add_argument("--n-steps", type=int, default=40, help="steps for each budget of the search")
+    parser.add_argument("--n-steps", type=int, default=60, help="steps of each search")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "nbs/results/small_text.csv")
     args = parser.parse_args()
@@ -106,17 +112,24 @@ def main() -> None:
     text = load_corpus("default", model, 4096, seq_len=128, seed=args.seed)
     whole = keep_or_build(folder / "whole", lambda: build_graph(model, text, nodes="head"))
     found_on = load_corpus("default", model, 400 * 64, seq_len=64, seed=args.seed + 5)
-    search = partial(
-        search_gates,
-        n_edges=[round(share * len(whole)) for share in SHARES],
-        value=APART,
-        config=GateConfig(n_steps=args.n_steps),
-        judging=Judging(seed=args.seed, run=Run(batch_size=4, checkpoint=folder / "unfinished")),
-    )
-    searched = keep_or_build(folder / "searched", lambda: search(model, found_on))
+    judging = Judging(seed=args.seed, run=Run(batch_size=4, checkpoint=folder / "unfinished"))
+    options = {"value": APART, "config": GateConfig(n_steps=args.n_steps), "judging": judging}
+
+    def search(share: float) -> Graph:
+        n_edges = round(share * len(whole))
+        return search_gates(model, found_on, n_edges=[n_edges], **options).top_edges(n_edges)
+
+    searched = {
+        share: keep_or_build(folder / f"searched-{share:g}", partial(search, share)) for share in SHARES
+    }
+    methods = list_methods("head", "mean")
+    scored = {
+        name: keep_or_build(folder / name.strip("*"), partial(methods[name], model, found_on[:16], "head"))
+        for name in METHODS
+    }
     judged_on = load_corpus(args.held_out, model, args.n_judged * 64, seq_len=64)
     cut = cut_model(model, "head")
-    graphs = list(list_graphs(cut, whole, searched))
+    graphs = list(list_graphs(cut, whole, scored, searched))
     half = [
         ("half of the rest restored", share, restore_half(graph, whole, 0))
         for rule, share, graph in graphs

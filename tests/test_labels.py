@@ -1,6 +1,8 @@
 """Labels against definitions: programs, their fit, the two tests, the labelled model, and bad input."""
 
+import gzip
 import json
+from dataclasses import replace
 
 import joblib
 import numpy as np
@@ -9,17 +11,21 @@ import torch
 from scipy.optimize import nnls
 
 from circuitgraph.build.build import build_graph
+from circuitgraph.community.links import add_history
 from circuitgraph.cut import cut_model
 from circuitgraph.graph.figures import plot_layers
+from circuitgraph.graph.viewer import list_choices
+from circuitgraph.label.evidence import find_evidence, join_descriptions, name_features, quoted_tokens
+from circuitgraph.label.evidence import read_descriptions, score_descriptions
 from circuitgraph.label.fit import LabelConfig, data_bits, draw_positions, fit_threshold
 from circuitgraph.label.heads import RULES, label_heads, make_patterns, rule_patterns
 from circuitgraph.label.nodes import explain, label_nodes, read_codes, read_programs, run_part
-from circuitgraph.label.nodes import score_programs, swap_codes
+from circuitgraph.label.nodes import score_programs, split_text, swap_codes
 from circuitgraph.label.programs import SELECTORS, Count, Positions, Program, Threshold, load_program
 from circuitgraph.label.programs import save_program
 from circuitgraph.label.replaced import choose_programs, judge_labelled, run_labelled, run_replaced
 from circuitgraph.model.blocks import run_attention
-from circuitgraph.model.loading import tiny_model
+from circuitgraph.model.loading import load_model, tiny_model
 from circuitgraph.options import Judging, Pruning, Run
 from feature_oracles import all_dictionaries, draw, module_by_hand
 from known_features import KNOWN_FEATURES
@@ -439,3 +445,98 @@ def test_a_label_stands_where_a_node_is_hovered(logic, labelled):
     shown = [text for trace in plot_layers(labelled, 10).data for text in trace.text or ()]
     assert sum(label in text for text in shown if text.startswith("m1/0<br>")) == 1
     assert not any(label in text for trace in plot_layers(graph, 10).data for text in trace.text or ())
+
+
+# Evidence, names and descriptions
+
+
+def test_evidence_lists_the_positions_of_each_case(logic, labelled):
+    known, _, _ = logic
+    programs = labelled.nodes.set_index("name")["program"].copy()
+    programs["m1/1"] = programs["m1/0"]  # the AND in the place of the OR
+    wrong = add_history(labelled, "wrong", program=programs.to_numpy())
+    n = known.tokens.numel()
+    table = find_evidence(
+        wrong, "m1/1", known.model, known.tokens, known.dictionaries, n=n, run=QUIET
+    ).set_index(["sequence", "position"])
+    codes, _ = read_codes(cut_model(known.model, known.dictionaries), known.tokens)
+    of_and, of_or = codes["m1"][..., 0], codes["m1"][..., 1]
+    both, one = (of_and > 0) & (of_or > 0), (of_or > 0) & (of_and == 0)
+    for case, expected in {"agrees": both, "missed": one}.items():
+        expected[:, 0] = False
+        found = table.index[table["case"] == case].tolist()
+        assert sorted(found) == [tuple(at) for at in expected.nonzero().tolist()]
+    assert not (table["case"] == "false alarm").any()
+
+
+def test_evidence_needs_a_program(logic, labelled):
+    known, _, _ = logic
+    with pytest.raises(ValueError, match="feature with a program, got 'm0/0'"):
+        find_evidence(labelled, "m0/0", known.model, known.tokens, known.dictionaries, run=QUIET)
+
+
+def test_short_names_hold_the_tokens_that_carry_enough(logic, labelled):
+    known, _, _ = logic
+    options = {"run": QUIET}
+    every = name_features(labelled, known.model, known.tokens, known.dictionaries, least=0.01, **options)
+    none = name_features(labelled, known.model, known.tokens, known.dictionaries, least=1.01, **options)
+    short = every.nodes.set_index("name")["short_name"]
+    assert short["m0/0"].startswith('"') and short["logits"] == ""
+    assert none.nodes.set_index("name")["short_name"]["m0/0"] == ""
+    assert list_choices(every)[f"m0/0: {short['m0/0']}"] == "m0/0"
+
+
+def test_descriptions_are_read_from_both_forms(tmp_path, labelled):
+    table = tmp_path / "labels.csv"
+    table.write_text('name,description\nm1/0,"both, at once"\nm9/9,elsewhere\n')
+    lines = tmp_path / "batch-0.jsonl.gz"
+    with gzip.open(lines, "wt") as file:
+        file.write('{"modelId": "x", "layer": "1-mlp", "index": "0", "description": "both, at once"}\n\n')
+    assert read_descriptions(table)["m1/0"] == "both, at once"
+    assert read_descriptions(lines, {"1-mlp": "m1"}) == {"m1/0": "both, at once"}
+    with pytest.raises(ValueError, match="module of '1-mlp'"):
+        read_descriptions(lines)
+    table.write_text("node,text\nm1/0,x\n")
+    with pytest.raises(ValueError, match="rows with name and description"):
+        read_descriptions(table)
+    joined = join_descriptions(labelled, {"m1/0": "both"})
+    assert joined.nodes.set_index("name")["description"]["m1/0"] == "both"
+    with pytest.raises(ValueError, match="must name nodes of the graph"):
+        join_descriptions(labelled, {"m9/9": "elsewhere"})
+
+
+class OneWord:
+    "A tokenizer of whole numbers."
+
+    def encode(self, text, **_):
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+def test_a_description_that_quotes_tokens_takes_the_tests(logic, labelled):
+    known, _, text = logic
+    model = replace(known.model, tokenizer=OneWord())
+    codes, _ = read_codes(cut_model(known.model, known.dictionaries), text)
+    fires = codes["m1"][:, 1:, 0] > 0  # the AND of the first pair
+    when = sorted(set(text[:, 1:][fires].tolist()))
+    described = join_descriptions(labelled, {"m1/0": f'the word "{when[0]}"', "m1/1": "an OR"})
+    scores = score_descriptions(described, model, text, known.dictionaries, run=QUIET)
+    assert scores.loc["m1/0", "n_tokens"] == 1 and np.isnan(scores.loc["m1/1", "r2"])
+    # F1 by hand, on the same half
+    _, rest = split_text(text)
+    codes, _ = read_codes(cut_model(known.model, known.dictionaries), rest)
+    own, said = codes["m1"][:, 1:, 0] > 0, rest[:, 1:] == when[0]
+    assert scores.loc["m1/0", "f1"] == pytest.approx(2 * (own & said).sum() / (own.sum() + said.sum()))
+    with pytest.raises(ValueError, match="must have descriptions"):
+        score_descriptions(labelled, model, text, known.dictionaries, run=QUIET)
+    with pytest.raises(ValueError, match="must have a tokenizer"):
+        score_descriptions(described, known.model, text, known.dictionaries, run=QUIET)
+
+
+def test_quoted_tokens_are_single_tokens_with_and_without_a_space():
+    model = load_model("smollm2-135m")
+    forms = [model.tokenizer.encode(form)[0] for form in ("the", " the")]
+    assert quoted_tokens('the word "the", and “counterrevolutionaries”', model) == tuple(sorted(forms))
+    assert quoted_tokens("an article", model) == ()

@@ -7,7 +7,7 @@ __all__ = ['CURVE_COLUMNS', 'ABLATION_COLOURS', 'view', 'plot_curve', 'view_abla
 
 # %% ../../nbs/64_viewer.ipynb #d086005a
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,25 @@ WEIGHT_NAMES = [
 ]
 
 
-def _select_node(graph: Graph) -> ipywidgets.Combobox:
-    "A field for the name of a node."
+def list_choices(
+    graph: Graph,
+    n_shown: int = 60,  # characters of a label
+) -> dict[str, str]:  # node by choice
+    "What a field offers for each node: its name, and the start of its label where it has one."
+    nodes = graph.nodes
+    column = "short_name" if "short_name" in nodes else "label"
+    labels = nodes[column] if column in nodes else [""] * len(nodes)
+    choices = {}
+    for name, label in zip(nodes["name"], labels, strict=True):
+        choice = f"{name}: {label[:n_shown]}" if label else name
+        choices[choice] = name
+    return choices
+
+
+def _select_node(choices: Iterable[str]) -> ipywidgets.Combobox:
+    "A field for a node, found by its name or its label."
     return ipywidgets.Combobox(
-        options=[ALL_NODES, *graph.nodes["name"]],
+        options=[ALL_NODES, *choices],
         value=ALL_NODES,
         description="node",
         ensure_option=True,
@@ -86,19 +101,20 @@ def view(
     """Look at a graph in a notebook.
 
     A slider sets the number of edges, a menu the weight they are ranked by, a field the node whose
-    edges are shown; below stand the layered graph and a table of the largest edges. Raises ValueError
-    for a negative number of edges.
+    edges are shown, found by its name or its label; below stand the layered graph and a table of the
+    largest edges. Raises ValueError for a negative number of edges.
 
         view(graph, 100)
     """
     slider = _select_stop(slider_stops(n_edges, len(graph)), min(n_edges, len(graph)))
     weight = ipywidgets.Dropdown(options=WEIGHT_NAMES, description="size by", layout={"width": "240px"})
-    node = _select_node(graph)
+    choices = list_choices(graph)
+    node = _select_node(choices)
     plot, table = ipywidgets.Output(), ipywidgets.HTML()
     sized = graph.edges.assign(size=edge_sizes(graph))
 
     def draw(_: Any = None) -> None:
-        name = None if node.value in (ALL_NODES, "") else node.value
+        name = choices.get(node.value)  # none for all nodes
         ranked = rank_edges(graph, by=str(weight.value), node=name)
         n = min(slider.value, len(ranked))
         show_figure(plot, _draw_first(graph, ranked, sized, n=n, height=680))
