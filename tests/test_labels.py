@@ -17,13 +17,14 @@ from circuitgraph.graph.figures import plot_layers
 from circuitgraph.graph.viewer import list_choices
 from circuitgraph.label.evidence import find_evidence, join_descriptions, name_features, quoted_tokens
 from circuitgraph.label.evidence import read_descriptions, score_descriptions
-from circuitgraph.label.fit import LabelConfig, data_bits, draw_positions, fit_threshold
+from circuitgraph.label.fit import LabelConfig, Reader, data_bits, draw_positions, fit_threshold
 from circuitgraph.label.heads import RULES, label_heads, make_patterns, rule_patterns
-from circuitgraph.label.nodes import explain, label_nodes, read_codes, read_programs, run_part
+from circuitgraph.label.nodes import explain, label_nodes, list_parents, read_codes, read_programs, run_part
 from circuitgraph.label.nodes import score_programs, split_text, swap_codes
 from circuitgraph.label.programs import SELECTORS, Count, Positions, Program, Threshold, load_program
 from circuitgraph.label.programs import save_program
-from circuitgraph.label.replaced import choose_programs, judge_labelled, run_labelled, run_replaced
+from circuitgraph.label.replaced import choose_programs, judge_labelled, keep_read_edges, refit_program
+from circuitgraph.label.replaced import refit_programs, run_labelled, run_replaced
 from circuitgraph.model.blocks import run_attention
 from circuitgraph.model.loading import load_model, tiny_model
 from circuitgraph.options import Judging, Pruning, Run
@@ -445,6 +446,42 @@ def test_a_label_stands_where_a_node_is_hovered(logic, labelled):
     shown = [text for trace in plot_layers(labelled, 10).data for text in trace.text or ()]
     assert sum(label in text for text in shown if text.startswith("m1/0<br>")) == 1
     assert not any(label in text for trace in plot_layers(graph, 10).data for text in trace.text or ())
+
+
+# The rulers
+
+
+def test_edges_that_programs_do_not_read_are_dropped(labelled):
+    kept = keep_read_edges(labelled)
+    programs = read_programs(labelled)
+    ends = zip(labelled.edges["source"].astype(str), labelled.edges["target"].astype(str), strict=True)
+    expected = [
+        name
+        for name, (writer, reader) in zip(labelled.edge_names, ends, strict=True)
+        if reader not in programs or writer in programs[reader].parents
+    ]
+    assert kept.edge_names == expected and 0 < len(kept) < len(labelled)
+
+
+def test_refitted_is_the_best_weighted_sum():
+    generator = np.random.default_rng(0)
+    parents = np.maximum(generator.normal(size=(50, 20, 3)), 0).astype(np.float32)
+    total = parents @ np.array([2.0, -1.0, 0.5], dtype=np.float32)
+    acts = np.where(total > 0.4, total, 0).ravel()
+    text = Positions(generator.integers(9, size=(50, 20)))
+    reader = Reader(acts, ("m0/0", "m0/1", "m0/2"), parents, text, np.ones(1000, dtype=bool))
+    program = refit_program(reader, "same")
+    assert np.allclose(program.function.weights, [2, -1, 0.5], atol=0.05)
+    assert np.abs(program.run(parents, text).ravel() - acts).max() < 0.5
+    assert ((program.run(parents, text).ravel() > 0) == (acts > 0)).mean() > 0.99
+
+
+def test_linear_fits_read_the_largest_parents(logic, labelled):
+    known, _, text = logic
+    refitted = refit_programs(labelled, known.model, text, known.dictionaries, n_parents=3, run=QUIET)
+    of_fit, largest = read_programs(refitted), list_parents(labelled, 3)
+    assert set(of_fit) == set(read_programs(labelled))
+    assert all(list(program.parents) == largest[name] for name, program in of_fit.items())
 
 
 # Evidence, names and descriptions
