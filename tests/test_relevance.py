@@ -25,6 +25,7 @@ from circuitgraph.attribution.method import METHODS
 from circuitgraph.attribution.relevance import DetachedHeadNorm, DetachedNorm, grad_cam, guided_average
 from circuitgraph.attribution.relevance import value_function as value_of
 from circuitgraph.model.blocks import apply_norm, attention_mask, norm_scale, run_logits
+from circuitgraph.build import metric as metric_build
 from circuitgraph.model.loading import TINY_MODELS, tiny_model
 from circuitgraph.model.modules import list_readers, run_reader, trace_modules
 from circuitgraph.data.task import Task
@@ -1007,3 +1008,21 @@ def test_a_prompt_without_effect_gives_no_weight():
     )
     one, two = (dict(zip(g.edge_names, g.edges["weight"], strict=True)) for g in (a, b))
     assert max(abs(one.get(edge, 0.0) * 3 - w * 2) for edge, w in two.items()) < 1e-10
+
+
+@pytest.mark.parametrize("method", ["eap", "lrp", "gradcam"])
+def test_gradients_of_a_metric_are_computed_once(method, monkeypatch):
+    "Not once for each reader: that costs time and memory as the model has modules."
+    model = tiny_model("llama")
+    tokens = random_tokens(model, 4, 8)
+    task = Task(tokens, tokens.roll(1, 0), lambda logits: logits[:, -1, 0])
+    calls = []
+    port_gradients = metric_build.port_gradients
+
+    def count(*args, **options):
+        calls.append(args)
+        return port_gradients(*args, **options)
+
+    monkeypatch.setattr(metric_build, "port_gradients", count)
+    build_graph(model, task, "head", target="metric", attribution=method, baseline="zero", progress=False)
+    assert len(calls) == 1

@@ -11,7 +11,7 @@ __all__ = ['guided_activation', 'GuidedBackprop', 'identity_rule', 'scale_gradie
 # %% ../../nbs/43_relevance.ipynb #fb90f30d
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Literal
 
 import torch
@@ -89,6 +89,7 @@ class DetachedHeadNorm(Detached, HeadNorm):
     "A norm of queries or keys whose scale passes no gradient back."
 
 
+@lru_cache(maxsize=1)  # each reader asks for it, and gradients are computed once for each model
 def detach_norms(model: Model) -> Model:
     "The model with norms whose scales pass no gradient back."
     layers = []
