@@ -17,6 +17,7 @@ from .community.behaviour import match_behaviours as match_behaviours
 from .community.figures import view_communities as view_communities
 from .community.nulls import judge_communities as judge_communities
 from .community.search import find_communities as find_communities
+from .compare.compare import compare_graphs as compare_graphs
 from .cut import cut_model as cut_model
 from .data.corpus import Corpus as Corpus
 from .data.corpus import load_corpus as load_corpus

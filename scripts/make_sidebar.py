@@ -16,6 +16,7 @@ SECTIONS = {  # the first number of each section; notebooks below 10 stand befor
     70: "Methods",
     80: "Communities",
     88: "Labels",
+    89: "Comparison",
     90: "Command line",
     91: "Experiments",
 }

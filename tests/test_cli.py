@@ -29,6 +29,7 @@ from circuitgraph.dictionary.store import save_dictionary
 from circuitgraph.graph.graph import Graph
 from circuitgraph.graph.select import select_edges
 from circuitgraph.methods.patching import patch_edges
+from circuitgraph.model import loading
 from circuitgraph.model.loading import load_model, tiny_model
 from circuitgraph.options import Budgets, Judging, Run
 from oracles import random_tokens
@@ -386,3 +387,23 @@ def test_a_graph_of_features_from_a_folder_of_dictionaries(tmp_path, monkeypatch
     done = invoke(*judge, "--dictionaries", folder, "--out", tmp_path / "curve.csv")
     assert done.exit_code == 0 and len(pd.read_csv(tmp_path / "curve.csv")) == 2, done.output
     check_refusal(invoke(*judge), "dictionaries must be those that the graph of features was built with")
+
+
+def test_two_graphs_are_compared_on_a_text(tmp_path, monkeypatch, embedded):
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: embedded)
+    for seed in (0, 1):
+        tokens = load_corpus("default", embedded, 128, seq_len=64, seed=seed)
+        build_graph(embedded, tokens, "layer", attribution="gradient", run=QUIET).save(tmp_path / f"g{seed}")
+    text = tmp_path / "text.txt"
+    text.write_text("The cat that the dogs saw was on the old mat. " * 20)
+    call = ["compare", tmp_path / "g0", tmp_path / "g1", "--text", text, "--n-classes", 8]
+    done = invoke(*call, "--out", tmp_path / "matched.csv")
+    assert done.exit_code == 0, done.output
+    assert "edges, correlation" in done.stdout and "distance" in done.stdout
+    matched = pd.read_csv(tmp_path / "matched.csv")
+    assert (matched["a"] == matched["b"]).all() and len(matched) == 61
+    check_refusal(invoke(*call[:3], "--text", tmp_path / "no.txt"), "no.txt")
+    check_refusal(invoke(*call, "--n-classes", 1), "n_classes must be at least 2")
+    check_refusal(invoke(*call, "--out", tmp_path / "no" / "m.csv"), "a folder that exists")
+    text.write_text("too short")
+    check_refusal(invoke(*call), "text must hold at least 40 words")

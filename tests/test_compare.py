@@ -1,15 +1,27 @@
 """Comparison against definitions: refinement, the distance of classes, matches, and bad input."""
 
+from dataclasses import replace
+
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 from scipy.optimize import linprog
+from sklearn.metrics import adjusted_mutual_info_score
 
 from circuitgraph.build.build import build_graph
+from circuitgraph.community.links import add_history
+from circuitgraph.community.patterns import read_patterns
+from circuitgraph.community.search import find_communities
+from circuitgraph.compare.compare import compare_graphs
 from circuitgraph.compare.isomorphism import are_fractionally_isomorphic, class_distance, class_vectors
 from circuitgraph.compare.isomorphism import compare_colours, permute_weights, read_shares, refine_colours
+from circuitgraph.compare.match import correlate_nodes, cover_words, match_communities, match_nodes
+from circuitgraph.compare.match import read_words, split_passages, verify_edges
+from circuitgraph.data.corpus import load_corpus
 from circuitgraph.graph.graph import Graph
-from circuitgraph.model.loading import tiny_model
+from circuitgraph.model.loading import load_model, tiny_model
 from circuitgraph.options import Run
 from oracles import random_tokens
 
@@ -183,3 +195,195 @@ def test_what_cannot_be_compared_is_refused(graphs):
     nothing = graph.keep(np.zeros(len(graph), dtype=bool))
     with pytest.raises(ValueError, match="must have edges"):
         class_distance(nothing, nothing)
+
+
+# Matches
+
+
+def named_graph(n, seed=0, community=None):
+    "A graph of `n` features of one module that a second module's features read, with random weights."
+    generator = np.random.default_rng(seed)
+    names = [f"m0/{i}" for i in range(n // 2)] + [f"m1/{i}" for i in range(n - n // 2)]
+    graph = make_graph(names, generator)
+    if community is None:
+        return graph
+    return add_history(graph, "planted", community=np.asarray(community))
+
+
+def make_graph(names, generator):
+    "All edges from the features of m0 into those of m1."
+    model = tiny_model("llama")
+    tokens = random_tokens(model, 2, 8)
+    meta = build_graph(model, tokens, nodes="layer", run=QUIET).meta
+    nodes = pd.DataFrame({"name": names})
+    nodes["module"] = nodes["name"].str.split("/").str[0]
+    nodes["kind"], nodes["layer"] = "feature", nodes["module"].str[1:].astype(int)
+    nodes["index"] = nodes["name"].str.split("/").str[1].astype(int)
+    nodes["frequency"], nodes["mean_activation"] = 0.5, 1.0
+    first, second = (nodes.loc[nodes["layer"] == layer, "name"].tolist() for layer in (0, 1))
+    pairs = [(a, b) for b in second for a in first]
+    weight = generator.normal(size=len(pairs))
+    edges = pd.DataFrame(pairs, columns=["source", "target"])
+    edges = edges.assign(port="mlp", weight=weight, abs_weight=np.abs(weight), rms_weight=np.abs(weight))
+    return Graph(nodes, edges.assign(count=1), meta)
+
+
+def draw_profiles(n_words, n_nodes, seed):
+    return np.random.default_rng(seed).gamma(0.3, size=(n_words, n_nodes))
+
+
+def test_correlations_are_numpys():
+    a, b = draw_profiles(50, 4, 0), draw_profiles(50, 3, 1)
+    a[:, 2] = 0.1
+    with np.errstate(invalid="ignore", divide="ignore"):
+        expected = np.nan_to_num(np.corrcoef(a.T, b.T)[:4, 4:])
+    assert np.allclose(correlate_nodes(sp.csr_array(a), sp.csr_array(b)), expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_shared_nodes_are_found_among_others_under_noise(seed):
+    n_words, n_shared = 600, 20
+    shared = draw_profiles(n_words, n_shared, seed)
+    a = np.concatenate(
+        [shared + 0.1 * draw_profiles(n_words, n_shared, 50), draw_profiles(n_words, 10, 51)], 1
+    )
+    order = np.random.default_rng(seed).permutation(n_shared)
+    b = np.concatenate([draw_profiles(n_words, 30, 52), shared[:, order]], 1)
+    graph, other = named_graph(30), named_graph(50)
+    matches = match_nodes(graph, other, (sp.csr_array(a), sp.csr_array(b)))
+    names, others = graph.nodes["name"].tolist(), other.nodes["name"].tolist()
+    found = {(names.index(x), others.index(y)) for x, y in zip(matches["a"], matches["b"], strict=True)}
+    true = {(int(order[j]), 30 + j) for j in range(n_shared)}
+    assert true <= found
+    sure = matches[matches["p"] < 0.05]
+    assert {(names.index(x), others.index(y)) for x, y in zip(sure["a"], sure["b"], strict=True)} >= true
+    assert len(sure) <= n_shared + 3
+
+
+def test_where_nothing_is_shared_few_matches_are_sure():
+    graph, other = named_graph(30), named_graph(50)
+    shares = []
+    for seed in range(20):
+        words = sp.csr_array(draw_profiles(300, 30, seed)), sp.csr_array(draw_profiles(300, 50, 100 + seed))
+        matches = match_nodes(graph, other, words, seed=seed)
+        shares.append((matches["p"] < 0.05).mean())
+    assert np.mean(shares) < 0.1
+
+
+def test_edges_of_a_true_match_agree_and_of_a_shuffled_one_do_not():
+    graph = named_graph(40)
+    names = graph.nodes["name"].to_numpy()
+    true = pd.DataFrame({"a": names, "b": names})
+    generator = np.random.default_rng(0)
+    first, second = names[:20], names[20:]
+    shuffled = np.concatenate([generator.permutation(first), generator.permutation(second)])
+    false = pd.DataFrame({"a": names, "b": shuffled})
+    good, bad = verify_edges(graph, graph, true), verify_edges(graph, graph, false)
+    assert good["correlation"] == pytest.approx(1) and good["p"] < 0.02 and good["z"] > 10
+    assert abs(bad["correlation"]) < 0.2 and bad["p"] > 0.02
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_communities_are_matched(seed):
+    generator = np.random.default_rng(seed)
+    n_words, n_groups = 800, 6
+    topic = draw_profiles(n_words, n_groups, seed)
+    sides = []
+    for n, own in ((60, 2), (90, 4)):  # graphs of different size, each with communities of its own
+        member = np.concatenate([np.arange(n_groups + own), generator.integers(n_groups + own, size=n)])
+        own_topics = draw_profiles(n_words, own, 10 * seed + n)
+        every = np.concatenate([topic, own_topics], 1)
+        acts = every[:, member] * generator.random((n_words, len(member)))
+        label = generator.permutation(n_groups + own)
+        sides.append((named_graph(len(member), community=label[member]), sp.csr_array(acts), label))
+    (a, words_a, label_a), (b, words_b, label_b) = sides
+    matches = match_communities(a, b, (words_a, words_b))
+    expected = {(int(label_a[i]), int(label_b[i])) for i in range(n_groups)}
+    sure = matches[matches["p"] < 0.05]
+    assert expected <= set(zip(sure["a"].tolist(), sure["b"].tolist(), strict=True))
+    assert len(sure) <= n_groups + 1
+    # the partition of matched nodes agrees
+    new_b = {int(y): int(x) for x, y in zip(matches["a"], matches["b"], strict=True)}
+    mapped = [new_b.get(int(c), -1) for c in b.nodes["community"]]
+    truth = [
+        int(label_a[list(label_b).index(c)]) if list(label_b).index(c) < n_groups else -1
+        for c in b.nodes["community"]
+    ]
+    rows = [i for i, c in enumerate(truth) if c >= 0]
+    assert adjusted_mutual_info_score([truth[i] for i in rows], [mapped[i] for i in rows]) > 0.95
+
+
+def test_words_are_covered_by_the_tokens_that_touch_them():
+    passage = "the cats sat"
+    spans = [(0, 3), (3, 7), (7, 8), (8, 12)]  # " cat" + "s": two tokens of one word
+    covers = cover_words(passage, spans).toarray()
+    assert np.allclose(covers, [[1, 0, 0, 0], [0, 0.5, 0.5, 0], [0, 0, 0, 1]])
+    passages = split_passages("a b c d e f g", n_words=3)
+    assert passages == ["a b c", "d e f"]
+    with pytest.raises(ValueError, match="at least 9 words"):
+        split_passages("a b c", n_words=9)
+
+
+def test_activity_by_word_is_that_of_its_tokens():
+    model = load_model("smollm2-135m")
+    graph = Graph.load("nbs/results/layer_graph")
+    passage = "The unbelievable transformation happened"
+    words = read_words(model, graph, [passage], run=QUIET).toarray()
+    tokens = torch.tensor([model.tokenizer.encode(passage)])
+    pieces = model.tokenizer.convert_ids_to_tokens(tokens[0].tolist())
+    activity = read_patterns(model, graph, tokens, skip_first=1, run=QUIET).toarray()
+    word = np.cumsum([piece.startswith("Ġ") for piece in pieces])
+    expected = [activity[word == i].mean(0) for i in range(1, word.max() + 1)]
+    assert np.allclose(words, expected, rtol=1e-5)
+
+
+def test_matches_refuse_what_does_not_fit():
+    graph = named_graph(10)
+    words = sp.csr_array(draw_profiles(50, 10, 0))
+    with pytest.raises(ValueError, match="same words"):
+        match_nodes(graph, graph, (words, sp.csr_array(words[:40])))
+    with pytest.raises(ValueError, match="a column for each of 10 nodes"):
+        match_nodes(graph, graph, (words, sp.csr_array(draw_profiles(50, 9, 0))))
+    with pytest.raises(ValueError, match="n_null"):
+        match_nodes(graph, graph, (words, words), n_null=0)
+    with pytest.raises(ValueError, match="must have communities"):
+        match_communities(graph, graph, (words, words))
+    silent = sp.csr_array(np.zeros((50, 10)))
+    with pytest.raises(ValueError, match="active on the text"):
+        match_nodes(graph, graph, (silent, silent))
+    with pytest.raises(ValueError, match="must have a tokenizer"):
+        read_words(replace(tiny_model("llama"), tokenizer=None), graph, ["a b"], run=QUIET)
+
+
+# One call
+
+
+def test_one_model_on_two_texts_is_itself():
+    model = load_model("smollm2-135m")
+    graphs = []
+    for seed in (0, 1):
+        tokens = load_corpus("default", model, 128, seq_len=64, seed=seed)
+        graphs.append(build_graph(model, tokens, nodes="layer", attribution="gradient", run=QUIET))
+    text = "The cat that the dogs saw was on the old mat. " * 20
+    options = {"models": (model, model), "n_classes": 8, "run": QUIET}
+    result = compare_graphs(*graphs, text, **options)
+    assert (result.nodes["a"] == result.nodes["b"]).all() and result.communities is None
+    assert result.edges["correlation"] > 0.9 and result.edges["p"] < 0.05
+    assert result.distance == class_distance(*graphs, n_classes=8) < min(result.null_distances)
+    assert "edges, correlation" in repr(result)
+    grouped = [find_communities(graph, "leiden", seed=0) for graph in graphs]
+    of_communities = compare_graphs(*grouped, text, **options).communities
+    assert of_communities["correlation"].max() > 0.9
+    tokens = load_corpus("default", model, 128, seq_len=64, seed=2)
+    assert compare_graphs(*graphs, tokens, **options).n_words > 30
+    # what can't be compared is refused
+    head = Graph(graphs[0].nodes, graphs[0].edges, graphs[0].meta | {"nodes": "head"})
+    with pytest.raises(ValueError, match="one grain, got 'layer' and 'head'"):
+        compare_graphs(graphs[0], head, text, **options)
+    with pytest.raises(ValueError, match="other weights than the smollm2-135m"):
+        compare_graphs(*graphs, text, models=(model, tiny_model("llama")), run=QUIET)
+    nothing = graphs[0].keep(np.zeros(len(graphs[0]), dtype=bool))
+    with pytest.raises(ValueError, match="must have nodes and edges"):
+        compare_graphs(graphs[0], nothing, text, **options)
+    with pytest.raises(ValueError, match="at least 40 words"):
+        compare_graphs(*graphs, "too short", **options)

@@ -47,9 +47,11 @@ def write_context(
         return model.tokenizer.decode(some)
 
     row = tokens.tolist()
-    start = max(position - n_before, 0)
-    before, after = row[start:position], row[position + 1 : position + 1 + n_after]
-    return f"{write(before)}[{write(row[position : position + 1])}]{write(after)}".replace("\n", "⏎")
+    start, end = max(position - n_before, 0), position + 1
+    before, own = write(row[start:position]), write(row[position:end])
+    after = write(row[end : end + n_after])
+    context = f"{before}[{own}]{after}"
+    return context.replace("\n", "⏎")
 
 
 def _list_cases(
@@ -57,7 +59,10 @@ def _list_cases(
 ) -> dict[str, Bool[np.ndarray, " n"]]:
     "The positions of each case."
     fires, on = acts > 0, predicted > 0
-    return {"agrees": fires & on, "missed": fires & ~on, "false alarm": on & ~fires}
+    agrees = fires & on
+    missed = fires & ~on
+    false_alarm = on & ~fires
+    return {"agrees": agrees, "missed": missed, "false alarm": false_alarm}
 
 # %% ../../nbs/885_evidence.ipynb #ev09
 def find_evidence(
@@ -79,18 +84,22 @@ def find_evidence(
     if program is None:
         raise ValueError(f"node must be a feature with a program, got {node!r}")
     tokens = corpus.whole() if isinstance(corpus, Corpus) else corpus
-    reader = read_activities(model, graph, tokens, dictionaries, run).read(node, program.parents)
-    predicted = program.run(reader.parent_acts, reader.text).ravel() * reader.counted
-    acts = reader.acts * reader.counted
-    rows = []
-    for case, found in _list_cases(acts, predicted).items():
-        size = np.where(found, np.maximum(acts, predicted), -np.inf)
-        for at in np.argsort(-size, kind="stable")[: min(n, int(found.sum()))]:
-            sequence, position = divmod(int(at), tokens.shape[1])
-            context = write_context(model, reader.text.tokens[sequence], position)
-            rows.append((case, context, acts[at], predicted[at], sequence, position))
-    columns = ["case", "context", "activation", "predicted", "sequence", "position"]
-    return pd.DataFrame(rows, columns=columns)
+    activities = read_activities(model, graph, tokens, dictionaries, run)
+    reader = activities.read(node, program.parents)
+    predicted = program.run(reader.parent_acts, reader.text).ravel()
+    table = pd.DataFrame({"activation": reader.acts, "predicted": predicted})
+    table["sequence"], table["position"] = np.divmod(np.arange(len(table)), tokens.shape[1])
+    tables = []
+    for case, found in _list_cases(reader.acts, predicted).items():
+        rows = table[found & reader.counted]
+        size = rows[["activation", "predicted"]].max(axis=1)
+        largest = size.nlargest(n).index
+        tables.append(rows.loc[largest].assign(case=case))
+    evidence = pd.concat(tables, ignore_index=True)
+    texts = reader.text.tokens
+    places = zip(evidence["sequence"], evidence["position"], strict=True)
+    evidence["context"] = [write_context(model, texts[sequence], at) for sequence, at in places]
+    return evidence[["case", "context", "activation", "predicted", "sequence", "position"]]
 
 # %% ../../nbs/885_evidence.ipynb #ev13
 def _top_tokens(
@@ -100,12 +109,13 @@ def _top_tokens(
     reader = activities.read(name, ())
     tokens = reader.text.tokens.ravel()
     total = np.bincount(tokens, reader.acts * reader.counted)
-    order = np.argsort(-total, kind="stable")[:3]
-    carried = np.cumsum(total[order]) / max(total.sum(), 1e-30)
-    enough = np.flatnonzero(carried >= least)
-    if not len(enough):
+    order = np.argsort(-total, kind="stable")
+    carried = np.cumsum(total[order[:3]])
+    enough = carried >= least * total.sum()
+    if not enough.any():
         return []
-    return order[: enough[0] + 1].tolist()
+    n = int(enough.argmax()) + 1
+    return order[:n].tolist()
 
 
 def write_name(program: Program | None, tokens: Sequence[str]) -> str:
@@ -133,15 +143,14 @@ def name_features(
     programs = read_programs(graph)
     tokens = corpus.whole() if isinstance(corpus, Corpus) else corpus
     activities = read_activities(model, graph, tokens, dictionaries, run)
-    names = []
-    for node, kind in zip(graph.nodes["name"], graph.nodes["kind"], strict=True):
-        if kind != "feature":
-            names.append("")
-            continue
+    show = str if model.tokenizer is None else model.tokenizer.decode
+    nodes = graph.nodes
+    names = pd.Series("", index=nodes["name"], dtype=object)
+    for node in nodes.loc[nodes["kind"] == "feature", "name"]:
         top = _top_tokens(activities, node, least)
-        shown = [model.tokenizer.decode([token]) if model.tokenizer else str(token) for token in top]
-        names.append(write_name(programs.get(node), shown))
-    return add_history(graph, "name_features", short_name=np.array(names, dtype=object))
+        shown = [show(token) for token in top]
+        names[node] = write_name(programs.get(node), shown)
+    return add_history(graph, "name_features", short_name=names.to_numpy())
 
 # %% ../../nbs/885_evidence.ipynb #ev16
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -233,19 +242,26 @@ def score_descriptions(
     tokens = corpus.whole() if isinstance(corpus, Corpus) else corpus
     found_on, tested_on = split_text(tokens, seed)
     activities = read_activities(model, graph, found_on, dictionaries, run)
-    described = graph.nodes.loc[graph.nodes["description"] != "", ["name", "description"]]
-    quoted = {name: quoted_tokens(text, model) for name, text in described.itertuples(index=False)}
+    described = graph.nodes.set_index("name")["description"]
+    described = described[described != ""]
+    quoted = {name: quoted_tokens(text, model) for name, text in described.items()}
     programs = {name: _list_program(activities, name, some) for name, some in quoted.items() if some}
-    table = pd.DataFrame({"n_tokens": {name: len(some) for name, some in quoted.items()}})
-    held_out = score_programs(cut, programs, tested_on, seed=seed, run=run)
-    intervened = score_programs(cut, programs, tested_on, SWAPPED, seed=seed, run=run)
-    tests = held_out[["r2", "f1"]].join(intervened[["r2", "f1"]].add_suffix("_intervened"))
-    return table.join(tests)
+    table = described.to_frame().drop(columns="description")
+    table["n_tokens"] = [len(some) for some in quoted.values()]
+    for suffix, share in (("", 0.0), ("_intervened", SWAPPED)):
+        scores = score_programs(cut, programs, tested_on, share, seed=seed, run=run)
+        tests = scores[["r2", "f1"]].add_suffix(suffix)
+        table = table.join(tests)
+    return table
 
 
 def _list_program(activities: Activities, name: str, tokens: tuple[int, ...]) -> Program:
     "A feature's mean activation at some tokens, and silence elsewhere."
     reader = activities.read(name, ())
-    is_listed = np.isin(reader.text.tokens.ravel(), tokens) & reader.counted
-    value = float(reader.acts[is_listed].mean()) if is_listed.any() else 0.0
-    return Program(Threshold((value,), 0.0), (), tokens=tokens)
+    own = reader.text.tokens.ravel()
+    is_listed = np.isin(own, tokens) & reader.counted
+    value = 0.0
+    if is_listed.any():
+        value = float(reader.acts[is_listed].mean())
+    function = Threshold((value,), 0.0)
+    return Program(function, (), tokens=tokens)

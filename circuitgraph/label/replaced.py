@@ -235,20 +235,23 @@ def _measure_runs(
 def keep_read_edges(graph: Graph) -> Graph:
     "Drop edges into features with programs, but for those from parents that the programs read."
     programs = read_programs(graph)
-    source, target = (graph.edges[end].astype(str).to_numpy() for end in ("source", "target"))
-    read = {(parent, name) for name, program in programs.items() for parent in program.parents}
-    kept = [
-        reader not in programs or (writer, reader) in read
-        for writer, reader in zip(source, target, strict=True)
-    ]
+    read = set()
+    for name, program in programs.items():
+        read.update((parent, name) for parent in program.parents)
+    kept = []
+    for writer, reader in zip(graph.edges["source"], graph.edges["target"], strict=True):
+        stays = reader not in programs or (writer, reader) in read
+        kept.append(stays)
     return graph.keep(np.array(kept))
 
 
 def refit_program(reader: Reader, selector: str) -> Program:
     "A weighted sum of all parents of a reader, above a threshold, fitted at all positions."
-    x = reader.text.select(reader.parent_acts, selector).reshape(len(reader.acts), -1)
-    x, acts = x[reader.counted].astype(np.float64), reader.acts[reader.counted].astype(np.float64)
-    threshold = fit_threshold(x, acts, np.ones(len(acts)))
+    selected = reader.text.select(reader.parent_acts, selector)
+    x = selected.reshape(len(reader.acts), -1)[reader.counted]
+    acts = reader.acts[reader.counted]
+    weight = np.ones(len(acts))
+    threshold = fit_threshold(x.astype(np.float64), acts.astype(np.float64), weight)
     return Program(threshold, reader.parents, selector)
 
 
