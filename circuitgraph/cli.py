@@ -438,7 +438,7 @@ def communities(
 
 # %% ../nbs/90_cli.ipynb #cli62
 @app.command()
-def compare(
+def compare(  # noqa: PLR0913
     graph: GraphFolder,
     other: Annotated[Path, typer.Argument(help="Folder of another graph.")],
     text: Annotated[
@@ -468,7 +468,7 @@ def compare(
         read = _read_shared_text(text, models[0])
         options = {"dictionaries": opened, "n_classes": n_classes, "seed": seed}
         options |= {"models": tuple(models)}
-        result = compare_graphs(*graphs, read, **options)
+        result = compare_graphs(graphs[0], graphs[1], read, **options)
         typer.echo(repr(result))
         if out is not None:
             with replace_file(out) as partial_table:

@@ -11,10 +11,12 @@ Writes to nbs/results:
 - labels_nulls.csv: some features, labelled with the parents of another feature, and by a table of tokens;
 - labels_rolled.csv: cross-entropy with programs in the place of features, on the text of --held-out;
 - labels_best.csv: the same with programs only that did well when they were tested;
-- labels_examples.csv: the 40 programs that do best when parents are swapped.
+- labels_examples.csv: the 40 programs that do best when parents are swapped;
+- labels_by_text.csv: how many features of each module pass, added for each amount of text (--n-tokens);
+- labels_rulers.csv: programs, linear fits and edge ablation side by side, on the start of that text.
 
-A second run goes on where the first was stopped. CPU time on one core: 8 minutes to train, 5 for the graph,
-25 for labels, 15 for the rest.
+A second run goes on where the first was stopped; other text needs another --folder. CPU time on one core: 8
+minutes to train, 5 for the graph, 25 for labels, 25 for the rest.
 """
 
 import argparse
@@ -40,16 +42,18 @@ from circuitgraph.graph.tables import replace_file
 from circuitgraph.label.fit import LabelConfig, fit_program
 from circuitgraph.label.nodes import SWAPPED, Activities, keep_tested, label_nodes, list_parents
 from circuitgraph.label.nodes import list_selectors, read_activities, score_programs, split_text
-from circuitgraph.label.replaced import judge_labelled
+from circuitgraph.label.replaced import compare_rulers, judge_labelled
 from circuitgraph.model.blocks import Model
 from circuitgraph.model.loading import load_model
 from circuitgraph.options import Judging, Pruning, Run
+from exp_small_features import add_row, has_row
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path.home() / ".cache/circuitgraph/dictionaries"
 LAYERS = range(8, 12)
 SHARES = (0.1, 0.25, 1.0)
 LEAST = (0.0, 0.3, 0.5)  # R2 of programs
+RULED = 8  # sequences for edge ablation, which runs each feature on an input of its own
 JUDGING = Judging(run=Run(batch_size=32))
 TESTS = ["r2", "f1", "r2_intervened", "f1_intervened"]
 COLUMNS = ["name", "function", "bits", "saved", *TESTS]
@@ -143,6 +147,19 @@ def make_nulls(
     return pd.concat(tables)
 
 
+def compare_three(
+    model: Model, labelled: Graph, dictionaries: dict[str, Dictionary], text: torch.Tensor
+) -> pd.DataFrame:
+    "Programs that did well when they were tested, linear fits and edge ablation."
+    tables = []
+    found_on = load_corpus("default", model, 8192, seq_len=128, seed=1)
+    for least in LEAST[::2]:
+        options = {"found_on": found_on, "judging": JUDGING}
+        table = compare_rulers(model, keep_tested(labelled, least), text, dictionaries, **options)
+        tables.append(table.assign(least=least))
+    return pd.concat(tables).assign(n_seq=len(text))
+
+
 def read_arguments() -> argparse.Namespace:
     "The options of the command."
     parser = argparse.ArgumentParser(
@@ -171,6 +188,17 @@ def list_tried(labelled: Graph) -> pd.DataFrame:
     tests = tried[TESTS].replace(-np.inf, np.nan).round(3)
     function = tried["function"].replace("", "none")
     return tried.assign(saved=saved.round(3), bits=tried["bits"].round(), function=function, **tests)
+
+
+def count_passing(tried: pd.DataFrame, n_tokens: int) -> pd.DataFrame:
+    "The part of each module's features with a program, and of those that pass the tests."
+    held_out = (tried[["r2", "f1"]] >= 0.5).all(axis=1)
+    flags = {"labelled": tried["function"] != "none", "held_out": held_out}
+    flags["passes"] = held_out & (tried["r2_intervened"] >= 0.5)
+    module = tried["name"].str.split("/").str[0]
+    counts = pd.DataFrame(flags).groupby(module).sum().rename_axis("module").reset_index()
+    tried_in = module.value_counts()
+    return counts.assign(tried=counts["module"].map(tried_in), n_tokens=n_tokens)
 
 
 def roll_labels(
@@ -216,6 +244,8 @@ def main() -> None:
         labelled = keep_or_build(args.folder / "labelled", label)
     tried = list_tried(labelled)
     write_table(tried[COLUMNS], args.out / "labels_features.csv")
+    if not has_row(args.out / "labels_by_text.csv", n_tokens=args.n_tokens):
+        add_row(args.out / "labels_by_text.csv", count_passing(tried, args.n_tokens))
     best = tried[tried["function"] != "none"].sort_values("r2_intervened", ascending=False)
     write_table(best.head(40)[[*COLUMNS, "program"]], args.out / "labels_examples.csv")
     judged_on = load_corpus(args.held_out, model, args.n_judged * 64, seq_len=64)
@@ -226,6 +256,9 @@ def main() -> None:
         write_table(
             roll_best(model, labelled, dictionaries, judged_on).round(5), args.out / "labels_best.csv"
         )
+    if not (args.out / "labels_rulers.csv").exists():
+        rulers = compare_three(model, labelled, dictionaries, judged_on[:RULED])
+        write_table(rulers.round(5), args.out / "labels_rulers.csv")
     if not (args.out / "labels_nulls.csv").exists():
         nulls = make_nulls(model, labelled, cut, text, dictionaries, args.n_nulls)
         write_table(nulls.round(4), args.out / "labels_nulls.csv")

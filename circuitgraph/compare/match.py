@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
 from ..community.patterns import read_patterns
-from .isomorphism import read_shares, shuffle_within
+from .isomorphism import Sparse, read_shares, shuffle_within
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph
 from ..model.blocks import Model
@@ -51,7 +51,7 @@ def split_passages(
 def cover_words(
     passage: str,
     spans: Sequence[tuple[int, int]],  # of the tokens, in characters
-) -> sp.csr_array:  # [word token], the rows sum to 1
+) -> Sparse:  # [word token], the rows sum to 1
     "Which tokens cover each word of a passage."
     starts, ends = _find_words(passage).T
     begin, stop = np.array(spans).T
@@ -70,7 +70,7 @@ def read_words(
     dictionaries: Mapping[str, Dictionary] | None = None,  # by module, for a graph of features
     *,
     run: Run = Run(),
-) -> sp.csr_array:  # [word node], passages one after the other, without their first words
+) -> Sparse:  # [word node], passages one after the other, without their first words
     "Read the activity of all nodes on words. Raises ValueError for a model without a tokenizer."
     if model.tokenizer is None:
         raise ValueError("model must have a tokenizer, to say which words its tokens cover")
@@ -85,7 +85,7 @@ def read_words(
     return sp.csr_array(sp.vstack(tables, format="csr"))
 
 # %% ../../nbs/891_match.ipynb #mt09
-def _standardise(activity: sp.csr_array) -> Float[np.ndarray, "word node"]:
+def _standardise(activity: Sparse) -> Float[np.ndarray, "word node"]:
     "Columns of mean 0 and norm 1; a column that is constant becomes 0."
     dense = activity.toarray().astype(np.float64)
     centred = dense - dense.mean(0)
@@ -98,8 +98,8 @@ def _standardise(activity: sp.csr_array) -> Float[np.ndarray, "word node"]:
 
 
 def correlate_nodes(
-    a: sp.csr_array,  # [word node]
-    b: sp.csr_array,  # [word other]
+    a: Sparse,  # [word node]
+    b: Sparse,  # [word other]
 ) -> Float[np.ndarray, "node other"]:
     "Correlate the activity of all nodes of two graphs. Raises ValueError for other numbers of words."
     n, n_other = a.shape[0], b.shape[0]
@@ -130,7 +130,7 @@ def assign_best(
 def match_nodes(
     a: Graph,
     b: Graph,
-    activity: tuple[sp.csr_array, sp.csr_array],  # of each graph, on the same words
+    activity: tuple[Sparse, Sparse],  # of each graph, on the same words
     *,
     n_null: int = 5,  # shifts
     seed: int = 0,
@@ -154,7 +154,7 @@ def match_nodes(
     return table
 
 
-def _check_activity(graph: Graph, words: sp.csr_array) -> None:
+def _check_activity(graph: Graph, words: Sparse) -> None:
     "Refuse activity that is not of a graph's nodes."
     n_nodes, n_columns = len(graph.nodes), words.shape[1]
     if n_columns != n_nodes:
@@ -162,7 +162,7 @@ def _check_activity(graph: Graph, words: sp.csr_array) -> None:
 
 
 def _match(
-    activity: tuple[sp.csr_array, sp.csr_array],
+    activity: tuple[Sparse, Sparse],
     kinds: tuple[np.ndarray, np.ndarray],
     n_null: int,
     seed: int,
@@ -181,7 +181,7 @@ def _match(
 
 
 def _match_shifted(
-    activity: tuple[sp.csr_array, sp.csr_array],
+    activity: tuple[Sparse, Sparse],
     kinds: tuple[np.ndarray, np.ndarray],
     n_null: int,
     seed: int,
@@ -213,7 +213,7 @@ def _rank_among(
 
 # %% ../../nbs/891_match.ipynb #mt13
 def _pair_shares(
-    shares: tuple[Mapping[str, sp.csr_array], Mapping[str, sp.csr_array]],
+    shares: tuple[Mapping[str, Sparse], Mapping[str, Sparse]],
     rows: Int[np.ndarray, " pair"],
     columns: Int[np.ndarray, " pair"],
 ) -> float:
@@ -255,8 +255,8 @@ def verify_edges(
     seed: int = 0,
 ) -> dict[str, float]:  # correlation, null_mean, null_sd, z, p
     "Test a match by the edges between matched nodes. Raises ValueError for graphs without a common port."
-    rows = pd.Index(a.nodes["name"]).get_indexer(matches["a"])
-    columns = pd.Index(b.nodes["name"]).get_indexer(matches["b"])
+    rows = pd.Index(a.nodes["name"]).get_indexer(matches["a"].to_numpy())
+    columns = pd.Index(b.nodes["name"]).get_indexer(matches["b"].to_numpy())
     shares = read_shares(a), read_shares(b)
     if not set(shares[0]) & set(shares[1]):
         ports = sorted(shares[0]), sorted(shares[1])
@@ -275,7 +275,7 @@ def verify_edges(
     return {"correlation": found, "null_mean": mean, "null_sd": sd, "z": z, "p": p}
 
 # %% ../../nbs/891_match.ipynb #mt17
-def _profile(activity: sp.csr_array, community: Int[np.ndarray, " node"]) -> sp.csr_array:
+def _profile(activity: Sparse, community: Int[np.ndarray, " node"]) -> Sparse:
     "The activity of each community, [word community]."
     standardised = _standardise(activity)
     numbers = np.arange(community.max() + 1)
@@ -287,15 +287,18 @@ def _profile(activity: sp.csr_array, community: Int[np.ndarray, " node"]) -> sp.
 
 def _read_communities(graph: Graph) -> Int[np.ndarray, " node"]:
     "The community of each node. Raises ValueError for a graph without communities."
-    if "community" not in graph.nodes or graph.nodes["community"].max() < 0:
+    found = np.full(1, -1)
+    if "community" in graph.nodes:
+        found = graph.nodes["community"].to_numpy()
+    if (found < 0).all():
         raise ValueError("graphs must have communities: give what find_communities returns")
-    return graph.nodes["community"].to_numpy()
+    return found
 
 
 def match_communities(
     a: Graph,
     b: Graph,
-    activity: tuple[sp.csr_array, sp.csr_array],
+    activity: tuple[Sparse, Sparse],
     *,
     n_null: int = 20,
     seed: int = 0,

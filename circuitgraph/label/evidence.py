@@ -99,7 +99,8 @@ def find_evidence(
     texts = reader.text.tokens
     places = zip(evidence["sequence"], evidence["position"], strict=True)
     evidence["context"] = [write_context(model, texts[sequence], at) for sequence, at in places]
-    return evidence[["case", "context", "activation", "predicted", "sequence", "position"]]
+    columns = ["case", "context", "activation", "predicted", "sequence", "position"]
+    return pd.DataFrame(evidence, columns=columns)
 
 # %% ../../nbs/885_evidence.ipynb #ev13
 def _top_tokens(
@@ -174,15 +175,15 @@ def read_descriptions(
         read_descriptions("batch-0.jsonl.gz", {"10-transcoder-16k": "m10"})
 
     Raises ValueError for a file of another form, and where the module of a dictionary is not given."""
-    path, found = Path(path), {}
+    path, known, found = Path(path), dict(modules or {}), {}
     try:
         for row in _read_rows(path):
             name = row.get("name")
             if name is None:
                 layer = str(row["layer"])
-                if layer not in (modules or {}):
-                    raise ValueError(f"modules must name the module of {layer!r}, got {modules}")
-                name = f"{modules[layer]}/{int(row['index'])}"
+                if layer not in known:
+                    raise ValueError(f"modules must name the module of {layer!r}, got {known}")
+                name = f"{known[layer]}/{int(row['index'])}"
             found[name] = str(row["description"])
     except (KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
@@ -242,12 +243,11 @@ def score_descriptions(
     tokens = corpus.whole() if isinstance(corpus, Corpus) else corpus
     found_on, tested_on = split_text(tokens, seed)
     activities = read_activities(model, graph, found_on, dictionaries, run)
-    described = graph.nodes.set_index("name")["description"]
-    described = described[described != ""]
-    quoted = {name: quoted_tokens(text, model) for name, text in described.items()}
+    described = zip(graph.nodes["name"], graph.nodes["description"], strict=True)
+    quoted = {name: quoted_tokens(text, model) for name, text in described if text}
     programs = {name: _list_program(activities, name, some) for name, some in quoted.items() if some}
-    table = described.to_frame().drop(columns="description")
-    table["n_tokens"] = [len(some) for some in quoted.values()]
+    counts = [len(some) for some in quoted.values()]
+    table = pd.DataFrame({"n_tokens": counts}, index=pd.Index(quoted, name="name"))
     for suffix, share in (("", 0.0), ("_intervened", SWAPPED)):
         scores = score_programs(cut, programs, tested_on, share, seed=seed, run=run)
         tests = scores[["r2", "f1"]].add_suffix(suffix)
