@@ -85,16 +85,16 @@ def read_words(
     return sp.csr_array(sp.vstack(tables, format="csr"))
 
 # %% ../../nbs/891_match.ipynb #mt09
-def _standardise(activity: Sparse) -> Float[np.ndarray, "word node"]:
-    "Columns of mean 0 and norm 1; a column that is constant becomes 0."
-    dense = activity.toarray().astype(np.float64)
-    centred = dense - dense.mean(0)
-    size = np.linalg.norm(dense, axis=0)
-    norm = np.linalg.norm(centred, axis=0)
-    is_constant = norm <= 1e-9 * size
-    centred[:, is_constant] = 0
-    norm[is_constant] = 1
-    return centred / norm
+def _scale(activity: Sparse) -> tuple[Sparse, Float[np.ndarray, " node"]]:  # columns; their means
+    "Columns divided by their norm around the mean, which keeps zeros; one that is constant becomes 0."
+    table = sp.csc_array(activity, dtype=np.float64)
+    n = table.shape[0]
+    mean = np.asarray(table.sum(0)) / n
+    square = np.asarray(table.multiply(table).sum(0))
+    spread = square - n * mean**2
+    varies = spread > 1e-12 * square
+    factor = np.where(varies, 1 / np.sqrt(np.where(varies, spread, 1)), 0)
+    return table @ sp.diags_array(factor), mean * factor
 
 
 def correlate_nodes(
@@ -105,8 +105,9 @@ def correlate_nodes(
     n, n_other = a.shape[0], b.shape[0]
     if n != n_other:
         raise ValueError(f"both must be read on the same words, got {n} and {n_other}")
-    first, second = _standardise(a), _standardise(b)
-    return first.T @ second
+    (scaled, mean), (other, other_mean) = _scale(a), _scale(b)
+    both = (scaled.T @ other).toarray()
+    return both - n * np.outer(mean, other_mean)
 
 
 def assign_best(
@@ -277,12 +278,12 @@ def verify_edges(
 # %% ../../nbs/891_match.ipynb #mt17
 def _profile(activity: Sparse, community: Int[np.ndarray, " node"]) -> Sparse:
     "The activity of each community, [word community]."
-    standardised = _standardise(activity)
+    scaled, mean = _scale(activity)
     numbers = np.arange(community.max() + 1)
     member = community[:, None] == numbers
-    size = member.sum(0)
-    profile = standardised @ member
-    return sp.csr_array(profile / np.maximum(size, 1))
+    size = np.maximum(member.sum(0), 1)
+    profile = scaled @ member - mean @ member
+    return sp.csr_array(profile / size)
 
 
 def _read_communities(graph: Graph) -> Int[np.ndarray, " node"]:
