@@ -88,7 +88,7 @@ def read_words(
 def _scale(activity: Sparse) -> tuple[Sparse, Float[np.ndarray, " node"]]:  # columns; their means
     "Columns divided by their norm around the mean, which keeps zeros; one that is constant becomes 0."
     table = sp.csc_array(activity, dtype=np.float64)
-    n = table.shape[0]
+    n = activity.shape[0]
     mean = np.asarray(table.sum(0)) / n
     square = np.asarray(table.multiply(table).sum(0))
     spread = square - n * mean**2
