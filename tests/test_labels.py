@@ -523,6 +523,16 @@ def test_short_names_hold_the_tokens_that_carry_enough(logic, labelled):
     assert list_choices(every)[f"m0/0: {short['m0/0']}"] == "m0/0"
 
 
+def test_a_feature_that_is_never_active_is_not_named_by_tokens(logic, labelled):
+    known, _, _ = logic
+    codes, _ = read_codes(cut_model(known.model, known.dictionaries), known.tokens)
+    silent = (codes["m0"][:, 1:, 0] == 0).all(1)
+    text = known.tokens[silent]
+    assert len(text)
+    named = name_features(labelled, known.model, text, known.dictionaries, run=QUIET)
+    assert named.nodes.set_index("name")["short_name"]["m0/0"] == ""
+
+
 def test_descriptions_are_read_from_both_forms(tmp_path, labelled):
     table = tmp_path / "labels.csv"
     table.write_text('name,description\nm1/0,"both, at once"\nm9/9,elsewhere\n')

@@ -110,6 +110,8 @@ def _top_tokens(
     reader = activities.read(name, ())
     tokens = reader.text.tokens.ravel()
     total = np.bincount(tokens, reader.acts * reader.counted)
+    if not total.any():
+        return []
     order = np.argsort(-total, kind="stable")
     carried = np.cumsum(total[order[:3]])
     enough = carried >= least * total.sum()
