@@ -18,7 +18,7 @@ SECTIONS = {  # the first number of each section; notebooks below 10 stand befor
     88: "Labels",
     89: "Comparison",
     90: "Command line",
-    91: "Experiments",
+    91: "Experiments and discussion",
 }
 START = "    contents:\n"
 

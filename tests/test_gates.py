@@ -13,8 +13,9 @@ from circuitgraph.ablation.selection import ModuleSelection, select
 from circuitgraph.ablation.values import AblatedText, Corrupted, Mean, Resample, Zero
 from circuitgraph.build.build import complete_graph
 from circuitgraph.cut import cut_model
-from circuitgraph.methods.gates import GateConfig, GateSearch, ablated_stream, order_nodes, run_gated
-from circuitgraph.methods.gates import search_gates
+from circuitgraph.graph.graph import Graph
+from circuitgraph.methods.gates import GateConfig, GateSearch, ablated_stream, order_by_influence
+from circuitgraph.methods.gates import order_nodes, run_gated, search_gates
 from circuitgraph.model.blocks import run_logits
 from circuitgraph.model.loading import TINY_MODELS, tiny_model
 from circuitgraph.options import Judging, Run
@@ -149,3 +150,23 @@ def test_budgets_out_of_range_are_refused(n_edges):
 def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         GateConfig(**options)
+
+
+def test_a_search_can_start_from_the_influence_in_a_graph():
+    made = known.chain()
+    every = complete_graph(made.model, "head")
+    is_true = np.isin(every.edge_names, made.edges)
+    weights = {name: np.where(is_true, 1.0, 0.1) for name in ("weight", "abs_weight", "rms_weight")}
+    known_graph = Graph(every.nodes, every.edges.assign(**weights), every.meta)
+    order = order_by_influence(every, known_graph)
+    names = every.nodes["name"]
+    assert set(names.iloc[order[:3]]) == {"m0", "m1", "m2"}
+    ranked = sorted(names[~names.isin(["embed", "pos_embed", "const", "logits"])])
+    assert sorted(names.iloc[order]) == ranked
+    lacking = Graph(
+        every.nodes[names != "m1"].reset_index(drop=True),
+        every.edges[(every.edges["source"] != "m1") & (every.edges["target"] != "m1")].assign(weight=1.0),
+        every.meta,
+    )
+    with pytest.raises(ValueError, match="start must hold every head and MLP of the model, and lacks m1"):
+        search_gates(made.model, made.task, n_edges=[4], start=lacking, judging=QUIET)
