@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from nbdev.config import get_config
 from nbdev.doclinks import _build_modidx
@@ -45,9 +46,19 @@ class Processors(FilterDefaults):
         return [ExecuteCells if step is exec_show_docs else step for step in super().base_procs()]
 
 
+def fold_code(book: dict[str, Any]) -> None:
+    """Fold the code of an experiment, whose readers come for its tables and figures."""
+    head = book["cells"][0]
+    assert head["cell_type"] == "raw", "nbdev writes the title as the first cell"
+    lines = "".join(head["source"]).rstrip("-\n")
+    head["source"] = f"{lines}\ncode-fold: true\n---\n".splitlines(keepends=True)
+
+
 def clean_page(page: Path) -> None:
-    """Take nbdev's links out of the signatures of a processed notebook."""
+    """Take nbdev's links out of the signatures of a processed notebook, and fold the code of experiments."""
     book = json.loads(page.read_text(encoding="utf-8"))
+    if "_exp_" in page.name:
+        fold_code(book)
     for cell in book["cells"]:
         for output in cell.get("outputs", []):
             if "text/markdown" in output.get("data", {}):

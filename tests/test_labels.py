@@ -350,9 +350,31 @@ def test_bad_requests_are_refused(logic, labelled):
 # Heads
 
 
-def rule_by_hand(rule, row, t):
-    "The pattern of a rule for one query, position by position."
+class Words:
+    "A tokenizer of six words, of which two are signs and one is a line break."
+
+    words = ("a", " b", ".", "\n", " --", "x.y")
+
+    def __len__(self):
+        return len(self.words)
+
+    def batch_decode(self, rows):
+        return [self.words[i] for (i,) in rows]
+
+
+def rule_by_hand(rule, row, t, marks):
+    "The pattern of a rule for one query, position by position; marks are sets of tokens."
     pattern = np.zeros(len(row))
+    if rule.startswith("near"):
+        pattern[: t + 1] = [0.5 ** ((t - u) / int(rule.split()[1])) for u in range(t + 1)]
+        return pattern / pattern.sum()
+    kind, _, mark = rule.removesuffix("s").rpartition(" ")
+    if mark in marks:
+        so_far = [u for u in range(t + 1) if row[u] in marks[mark]]
+        before = [u for u in so_far if u < t]
+        places = so_far if kind == "mean of" else before[-1:]
+        pattern[places or range(t + 1)] = 1
+        return pattern / pattern.sum()
     name, _, rest = rule.partition(", or ")
     earlier = [u for u in range(t) if row[u] == row[t]]
     found = {
@@ -370,10 +392,12 @@ def rule_by_hand(rule, row, t):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_pattern_of_a_rule_is_what_it_says(rule):
-    tokens = torch.randint(4, (3, 11), generator=torch.Generator().manual_seed(0))
-    patterns = rule_patterns(tokens)[RULES.index(rule)].numpy()
+    model = replace(tiny_model("llama"), tokenizer=Words())
+    marks = {"sign": {2, 4}, "newline": {3}}
+    tokens = torch.randint(6, (3, 11), generator=torch.Generator().manual_seed(0))
+    patterns = rule_patterns(model, tokens)[RULES.index(rule)].numpy()
     for s, row in enumerate(tokens.tolist()):
-        by_hand = np.stack([rule_by_hand(rule, row, t) for t in range(len(row))])
+        by_hand = np.stack([rule_by_hand(rule, row, t, marks) for t in range(len(row))])
         assert np.allclose(patterns[s], by_hand)
 
 
@@ -384,7 +408,7 @@ def test_a_label_is_the_least_squares_mixture(name):
     model = tiny_model(name, dtype=torch.float64)
     tokens = random_tokens(model, 4, 9)
     heads = label_heads(model, tokens, n_rules=2, run=QUIET)
-    patterns = rule_patterns(tokens).double()
+    patterns = rule_patterns(model, tokens).double()
     for row in heads.itertuples():
         x = cut_model(model, "head").trace(tokens).reads[f"a{row.layer}"]
         attn = model.layers[row.layer].attn
@@ -412,7 +436,7 @@ def test_replaced_patterns_are_those_of_hooks():
     heads = label_heads(model, tokens, run=QUIET)
     mixture = {"back 1": 0.7, "first": 0.2}
     heads["weights"] = [mixture] * len(heads)
-    pattern = sum(w * rule_patterns(tokens)[RULES.index(rule)] for rule, w in mixture.items()).double()
+    pattern = sum(w * rule_patterns(model, tokens)[RULES.index(rule)] for rule, w in mixture.items()).double()
 
     def set_pattern(given, hook):  # noqa: ARG001
         given[:, 1, 1:] = pattern[:, 1:]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -168,6 +169,20 @@ def toy_project(tmp_path):
 def test_a_sound_notebook_is_processed(toy_project):
     done = toy_project(nbformat.v4.new_code_cell("import sys"))
     assert done.returncode == 0 and "1 of 1 notebooks" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_code_of_experiments_is_folded():
+    title = {"cell_type": "raw", "source": ["---\n", "title: 'A: b'\n", "---\n"]}
+    book = {"cells": [title]}
+    load_script("process_notebooks").fold_code(book)
+    text = "".join(book["cells"][0]["source"])
+    assert yaml.safe_load(text.strip("-\n")) == {"title": "A: b", "code-fold": True}
+
+
+def test_pages_need_no_network_for_equations():
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text())
+    html = config["format"]["html"]
+    assert html["html-math-method"] == "mathml" and (NBS / html["css"]).exists()
 
 
 def test_an_import_that_fails_from_the_root_is_seen(toy_project):
