@@ -3,15 +3,15 @@
     make family
     python scripts/make_family.py --sizes 2x64 2x128        # the small ones alone
 
-A size such as 2x64 has 2 layers of width 64, with heads of 16 dimensions. Each model is a Llama that reads 32
-sequences of 64 tokens at each of 1,000 steps. One sequence in four repeats its first half, so that there is
-something to learn for induction heads. All models share a byte-pair vocabulary of 2,048 tokens. The text is the
-package's own, of which the last tenth of each document is held out; --text adds files.
+A size such as 2x64 has 2 layers of width 64, with heads of 16 dimensions. Each model is a Llama that reads
+32 sequences of 64 tokens at each of 1,000 steps. One sequence in four repeats its first half, so that there
+is something to learn for induction heads. All models share a byte-pair vocabulary of 2,048 tokens. The text
+is the package's own, of which the last tenth of each document is held out; --text adds files.
 
 Of each size there are three seeds (of 4x192 two), a twin that was trained on the same tokens in random order,
-and the weights that each began with. The models go to graphs/family, as folders that `load_model` reads, and a
-table of them to nbs/results/family.csv. A run that was stopped goes on from its last checkpoint, and gives the
-same files. CPU time on one core: 2 minutes a model of 2x64, 4 of 2x128, 6 of 4x128, 10 of 4x192.
+and the weights that each began with. The models go to graphs/family, as folders that `load_model` reads, and
+a table of them to nbs/results/family.csv. A run that was stopped goes on from its last checkpoint, and gives
+the same files. CPU time on one core: 2 minutes a model of 2x64, 4 of 2x128, 6 of 4x128, 10 of 4x192.
 """
 
 import argparse
@@ -217,7 +217,7 @@ def train_member(member: Member, tokenizer: Any, documents: list[Tensor], out: P
 
 
 def bigram_loss(known: list[Tensor], sequences: Tensor) -> float:
-    "Loss of the best bigram model that is smoothed by single tokens (nats); the smoothing is fitted to the test."
+    "Loss of a bigram model that is smoothed by single tokens (nats); the smoothing is the best for the test."
     counts = torch.zeros(N_VOCAB, N_VOCAB, dtype=torch.float64)
     for tokens in known:
         ones = torch.ones(len(tokens) - 1, dtype=torch.float64)
@@ -276,7 +276,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", nargs="+", choices=list(N_SEEDS), default=list(N_SEEDS))
-    parser.add_argument("--text", type=Path, nargs="*", default=[], help="files to train on, beside the package's")
+    parser.add_argument(
+        "--text", type=Path, nargs="*", default=[], help="files to train on, beside the package's"
+    )
     parser.add_argument("--n-steps", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--table", type=Path, default=ROOT / "nbs/results/family.csv")
