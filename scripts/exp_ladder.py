@@ -8,10 +8,11 @@ copy of a model with its heads in another order, over other text, other seeds an
 has learned nothing. Writes to nbs/results:
 
 - ladder.csv: a row for each pair, with the figures of `compare_graphs` and their nulls;
-- ladder_behaviours.csv: a row for each pair, which says whether matched nodes do the same when they are cut.
+- ladder_behaviours.csv: a row for each pair, which says whether matched nodes do the same when they are cut;
+- ladder_graphs.csv: a row for each trained model, which says how alike the nodes of its communities are.
 
-Sizes whose models are not there are left out, with a message. A second run goes on after the rows that are
-there. CPU time on one core: 4 seconds a graph, 6 a pair, 10 for the cuts of a model.
+Pairs whose models are not there are left out. A second run goes on after the rows that are there. CPU time on
+one core: a second a graph, 2 for the cuts of a model, 9 a pair.
 """
 
 import argparse
@@ -230,10 +231,17 @@ def list_within(size: str) -> Iterator[Pair]:
         yield Pair("other seed", size, name, other)
 
 
-def list_between(small: str, large: str) -> Iterator[Pair]:
-    "The pairs of two sizes."
-    for i, j in product(range(N_SEEDS[small]), range(N_SEEDS[large])):
-        yield Pair("other size", f"{small} to {large}", f"{small}-{i}", f"{large}-{j}")
+def list_pairs(family: Path) -> Iterator[Pair]:
+    "All pairs of models that are there."
+    sizes = list(N_SEEDS)
+    pairs = [pair for size in sizes for pair in list_within(size)]
+    for small, large in pairwise(sizes):
+        for i, j in product(range(N_SEEDS[small]), range(N_SEEDS[large])):
+            pairs.append(Pair("other size", f"{small} to {large}", f"{small}-{i}", f"{large}-{j}"))
+    for pair in pairs:
+        names = [name.removesuffix("+permuted") for name in (pair.a, pair.b)]
+        if all((family / name).exists() for name in names):
+            yield pair
 
 
 # Figures, each beside its null
@@ -293,15 +301,20 @@ def compare_edges(a: Side, b: Side, matches: pd.DataFrame) -> dict[str, float]:
 
 
 def compare_distance(a: Side, b: Side) -> dict[str, float]:
-    "The distance of classes; the null permutes the second graph's weights within pairs of layers."
-    n_classes = min(40, max(2, min(len(a[1].nodes), len(b[1].nodes)) // 3))
-    measure = partial(class_distance, a[1], n_classes=n_classes)
-    null = [measure(permute_weights(b[1], WITHIN, seed=100 + i)) for i in range(N_NULL // 3)]
-    return {"n_classes": n_classes} | beside("distance", measure(b[1]), np.array(null), is_small_better=True)
+    "The distance of few and of many classes; the null permutes the second graph's weights between layers."
+    n_nodes = min(len(a[1].nodes), len(b[1].nodes))
+    permuted = [permute_weights(b[1], WITHIN, seed=100 + i) for i in range(N_NULL // 3)]
+    row = {}
+    for name, n_classes in (("coarse", n_nodes // 3), ("fine", 2 * n_nodes // 3)):
+        measure = partial(class_distance, a[1], n_classes=min(40, n_classes))
+        null = np.array([measure(one) for one in permuted])
+        row |= {f"n_{name}": min(40, n_classes)}
+        row |= beside(f"distance_{name}", measure(b[1]), null, is_small_better=True)
+    return row
 
 
 def compare_communities(a: Side, b: Side) -> dict[str, float]:
-    "Matched communities, the distance of their quotient graphs, and how inequitable they are."
+    "Matched communities, and the distance of their quotient graphs."
     (one, graph), (other, other_graph) = a, b
     matches = match_communities(graph, other_graph, (one.words, other.words), n_null=N_NULL)
     own, others = (g.nodes["community"].to_numpy() for g in (graph, other_graph))
@@ -313,30 +326,39 @@ def compare_communities(a: Side, b: Side) -> dict[str, float]:
     row = {"n_communities": len(matches), "communities": matches["correlation"].median()}
     row |= {"communities_sure": (matches["p"] < 0.05).mean()}
     quotient = quotient_distance(graph, other_graph, classes)
-    row |= beside("quotient", quotient, np.array(null), is_small_better=True)
-    kind_and_depth, _ = pd.factorize(graph.nodes["kind"].astype(str) + graph.nodes["layer"].astype(str))
-    for name, found in (("communities", classes[0]), ("depth", kind_and_depth)):
+    return row | beside("quotient", quotient, np.array(null), is_small_better=True)
+
+
+def describe_graph(graph: Graph) -> dict[str, float]:
+    "How inequitable communities are, and kind and depth; the null draws classes of the same sizes."
+    nodes = graph.nodes
+    kind_and_depth = nodes["kind"].astype(str) + nodes["layer"].astype(str)
+    row = {"n_nodes": len(nodes), "n_edges": len(graph)}
+    for name, classes in (("communities", nodes["community"]), ("depth", pd.factorize(kind_and_depth)[0])):
+        found = np.asarray(classes)
         draws = [np.random.default_rng(i).permutation(found) for i in range(N_NULL)]
         drawn = np.array([inequitability(graph, one) for one in draws])
-        row |= beside(f"inequitable_{name}", inequitability(graph, found), drawn, is_small_better=True)
+        row |= {f"n_{name}": len(set(found))}
+        row |= beside(name, inequitability(graph, found), drawn, is_small_better=True)
     return row
 
 
 def compare_effects(a: Side, b: Side, matches: pd.DataFrame) -> dict[str, float]:
-    "The correlation of what matched nodes do; the nulls permute the match within kinds, then also within layers."
+    "The correlation of what matched nodes do; the nulls permute the match within kinds, and within layers."
     (one, graph), (other, other_graph) = a, b
     rows = pd.Index(graph.nodes["name"]).get_indexer(matches["a"])
     columns = pd.Index(other_graph.nodes["name"]).get_indexer(matches["b"])
     kind = pd.factorize(matches["kind"].astype(str))[0]
     own, others = centre(one.effects[rows], kind), centre(other.effects[columns], kind)
     layer = graph.nodes["layer"].fillna(-1).to_numpy(dtype=int)[rows]
+    alike = correlate_rows(own, others)
     row = {"n_behaviours": own.shape[1]}
-    for name, group in (("kind", kind), ("layer", kind * (layer.max() + 2) + layer)):
-        is_compared = np.bincount(group - group.min())[group - group.min()] > 1  # one alone can't be permuted
-        x, y, group = own[is_compared], others[is_compared], group[is_compared]
-        orders = [shuffle_within(group, seed) for seed in range(1000)]
-        null = np.array([np.median(correlate_rows(x, y[order])) for order in orders])
-        found = float(np.median(correlate_rows(x, y)))
+    for name, group in (("kind", kind), ("layer", kind * (layer.max() + 2) + layer + 1)):
+        is_compared = np.bincount(group)[group] > 1  # a node alone in its group can't be permuted
+        x, group = np.flatnonzero(is_compared), group[is_compared]
+        orders = [x[shuffle_within(group, seed)] for seed in range(1000)]
+        null = np.array([np.median(alike[x, order]) for order in orders])
+        found = float(np.median(alike[x, x]))
         row |= {f"n_{name}": len(x)} | beside(f"effects_{name}", found, null)
     return row
 
@@ -348,10 +370,10 @@ def centre(effects: np.ndarray, kind: np.ndarray) -> np.ndarray:
 
 
 def correlate_rows(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    "The correlation of each row with the other table's."
+    "The correlation of each row with each of the other table."
     x, y = (table - table.mean(1, keepdims=True) for table in (x, y))
-    size = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-    return (x * y).sum(1) / np.maximum(size, 1e-12)
+    x, y = (table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12) for table in (x, y))
+    return x @ y.T
 
 
 # The tables
@@ -384,23 +406,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "nbs/results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    sizes = []
-    for size, n_seeds in N_SEEDS.items():
-        names = [f"{size}-{end}" for end in [*range(n_seeds), "shuffled"]]
-        if all((args.family / name).exists() for name in names):
-            sizes.append(size)
-        else:
-            print(f"{size} is left out: make family makes its models")
-    held_out = read_held_out(args.family / f"{sizes[0]}-0")
+    pairs = list(list_pairs(args.family))
+    if not pairs:
+        raise SystemExit(f"{args.family} holds no models: make family trains them")
+    held_out = read_held_out(args.family / pairs[0].a)
     subjects: dict[str, Subject] = {}
 
     def subject(name: str) -> Subject:
         return subjects.setdefault(name, Subject(name, args, held_out))
 
-    pairs = [pair for size in sizes for pair in list_within(size)]
-    for small, large in pairwise(sizes):
-        pairs += list_between(small, large)
     for pair in pairs:
+        file = args.out / "ladder_graphs.csv"
+        if not has_row(file, name=pair.a):
+            row = {"name": pair.a} | describe_graph(subject(pair.a).graph())
+            add_row(file, pd.DataFrame([row]).round(4))
         add_pair(pair, subject, args.out)
 
 

@@ -20,7 +20,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from circuitgraph.community.behaviour import next_loss
 from circuitgraph.data.corpus import Document, open_texts
-from circuitgraph.graph.tables import replace_file
+from exp_small_features import add_row, has_row
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "graphs/family"
@@ -44,7 +43,6 @@ N_VOCAB, SEQ_LEN, BATCH, D_HEAD = 2048, 64, 32, 16
 HELD_OUT = 0.1  # of each document
 REPEATED = 0.25  # of the sequences
 SAVE_STEPS = 100
-LOSSES = ["loss", "loss_first", "loss_repeated"]
 
 
 # Text
@@ -97,6 +95,7 @@ def cut_sequences(documents: list[Tensor], length: int = SEQ_LEN) -> Tensor:
 def draw_sequences(documents: list[Tensor], n: int, seed: int, is_shuffled: bool) -> Tensor:
     "Sequences from anywhere in the documents, of which some repeat their first half."
     generator = torch.Generator().manual_seed(seed)
+    documents = [tokens for tokens in documents if len(tokens) >= SEQ_LEN]
     text = torch.cat(documents)
     if is_shuffled:
         order = torch.randperm(len(text), generator=generator)
@@ -253,13 +252,16 @@ def measure(folder: Path, sequences: Tensor) -> dict[str, Any]:
     return row
 
 
-def iter_rows(members: list[Member], out: Path, sequences: Tensor) -> Iterator[dict[str, Any]]:
-    "What each model has learned, before and after training."
-    for member in members:
-        text = "shuffled" if member.is_shuffled else "text"
-        for end, trained_on in (("", text), ("-untrained", "nothing")):
+def add_rows(member: Member, out: Path, sequences: Tensor, bigram: float, file: Path) -> None:
+    "What a model has learned, and what its initial weights know, unless the table says so."
+    text = "shuffled" if member.is_shuffled else "text"
+    for end, trained_on in (("", text), ("-untrained", "nothing")):
+        name = f"{member.name}{end}"
+        if not has_row(file, name=name):
             row = {"size": member.size, "seed": member.seed, "trained_on": trained_on}
-            yield row | measure(out / f"{member.name}{end}", sequences)
+            row |= measure(out / name, sequences) | {"bigram": bigram}
+            row["induction"] = row["loss_first"] - row["loss_repeated"]
+            add_row(file, pd.DataFrame([row]).round(4))
 
 
 def keep_settings(out: Path, settings: dict[str, Any]) -> None:
@@ -289,19 +291,15 @@ def main() -> None:
     digest = hashlib.sha256(joined.encode()).hexdigest()
     keep_settings(args.out, {"n_steps": args.n_steps, "text": digest})
     tokenizer = train_tokenizer([document.text for document in known])
-    documents = [tokens for tokens in encode(tokenizer, known) if len(tokens) >= SEQ_LEN]
-    members = list_members(args.sizes)
-    for member in members:
+    documents = encode(tokenizer, known)
+    sequences = cut_sequences(encode(tokenizer, held_out))
+    bigram = bigram_loss(documents, sequences)
+    for member in list_members(args.sizes):
         if not (args.out / member.name).exists():
             began = time.process_time()
             train_member(member, tokenizer, documents, args.out, args.n_steps)
             print(f"{member.name}: {time.process_time() - began:.0f} CPU-seconds", flush=True)
-    sequences = cut_sequences(encode(tokenizer, held_out))
-    table = pd.DataFrame(iter_rows(members, args.out, sequences))
-    table["bigram"] = bigram_loss(documents, sequences)
-    table["induction"] = table["loss_first"] - table["loss_repeated"]
-    with replace_file(args.table) as partial:
-        table.round(4).to_csv(partial, index=False)
+        add_rows(member, args.out, sequences, bigram, args.table)
 
 
 if __name__ == "__main__":
