@@ -73,8 +73,10 @@ def _read_flows(graph: Graph, classes: Int[np.ndarray, " node"]) -> pd.Series:
         flows["size"] = np.abs(table.data)
         tables.append(flows)
     every = pd.concat(tables)
-    sums = every.groupby(["port", "is_positive", "reader", "writer"])["size"].sum()
-    return sums / sums.sum()
+    total = every["size"].to_numpy().sum()
+    parts = every.assign(part=every["size"] / total)
+    of_classes = parts.groupby(["port", "is_positive", "reader", "writer"])
+    return pd.Series(of_classes["part"].sum())
 
 
 def quotient_distance(
