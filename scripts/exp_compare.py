@@ -1,4 +1,4 @@
-"""Graphs compared: the tables of nbs/99_exp_compare.ipynb.
+"""Graphs compared: the tables of nbs/990_exp_compare.ipynb.
 
     make gemma       # Gemma 3 270M, whose terms of use apply; --no-gemma leaves it out
     python scripts/exp_compare.py --held-out wikitext-2-test.txt

@@ -8,6 +8,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 from scipy.optimize import linprog
+from scipy.stats import kstest
 from sklearn.metrics import adjusted_mutual_info_score
 
 from circuitgraph.build.build import build_graph
@@ -281,6 +282,51 @@ def test_edges_of_a_true_match_agree_and_of_a_shuffled_one_do_not():
     good, bad = verify_edges(graph, graph, true), verify_edges(graph, graph, false)
     assert good["correlation"] == pytest.approx(1) and good["p"] < 0.02 and good["z"] > 10
     assert abs(bad["correlation"]) < 0.2 and bad["p"] > 0.02
+
+
+@pytest.fixture(scope="module")
+def sparse():
+    "A graph of 60 features with a third of the possible edges, all of positive weight."
+    graph = named_graph(60)
+    few = graph.keep(np.random.default_rng(1).random(len(graph)) < 1 / 3)
+    return with_weights(few, few.edges["abs_weight"].to_numpy())
+
+
+def with_weights(graph, weight):
+    return Graph(graph.nodes, graph.edges.assign(weight=weight, abs_weight=np.abs(weight)), graph.meta)
+
+
+def test_permuted_weights_of_a_sparse_graph_fail_and_a_noisy_copy_passes(sparse):
+    names = sparse.nodes["name"].to_numpy()
+    true = pd.DataFrame({"a": names, "b": names})
+    generator = np.random.default_rng(0)
+    noise = generator.normal(size=len(sparse))
+    copy = with_weights(sparse, sparse.edges["weight"].to_numpy() + 0.5 * noise)
+    found = verify_edges(sparse, copy, true)
+    assert found["null"] == "weights" and found["p"] < 0.02 and found["z"] > 5
+    permuted = [permute_weights(sparse, ("kind", "layer"), seed=seed) for seed in range(20)]
+    assert np.mean([verify_edges(sparse, one, true, n_null=29)["p"] < 0.05 for one in permuted]) < 0.2
+    # a shuffled match does not keep which edges exist, and lets them all pass
+    assert all(verify_edges(sparse, one, true, null="match", n_null=20)["z"] > 2 for one in permuted[:5])
+
+
+def test_p_is_uniform_where_two_graphs_share_only_which_edges_exist(sparse):
+    names = sparse.nodes["name"].to_numpy()
+    true = pd.DataFrame({"a": names, "b": names})
+    p = []
+    for seed in range(200):
+        weight = np.random.default_rng(1000 + seed).gamma(0.5, size=len(sparse))
+        found = verify_edges(sparse, with_weights(sparse, weight), true, n_null=29, seed=seed)
+        p.append(found["p"])
+    assert kstest(p, "uniform").pvalue > 0.01
+
+
+def test_a_shuffled_match_is_the_null_where_it_keeps_which_edges_exist(graphs):
+    names = graphs[0].nodes["name"].to_numpy()
+    matches = pd.DataFrame({"a": names, "b": names})
+    assert verify_edges(*graphs, matches)["null"] == "match"
+    with pytest.raises(ValueError, match="null must be 'match', 'weights'"):
+        verify_edges(*graphs, matches, null="edges")
 
 
 @pytest.mark.parametrize("seed", range(3))

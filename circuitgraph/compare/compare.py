@@ -9,6 +9,7 @@ __all__ = ['Dictionaries', 'Comparison', 'compare_graphs']
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pandas as pd
 from jaxtyping import Int
@@ -30,7 +31,7 @@ class Comparison:
 
     nodes: pd.DataFrame  # matched nodes: a, b, kind, correlation, p
     communities: pd.DataFrame | None  # matched communities, if both graphs have some
-    edges: dict[str, float]  # agreement of the edges between matched nodes: correlation, z, p
+    edges: dict[str, Any]  # agreement of the edges between matched nodes, as of `verify_edges`
     distance: float  # d_h(K) of the two graphs
     null_distances: tuple[float, ...]  # of the first and the second with permuted weights
     n_words: int  # that the match was made on
@@ -41,7 +42,8 @@ class Comparison:
         if self.communities is not None:
             rows["communities"] = _count_sure(self.communities)
         edges, nulls = self.edges, self.null_distances
-        null = f"{edges['null_mean']:.2f} ± {edges['null_sd']:.2f}, p {edges['p']:.2g}"
+        by_chance = f"{edges['null_mean']:.2f} ± {edges['null_sd']:.2f}, p {edges['p']:.2g}"
+        null = f"{edges['null']} permuted: {by_chance}"
         rows["edges, correlation"] = f"{edges['correlation']:.2f}", null
         between = f"{min(nulls):.3f} to {max(nulls):.3f}"
         rows["distance"] = f"{self.distance:.3f}", between
