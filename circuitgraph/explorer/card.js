@@ -85,11 +85,10 @@ function drawHead(card, i) {
   if (NODES.label[i]) element(card, "p", "label", NODES.label[i]);
   const actions = element(card, "div", "actions");
   button(actions, "Neighbours", () => centreOn(i), "Put it in the middle of its neighbours");
-  button(actions, "Path from", () => setPathEnd("from", i));
-  button(actions, "through", () => setPathEnd("through", i));
-  button(actions, "to", () => setPathEnd("to", i));
-  const pin = button(actions, notes.pinned.includes(i) ? "Unpin" : "Pin", () => togglePin(i));
-  pin.className = "pin";
+  button(actions, notes.pinned.includes(i) ? "Unpin" : "Pin", () => togglePin(i), "Keep it in the list below");
+  const path = element(card, "div", "actions");
+  element(path, "span", "hint", "Path");
+  for (const end of ["from", "through", "to"]) button(path, end, () => setPathEnd(end, i));
 }
 
 function drawFacts(card, i) {

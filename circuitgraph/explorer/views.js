@@ -2,7 +2,7 @@
 // What each view shows and where. A view is a function of the state and returns a scene for `drawScene`.
 
 const MOST_DRAWN = 3000; // edges at once
-const BETWEEN = { x: 100, y: 150 }; // pixels between neighbours, and between their rows
+const BETWEEN = 100; // pixels between neighbours
 
 const state = {
   view: "overview",
@@ -63,7 +63,7 @@ function makeNode(i, x, y, radius, room) {
 
 function makeEdge(e, width) {
   const port = portOf(e);
-  const bend = { q: -14, k: 14 }[port] ?? 0;
+  const bend = { q: -22, k: 22 }[port] ?? 0;
   const edge = { key: `e${e}`, name: edgeName(e), source: `n${EDGES.source[e]}`, target: `n${EDGES.target[e]}` };
   return Object.assign(edge, { port, bend, width, weight: EDGES.weight[e], members: [e] });
 }
@@ -141,11 +141,17 @@ function growNeighbours() {
   for (const i of state.grown) {
     if (!generation.has(i)) continue; // what led to it was taken away
     const level = generation.get(i);
-    const byPort = (a, b) => EDGES.port[a] - EDGES.port[b];
-    for (const e of firstByPort(parentEdges[i], state.perPort).sort(byPort)) add(EDGES.source[e], e, level - 1, i);
+    for (const e of firstByPort(parentEdges[i], state.perPort)) add(EDGES.source[e], e, level - 1, i);
     for (const e of firstByPort(childEdges[i], state.perPort)) add(EDGES.target[e], e, level + 1, i);
   }
   return { generation, host, edges };
+}
+
+// Nodes are added in the order of their strength.
+function strongestInTheMiddle(nodes) {
+  const left = nodes.filter((_, place) => place % 2 === 1);
+  const right = nodes.filter((_, place) => place % 2 === 0);
+  return [...left.reverse(), ...right];
 }
 
 function neighboursScene() {
@@ -155,11 +161,15 @@ function neighboursScene() {
   const x = new Map();
   const levels = d3.group(generation.keys(), (i) => generation.get(i));
   for (const level of d3.sort(levels.keys(), (one) => Math.abs(one))) {
-    const row = d3.sort(levels.get(level), (i) => x.get(host.get(i)) ?? 0);
-    row.forEach((i, place) => x.set(i, (place - (row.length - 1) / 2) * BETWEEN.x));
+    const byHost = d3.group(levels.get(level), (i) => host.get(i));
+    const hosts = d3.sort(byHost.keys(), (one) => x.get(one) ?? 0);
+    const row = hosts.flatMap((one) => strongestInTheMiddle(byHost.get(one)));
+    row.forEach((i, place) => x.set(i, (place - (row.length - 1) / 2) * BETWEEN));
   }
+  const high = (canvasSize().height - 130) / Math.max(levels.size - 1, 1);
+  const down = Math.min(230, Math.max(110, high));
   const nodes = [...generation.keys()].map((i) => {
-    const node = makeNode(i, x.get(i), -generation.get(i) * BETWEEN.y, state.grown.has(i) ? 9 : 6, 15);
+    const node = makeNode(i, x.get(i), -generation.get(i) * down, state.grown.has(i) ? 9 : 6, 15);
     node.importance = i === state.centre ? Infinity : 1 / (1 + Math.abs(generation.get(i)));
     return node;
   });
@@ -173,7 +183,7 @@ function neighboursScene() {
 // Path: a chain from below to above
 function pathScene() {
   const { from, through, to } = state.path;
-  const scene = { nodes: [], edges: [], rows: [], columns: [], reading: "", side: true, largest: 1 };
+  const scene = { nodes: [], edges: [], rows: [], columns: [], reading: "", side: true, largest: 1.4 };
   if (from === null || to === null) return { ...scene, empty: "Name two nodes, or choose them with “Path from” and “Path to” on a card." };
   const stops = through === null ? [from, to] : [from, through, to];
   const parts = d3.pairs(stops).map(([a, b]) => (a <= b ? strongestPath(a, b) : null));
