@@ -51,9 +51,8 @@ function shapeOf(node) {
   return d3.symbol(shape, 3.6 * node.radius ** 2)();
 }
 
-// Draw another scene. `keep` leaves the zoom as it is; otherwise all of the scene is brought into sight.
-function drawScene(next, keep) {
-  scene = next;
+// Draw the scene. `keep` leaves the zoom as it is; otherwise all of the scene is brought into sight.
+function drawScene(keep) {
   const size = canvasSize();
   svg.attr("width", size.width).attr("height", size.height).attr("viewBox", `0 0 ${size.width} ${size.height}`);
   const byKey = new Map(scene.nodes.map((node) => [node.key, node]));

@@ -59,9 +59,13 @@ function bindSearch() {
   });
 }
 
+function takesText(target) {
+  return target.matches("textarea, select, input:not([type=checkbox], [type=range])");
+}
+
 function bindKeys() {
   document.addEventListener("keydown", (event) => {
-    const isTyping = ["INPUT", "TEXTAREA", "SELECT"].includes(document.activeElement.tagName);
+    const isTyping = takesText(document.activeElement);
     if (event.key === "/" && !isTyping) {
       event.preventDefault();
       byId("search").focus();
@@ -150,7 +154,7 @@ function bindFilters() {
   byId("reset").addEventListener("click", () => {
     state.filters = firstFilters();
     drawFilters();
-    show();
+    show(true);
   });
   for (const form of document.forms) form.addEventListener("submit", (event) => event.preventDefault());
 }
@@ -306,6 +310,7 @@ function bindButtons() {
     if (file) loadNotes(file);
   });
   new ResizeObserver(() => show(true)).observe(byId("canvas"));
+  window.addEventListener("resize", () => show());
 }
 
 function drawOrigin() {

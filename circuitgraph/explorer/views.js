@@ -248,11 +248,12 @@ function edgesBetween(groupOf) {
 
 const SCENES = { overview: overviewScene, neighbours: neighboursScene, path: pathScene, pinned: pinnedScene };
 
+// Show the view. The texts come first, because they leave the canvas its height.
 function show(keep) {
-  const next = SCENES[state.view]();
-  drawScene(next, keep);
-  d3.select("#reading").text(next.reading);
-  d3.select("#empty").attr("hidden", next.nodes.length && next.reading ? "" : null).text(next.empty ?? "");
+  scene = SCENES[state.view]();
+  const isEmpty = !scene.nodes.length || !scene.reading;
+  d3.select("#reading").text(scene.reading);
+  d3.select("#empty").attr("hidden", isEmpty ? null : "").text(scene.empty);
   d3.selectAll("#stage > form").attr("hidden", function () {
     return this.dataset.view === state.view ? null : "";
   });
@@ -260,6 +261,7 @@ function show(keep) {
     return this.dataset.view === state.view;
   });
   drawLegend();
+  drawScene(keep);
 }
 
 function openView(view) {
