@@ -11,9 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from playwright.sync_api import sync_playwright
+from typer.testing import CliRunner
 
 from circuitgraph.build.build import build_graph
 from circuitgraph.build.prompt import Prompt
+from circuitgraph.cli import app
 from circuitgraph.graph.explorer import MOST_EDGES, choose_edges, explore, list_promoted
 from circuitgraph.graph.graph import Graph
 from circuitgraph.graph.influence import add_influence
@@ -247,6 +249,7 @@ def test_neighbours_grow_and_are_taken_away(heads, open_page):
     assert set(drawn(page)) == first
     page.fill("#per-port", "1")
     assert set(drawn(page)) == around("a1.h2", 1)
+    assert page.locator("#features-around").is_hidden()  # the graph has none
     edge = page.locator("#drawing g.edge[data-port=k]").first
     row = edges.set_index("name").loc[edge.get_attribute("data-name")]
     edge.dispatch_event("pointerenter")
@@ -551,6 +554,29 @@ def test_a_graph_without_output_goes_by_shares(heads, open_page):
     page = open_page(inner)
     assert page.locator("#reading").inner_text().startswith(f"{len(inner)} edges of largest share")
     assert "influence" not in page.locator("#legend").inner_text()
+
+
+def test_the_command_writes_the_page_and_opens_it(prompt, heads, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr("typer.launch", opened.append)
+    prompt.save(tmp_path / "graph")
+    page = tmp_path / "page.html"
+    command = ["view", str(tmp_path / "graph"), "--out", str(page), "--n-edges", "7"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0 and done.stdout.startswith(f"wrote {page}") and opened == []
+    assert page.read_text(encoding="utf-8") == explore(prompt, n_edges=7).html
+    CliRunner().invoke(app, [*command, "--open"])
+    assert opened == [str(page)]
+    for wrong, said in (
+        ([*command, "--dictionaries", "folder"], "dictionaries need their model"),
+        (["view", str(tmp_path / "missing")], "is not a saved graph"),
+        (["view", str(tmp_path / "graph"), "--out", str(tmp_path / "page.txt")], "path must end in .html"),
+    ):
+        refused = CliRunner().invoke(app, wrong)
+        assert refused.exit_code == 2 and said in refused.stderr and "Traceback" not in refused.stderr
+    heads.top_edges(0).save(tmp_path / "empty")
+    refused = CliRunner().invoke(app, ["view", str(tmp_path / "empty"), "--out", str(page)])
+    assert refused.exit_code == 2 and "graph must have an edge" in refused.stderr
 
 
 # Large graphs

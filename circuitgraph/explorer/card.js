@@ -64,7 +64,12 @@ function drawCard() {
   card.replaceChildren();
   if (state.group !== null) return drawGroupCard(card, notes.groups[state.group]);
   if (state.chosen === null) {
-    element(card, "p", "hint", "Click a node, or press / and search one. Its card opens here: what it is, what it reads and who reads it.");
+    element(
+      card,
+      "p",
+      "hint",
+      "Click a node, or press / to search. Its card opens here: what it is, what it reads and who reads it.",
+    );
     return;
   }
   const i = state.chosen;
@@ -85,7 +90,12 @@ function drawHead(card, i) {
   if (NODES.label[i]) element(card, "p", "label", NODES.label[i]);
   const actions = element(card, "div", "actions");
   button(actions, "Neighbours", () => centreOn(i), "Put it in the middle of its neighbours");
-  button(actions, notes.pinned.includes(i) ? "Unpin" : "Pin", () => togglePin(i), "Keep it in the list below");
+  button(
+    actions,
+    notes.pinned.includes(i) ? "Unpin" : "Pin",
+    () => togglePin(i),
+    "Keep it in the list below",
+  );
   const path = element(card, "div", "actions");
   element(path, "span", "hint", "Path");
   for (const end of ["from", "through", "to"]) button(path, end, () => setPathEnd(end, i));
@@ -126,7 +136,8 @@ function drawParents(card, i) {
     const inGraph = DATA.all.parents[port]?.[i] ?? 0;
     if (!inGraph) continue;
     const held = d3.sum(edges, (e) => EDGES.share[e]);
-    const all = edges.length === inGraph ? "" : `; the page holds ${edges.length}, ${showShare(held)} of the port`;
+    const all =
+      edges.length === inGraph ? "" : `; the page holds ${edges.length}, ${showShare(held)} of the port`;
     const title = `Reads by ${port}: ${showCount(inGraph)} ${inGraph === 1 ? "parent" : "parents"}${all}`;
     drawEdgeList(card, title, edges, EDGES.source, { direction: "parents", port });
   }
@@ -138,9 +149,18 @@ function drawChildren(card, i) {
   const inGraph = DATA.all.children[i];
   const held = childEdges[i].length;
   if (!inGraph) element(card, "p", "hint", "No node of this graph reads it.");
-  else if (held < inGraph) element(card, "p", "hint", `The page holds ${showCount(held)} of the ${showCount(inGraph)} edges to its readers.`);
+  else if (held < inGraph)
+    element(
+      card,
+      "p",
+      "hint",
+      `The page holds ${showCount(held)} of the ${showCount(inGraph)} edges to its readers.`,
+    );
   for (const [port, edges] of byPort) {
-    drawEdgeList(card, `Read by ${port} of ${showCount(edges.length)}`, edges, EDGES.target, { direction: "children", port });
+    drawEdgeList(card, `Read by ${port} of ${showCount(edges.length)}`, edges, EDGES.target, {
+      direction: "children",
+      port,
+    });
   }
 }
 

@@ -133,8 +133,18 @@ function drawPins() {
   for (const i of notes.pinned.filter((one) => !grouped.has(one))) drawPinRow(list, i);
   if (notes.pinned.length >= 2) drawGrouping(place);
   const actions = element(place, "div", "actions");
-  button(actions, "Save", () => download(exportName("pins", "json"), JSON.stringify(writeNotes(), null, 1), "application/json"), "Save pins, groups and notes to a file");
-  button(actions, "Load", () => document.getElementById("view-file").click(), "Load a file that was saved here");
+  button(
+    actions,
+    "Save",
+    () => download(exportName("pins", "json"), JSON.stringify(writeNotes(), null, 1), "application/json"),
+    "Save pins, groups and notes to a file",
+  );
+  button(
+    actions,
+    "Load",
+    () => document.getElementById("view-file").click(),
+    "Load a file that was saved here",
+  );
   element(place, "p", "hint", said).id = "said";
 }
 
@@ -162,7 +172,7 @@ function drawPinRow(list, i) {
 function drawGroupRow(list, group, g) {
   const row = element(list, "li", "group");
   button(row, group.name, () => openGroup(g)).className = "node";
-  element(row, "span", "subtitle", group.note || `${group.members.length} nodes`);
+  element(row, "span", "subtitle", group.note || countOf(group.members, "node"));
   button(row, "×", () => ungroup(group), "Ungroup").className = "close";
 }
 

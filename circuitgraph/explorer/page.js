@@ -25,7 +25,8 @@ function drawMatches() {
       takeMatch(i);
     });
   });
-  if (found.length > matches.length) element(list, "li", "hint", `and ${showCount(found.length - matches.length)} more`);
+  if (found.length > matches.length)
+    element(list, "li", "hint", `and ${showCount(found.length - matches.length)} more`);
   if (!found.length) element(list, "li", "hint", "no node with this name, label or token");
 }
 
@@ -83,7 +84,7 @@ function bindKeys() {
 // Filters
 const nMost = Math.min(N_EDGES, MOST_DRAWN);
 const stepOf = (n) => (nMost > 1 ? (100 * Math.log(n)) / Math.log(nMost) : 0);
-const countOf = (step) => Math.round(nMost ** (step / 100));
+const edgesOf = (step) => Math.round(nMost ** (step / 100));
 
 function drawChoices(id, names, chosen) {
   const place = byId(id);
@@ -131,7 +132,7 @@ function setCount(n) {
 
 function bindFilters() {
   bindNumber("n-edges", (step) => {
-    setCount(countOf(step));
+    setCount(edgesOf(step));
     byId("n-edges-number").value = state.filters.nEdges;
   });
   bindNumber("n-edges-number", (n) => {
@@ -146,6 +147,10 @@ function bindFilters() {
   byId("features-only").addEventListener("change", (event) => {
     state.filters.featuresOnly = event.target.checked;
     show(true);
+  });
+  byId("features-around").addEventListener("change", (event) => {
+    state.featuresAround = event.target.checked;
+    show();
   });
   byId("colour").addEventListener("change", (event) => {
     state.colour = event.target.value;
@@ -192,11 +197,13 @@ function legendItems() {
     const fill = state.colour === "kind" ? DATA.colours.kind[kind] : OTHER_COLOUR;
     items.push({ text: kind, shape: SHAPES[kind] ?? d3.symbolCircle, fill });
   }
-  if (scene.nodes.some((node) => node.kind === "group")) items.push({ text: "group", shape: SHAPES.group, fill: "#444" });
+  if (scene.nodes.some((node) => node.kind === "group"))
+    items.push({ text: "group", shape: SHAPES.group, fill: "#444" });
   if (state.colour === "community") {
     const present = new Set(scene.nodes.filter((node) => node.i >= 0).map((node) => NODES.community[node.i]));
     const named = COMMUNITY_COLOURS.map((_, c) => c).filter((c) => present.has(c));
-    for (const c of named) items.push({ text: `community ${c}`, shape: d3.symbolCircle, fill: communityColour(c) });
+    for (const c of named)
+      items.push({ text: `community ${c}`, shape: d3.symbolCircle, fill: communityColour(c) });
     items.push({ text: "other or no community", shape: d3.symbolCircle, fill: OTHER_COLOUR });
   }
   const isShare = state.view === "neighbours" || state.view === "path" || !HAS_INFLUENCE;
@@ -205,9 +212,13 @@ function legendItems() {
   const ports = presentPorts();
   const solid = ports.filter((port) => !DASHES[port]);
   if (solid.length) items.push({ text: `port ${solid.join(", ")}`, stroke: "#3b3b3b", width: 2 });
-  for (const port of ports.filter((one) => DASHES[one])) items.push({ text: `port ${port}`, stroke: "#3b3b3b", width: 2, dash: DASHES[port] });
+  for (const port of ports.filter((one) => DASHES[one]))
+    items.push({ text: `port ${port}`, stroke: "#3b3b3b", width: 2, dash: DASHES[port] });
+  if (scene.edges.some((edge) => edge.port === "all"))
+    items.push({ text: "all ports", stroke: "#3b3b3b", width: 2, dash: DASHES.all });
   items.push({ text: isShare ? "width: share of the reader’s port" : "width: influence of the edge" });
-  if (["overview", "pinned"].includes(state.view) && HAS_INFLUENCE) items.push({ text: "size: influence of the node" });
+  if (["overview", "pinned"].includes(state.view) && HAS_INFLUENCE)
+    items.push({ text: "size: influence of the node" });
   return items;
 }
 
@@ -221,9 +232,18 @@ function drawLegend() {
   for (const item of scene.nodes.length ? legendItems() : []) {
     const group = box.append("g");
     const hasMark = Boolean(item.fill || item.stroke);
-    if (item.fill) group.append("path").attr("d", d3.symbol(item.shape, 70)()).attr("fill", item.fill).attr("transform", "translate(5,0)");
+    if (item.fill)
+      group
+        .append("path")
+        .attr("d", d3.symbol(item.shape, 70)())
+        .attr("fill", item.fill)
+        .attr("transform", "translate(5,0)");
     if (item.stroke) {
-      const line = group.append("line").attr("x2", 26).attr("stroke", item.stroke).attr("stroke-width", item.width ?? 4);
+      const line = group
+        .append("line")
+        .attr("x2", 26)
+        .attr("stroke", item.stroke)
+        .attr("stroke-width", item.width ?? 4);
       line.attr("stroke-dasharray", item.dash ?? null);
     }
     const from = item.fill ? 14 : hasMark ? 31 : 0;
@@ -243,7 +263,8 @@ function drawLegend() {
 function exportName(what, suffix) {
   const parts = [DATA.file, what];
   if (what === "neighbours") parts.push(NODES.name[state.centre] ?? "");
-  if (what === "path" && state.path.to !== null) parts.push(`${NODES.name[state.path.from]}-to-${NODES.name[state.path.to]}`);
+  if (what === "path" && state.path.to !== null)
+    parts.push(`${NODES.name[state.path.from]}-to-${NODES.name[state.path.to]}`);
   const name = parts.filter(Boolean).join("-");
   return `${name.replace(/[^A-Za-z0-9._-]+/g, "_").slice(0, 120)}.${suffix}`;
 }
@@ -299,8 +320,9 @@ function bindButtons() {
     });
   }
   byId("fit").addEventListener("click", () => {
-    fitScene();
-    placeMarks();
+    const nodes = scene.nodes.filter((node) => node.i >= 0).map((node) => node.i);
+    if (state.view === "overview" && nodes.length) setUnit(nodes);
+    show();
   });
   byId("svg").addEventListener("click", exportSvg);
   byId("png").addEventListener("click", exportPng);
@@ -325,9 +347,11 @@ function drawOrigin() {
 function start() {
   state.filters = firstFilters();
   const hasCommunities = NODES.community.some((community) => community >= 0);
-  for (const name of hasCommunities ? ["community", "kind"] : ["kind"]) element(byId("colour"), "option", "", name).value = name;
+  for (const name of hasCommunities ? ["community", "kind"] : ["kind"])
+    element(byId("colour"), "option", "", name).value = name;
   state.colour = byId("colour").value;
-  byId("features-only").parentElement.hidden = !NODES.kind.includes("feature");
+  for (const id of ["features-only", "features-around"])
+    byId(id).parentElement.hidden = !NODES.kind.includes("feature");
   byId("colour").parentElement.hidden = !hasCommunities;
   byId("filters").open = window.innerWidth >= 1000 && window.innerHeight >= 700;
   recallNotes();
@@ -340,7 +364,7 @@ function start() {
   drawOrigin();
   drawCard();
   drawPins();
-  setUnit();
+  setUnit(firstNodes());
   show();
 }
 

@@ -2,7 +2,6 @@
 // What each view shows and where. A view is a function of the state and returns a scene for `drawScene`.
 
 const MOST_DRAWN = 3000; // edges at once
-const BETWEEN = 100; // pixels between neighbours
 
 const state = {
   view: "overview",
@@ -13,6 +12,7 @@ const state = {
   centre: null,
   grown: new Set(), // nodes whose neighbours are shown
   perPort: 3,
+  featuresAround: false, // whether only features are shown as neighbours
   path: { from: null, through: null, to: null },
 };
 
@@ -55,7 +55,8 @@ function edgesThatPass(filters) {
 
 // A node and an edge as they are drawn
 function makeNode(i, x, y, radius, room) {
-  const node = { key: `n${i}`, i, name: NODES.name[i], kind: NODES.kind[i], subtitle: subtitleOf(i) };
+  const name = NODES.name[i];
+  const node = { key: `n${i}`, i, name, text: name, kind: NODES.kind[i], subtitle: subtitleOf(i) };
   const influence = NODES.influence[i];
   node.about = influence === null ? [] : [`influence ${showNumber(influence)}`];
   return Object.assign(node, { x, y, radius, room, importance: influence ?? 0 });
@@ -64,7 +65,12 @@ function makeNode(i, x, y, radius, room) {
 function makeEdge(e, width) {
   const port = portOf(e);
   const bend = { q: -22, k: 22 }[port] ?? 0;
-  const edge = { key: `e${e}`, name: edgeName(e), source: `n${EDGES.source[e]}`, target: `n${EDGES.target[e]}` };
+  const edge = {
+    key: `e${e}`,
+    name: edgeName(e),
+    source: `n${EDGES.source[e]}`,
+    target: `n${EDGES.target[e]}`,
+  };
   return Object.assign(edge, { port, bend, width, weight: EDGES.weight[e], members: [e] });
 }
 
@@ -78,29 +84,45 @@ function widthOfStrength(strength) {
   return 0.8 + 6 * Math.sqrt(Math.min(1, strength / mostStrength));
 }
 
-// Overview: the skeleton, where depth and order put it. The unit of places is set once, by what is shown first.
+// Overview: the skeleton, where depth and order put it. The pixels of a step across and of a step up are set
+// when the page opens and by Fit, so that what is shown fills the canvas; a filter leaves them.
 let unit = null;
 
-function setUnit() {
-  const edges = d3.range(Math.min(DATA.n_first, N_EDGES));
-  const ends = edges.flatMap((e) => [EDGES.source[e], EDGES.target[e]]);
-  const [left, right] = d3.extent(ends, (i) => NODES.x[i]);
-  const [bottom, top] = d3.extent(ends, (i) => NODES.y[i]);
+function setUnit(nodes) {
+  const [left, right] = d3.extent(nodes, (i) => NODES.x[i]);
+  const [bottom, top] = d3.extent(nodes, (i) => NODES.y[i]);
   const size = canvasSize();
-  const between = (space, range, least, most) => Math.min(most, Math.max(least, space / Math.max(range, 1)));
-  unit = { x: between(size.width - 150, right - left, 8, 110), y: between(size.height - 90, top - bottom, 6, 120) };
+  const step = (space, range, least, most) => Math.min(most, Math.max(least, space / Math.max(range, 1e-9)));
+  unit = { x: step(size.width - 180, right - left, 3, 160), y: step(size.height - 90, top - bottom, 5, 160) };
+}
+
+function firstNodes() {
+  return d3.range(Math.min(DATA.n_first, N_EDGES)).flatMap((e) => [EDGES.source[e], EDGES.target[e]]);
 }
 
 function placeOf(i) {
   return { x: NODES.x[i] * unit.x, y: -NODES.y[i] * unit.y };
 }
 
-const mostInfluence = d3.max(d3.range(N_NODES).filter((i) => NODES.kind[i] !== "logits"), (i) => NODES.influence[i] ?? 0) || 1;
+const mostInfluence =
+  d3.max(
+    d3.range(N_NODES).filter((i) => NODES.kind[i] !== "logits"),
+    (i) => NODES.influence[i] ?? 0,
+  ) || 1;
 
 function placedNode(i) {
   const { x, y } = placeOf(i);
   const radius = 4 + 6 * Math.sqrt(Math.min(1, (NODES.influence[i] ?? 0) / mostInfluence));
-  return makeNode(i, x, y, radius, 16);
+  const node = makeNode(i, x, y, radius, 16);
+  return DATA.is_prompt ? Object.assign(node, textsInColumn(i)) : node;
+}
+
+// In the graph of a prompt the column says which token it is, so that a label need not.
+function textsInColumn(i) {
+  const token = showToken(NODES.token[i]);
+  if (NODES.kind[i] === "embed") return { text: "", subtitle: "" };
+  if (NODES.kind[i] === "logits") return { text: token, subtitle: showNumber(NODES.more.probability?.[i]) };
+  return { text: NODES.name[i].split("@")[0] };
 }
 
 function axes() {
@@ -124,7 +146,20 @@ function overviewScene() {
       `${showCount(passing.length)} that pass the filters. ${DATA.left_out[0]}`
     : "";
   const empty = "No edge passes these filters. Reset brings all edges back.";
-  return { nodes: [...shown].map(placedNode), edges: drawn, ...axes(), reading, empty, fades: true, beside: !DATA.is_prompt && !NODES.kind.includes("feature"), largest: 2 };
+  return {
+    nodes: [...shown].map(placedNode),
+    edges: drawn,
+    ...axes(),
+    reading,
+    empty,
+    fades: true,
+    beside: !DATA.is_prompt && !NODES.kind.includes("feature"),
+    largest: 2,
+  };
+}
+
+function mayStandAround(i) {
+  return !state.featuresAround || NODES.kind[i] === "feature";
 }
 
 // Neighbours: parents below, children above, as far as the reader has grown them.
@@ -141,10 +176,21 @@ function growNeighbours() {
   for (const i of state.grown) {
     if (!generation.has(i)) continue; // what led to it was taken away
     const level = generation.get(i);
-    for (const e of firstByPort(parentEdges[i], state.perPort)) add(EDGES.source[e], e, level - 1, i);
-    for (const e of firstByPort(childEdges[i], state.perPort)) add(EDGES.target[e], e, level + 1, i);
+    const parents = parentEdges[i].filter((e) => mayStandAround(EDGES.source[e]));
+    const children = childEdges[i].filter((e) => mayStandAround(EDGES.target[e]));
+    for (const e of firstByPort(parents, state.perPort)) add(EDGES.source[e], e, level - 1, i);
+    for (const e of firstByPort(children, state.perPort)) add(EDGES.target[e], e, level + 1, i);
   }
   return { generation, host, edges };
+}
+
+// Pixels between neighbours, and between their rows: as the canvas has room for
+function neighbourSteps(levels) {
+  const size = canvasSize();
+  const longest = d3.max(levels.values(), (row) => row.length);
+  const across = (size.width - 140) / Math.max(longest - 1, 1);
+  const up = (size.height - 110) / Math.max(levels.size - 1, 1);
+  return { x: Math.min(130, Math.max(56, across)), y: Math.min(260, Math.max(90, up)) };
 }
 
 // Nodes are added in the order of their strength.
@@ -158,37 +204,47 @@ function neighboursScene() {
   const empty = "Search a node, or click one in the overview, to see its neighbours.";
   if (state.centre === null) return { nodes: [], edges: [], rows: [], columns: [], reading: "", empty };
   const { generation, host, edges } = growNeighbours();
-  const x = new Map();
   const levels = d3.group(generation.keys(), (i) => generation.get(i));
+  const step = neighbourSteps(levels);
+  const x = new Map();
   for (const level of d3.sort(levels.keys(), (one) => Math.abs(one))) {
     const byHost = d3.group(levels.get(level), (i) => host.get(i));
     const hosts = d3.sort(byHost.keys(), (one) => x.get(one) ?? 0);
     const row = hosts.flatMap((one) => strongestInTheMiddle(byHost.get(one)));
-    row.forEach((i, place) => x.set(i, (place - (row.length - 1) / 2) * BETWEEN));
+    row.forEach((i, place) => x.set(i, (place - (row.length - 1) / 2) * step.x));
   }
-  const high = (canvasSize().height - 130) / Math.max(levels.size - 1, 1);
-  const down = Math.min(230, Math.max(110, high));
   const nodes = [...generation.keys()].map((i) => {
-    const node = makeNode(i, x.get(i), -generation.get(i) * down, state.grown.has(i) ? 9 : 6, 15);
-    node.importance = i === state.centre ? Infinity : 1 / (1 + Math.abs(generation.get(i)));
-    return node;
+    const isGrown = state.grown.has(i);
+    const node = makeNode(
+      i,
+      x.get(i),
+      -generation.get(i) * step.y,
+      isGrown ? 9 : 6,
+      Math.floor(step.x / 6.5),
+    );
+    const importance = i === state.centre ? Infinity : 1 / (1 + Math.abs(generation.get(i)));
+    return Object.assign(node, { importance, beside: isGrown });
   });
   const drawn = [...edges].map((e) => makeEdge(e, widthOfShare(e)));
+  const size = HAS_INFLUENCE ? "influence" : "share";
   const reading =
     `${NODES.name[state.centre]} in the middle, below it the parents of largest share by each port, ` +
-    `above it the children of largest ${HAS_INFLUENCE ? "influence" : "share"}: at most ${state.perPort} by each port.`;
+    `above it the children of largest ${size}: at most ${state.perPort} by each port.`;
   return { nodes, edges: drawn, rows: [], columns: [], reading, empty, largest: 1.3 };
 }
 
-// Path: a chain from below to above
+// Path: a chain from below to above, through a node in between if one is named
 function pathScene() {
   const { from, through, to } = state.path;
   const scene = { nodes: [], edges: [], rows: [], columns: [], reading: "", side: true, largest: 1.4 };
-  if (from === null || to === null) return { ...scene, empty: "Name two nodes, or choose them with “Path from” and “Path to” on a card." };
+  if (from === null || to === null) {
+    return { ...scene, empty: "Name two nodes above, or choose them with Path from and to on a card." };
+  }
   const stops = through === null ? [from, to] : [from, through, to];
-  const parts = d3.pairs(stops).map(([a, b]) => (a <= b ? strongestPath(a, b) : null));
   const names = stops.map((i) => NODES.name[i]);
-  if (parts.includes(null)) return { ...scene, empty: `No path leads from ${names.join(" to ")} along the edges of this page.` };
+  const way = `from ${names[0]} to ${names.at(-1)}${through === null ? "" : ` through ${names[1]}`}`;
+  const parts = d3.pairs(stops).map(([a, b]) => (a <= b ? strongestPath(a, b) : null));
+  if (parts.includes(null)) return { ...scene, empty: `No path leads ${way} along the edges of this page.` };
   const path = parts.flat();
   const chain = [from, ...path.map((e) => EDGES.target[e])];
   const nodes = chain.map((i, place) => makeNode(i, 0, -place * 76, 8, 60));
@@ -196,10 +252,8 @@ function pathScene() {
     const text = `${portOf(e)}: share ${showShare(EDGES.share[e])}, weight ${showNumber(EDGES.weight[e])}`;
     return Object.assign(makeEdge(e, widthOfShare(e)), { text, straight: true });
   });
-  const steps = path.length === 1 ? "1 edge" : `${path.length} edges`;
-  const reading =
-    `The strongest path from ${names.join(" through ").replace(/ through ([^ ]*)$/, " to $1")}: ${steps}, ` +
-    `product of shares ${showNumber(productOfShares(path))}. ${DATA.left_out[0]}`;
+  const length = `${countOf(path, "edge")}, product of shares ${showNumber(productOfShares(path))}`;
+  const reading = `The strongest path ${way}: ${length}. ${DATA.left_out[0]}`;
   return { ...scene, nodes, edges, reading };
 }
 
@@ -210,9 +264,24 @@ function pinnedScene() {
     for (const i of group.members) groupOf.set(i, `g${g}`);
     const places = group.members.map(placeOf);
     const centre = { x: d3.mean(places, (place) => place.x), y: d3.mean(places, (place) => place.y) };
-    const subtitle = `${group.members.length} nodes`;
-    const node = { key: `g${g}`, group: g, i: -1, name: group.name, kind: "group", subtitle, colour: "#444", ...centre };
-    return Object.assign(node, { radius: 11, room: 20, importance: Infinity, about: group.note ? [group.note] : [] });
+    const subtitle = countOf(group.members, "node");
+    const node = {
+      key: `g${g}`,
+      group: g,
+      i: -1,
+      name: group.name,
+      text: group.name,
+      kind: "group",
+      subtitle,
+      colour: "#444",
+      ...centre,
+    };
+    return Object.assign(node, {
+      radius: 11,
+      room: 20,
+      importance: Infinity,
+      about: group.note ? [group.note] : [],
+    });
   });
   for (const i of notes.pinned) {
     if (groupOf.has(i)) continue;
@@ -220,10 +289,21 @@ function pinnedScene() {
     nodes.push(Object.assign(placedNode(i), { about: notes.texts.has(i) ? [notes.texts.get(i)] : [] }));
   }
   const edges = edgesBetween(groupOf);
-  const counts = `${notes.pinned.length} pinned nodes, ${notes.groups.length} groups, ${edges.length} edges between them.`;
-  const reading = nodes.length ? `${counts} The edge of a group stands for all edges of its members.` : "";
+  const counts = [
+    countOf(notes.pinned, "pinned node"),
+    countOf(notes.groups, "group"),
+    countOf(edges, "edge"),
+  ];
+  const summed = notes.groups.length
+    ? " The edge of a group sums all edges of its members, and its colour is the sign of the sum."
+    : "";
+  const reading = nodes.length ? `${counts.join(", ")} between them.${summed}` : "";
   const empty = "Nothing is pinned. Click a node and press Pin on its card.";
   return { nodes, edges, ...axes(), reading, empty, largest: 4, fades: true };
+}
+
+function countOf(things, name) {
+  return `${showCount(things.length)} ${name}${things.length === 1 ? "" : "s"}`;
 }
 
 function edgesBetween(groupOf) {
@@ -241,7 +321,17 @@ function edgesBetween(groupOf) {
     const [source, target] = ends.split(",");
     const width = widthOfStrength(d3.sum(members, strengthOf));
     const weight = d3.sum(members, (e) => EDGES.weight[e]);
-    return { key: ends, name: `${source}->${target}`, source, target, port: "all", bend: 0, width, weight, members };
+    return {
+      key: ends,
+      name: `${source}->${target}`,
+      source,
+      target,
+      port: "all",
+      bend: 0,
+      width,
+      weight,
+      members,
+    };
   });
   return [...single, ...summed];
 }
@@ -253,7 +343,9 @@ function show(keep) {
   scene = SCENES[state.view]();
   const isEmpty = !scene.nodes.length || !scene.reading;
   d3.select("#reading").text(scene.reading);
-  d3.select("#empty").attr("hidden", isEmpty ? null : "").text(scene.empty);
+  d3.select("#empty")
+    .attr("hidden", isEmpty ? null : "")
+    .text(scene.empty);
   d3.selectAll("#stage > form").attr("hidden", function () {
     return this.dataset.view === state.view ? null : "";
   });
