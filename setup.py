@@ -22,7 +22,7 @@ setup(
     license="MIT",
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["circuitgraph", "circuitgraph.*"]),
-    package_data={"circuitgraph": ["texts/*", "*.pyi"]},
+    package_data={"circuitgraph": ["texts/*", "explorer/*", "*.pyi"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"sae": cfg["sae_requirements"].split(), "dev": cfg["dev_requirements"].split()},
     entry_points={

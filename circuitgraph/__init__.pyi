@@ -33,6 +33,7 @@ from .dictionary.store import load_dictionaries as load_dictionaries
 from .dictionary.store import save_dictionary as save_dictionary
 from .dictionary.train import train_dictionaries as train_dictionaries
 from .dictionary.trainer import TrainConfig as TrainConfig
+from .graph.explorer import explore as explore
 from .graph.figures import plot_layers as plot_layers
 from .graph.graph import Graph as Graph
 from .graph.select import select_edges as select_edges

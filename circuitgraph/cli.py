@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HELP', 'app', 'ModelName', 'CorpusName', 'NodesName', 'SeqLen', 'BatchSize', 'BudgetList', 'RuleName', 'Device',
-           'GraphFolder', 'Debug', 'build', 'train', 'evaluate', 'compare_methods', 'communities', 'compare', 'report']
+           'GraphFolder', 'Debug', 'build', 'train', 'evaluate', 'compare_methods', 'communities', 'compare', 'report',
+           'view']
 
 # %% ../nbs/90_cli.ipynb #5f4f8c90
 import math
@@ -509,3 +510,32 @@ def report(
 
         write_report(Graph.load(graph), out)
         typer.echo(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
+
+# %% ../nbs/90_cli.ipynb #cli72
+@app.command()
+def view(
+    graph: GraphFolder,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("explorer.html"),
+    model: Annotated[str | None, typer.Option(help="The graph's model, for the texts of tokens.")] = None,
+    dictionaries: Annotated[Path | None, typer.Option(help="With the model: the graph's.")] = None,
+    n_edges: Annotated[int, typer.Option(help="Edges that are shown at first.")] = 100,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write one page that answers questions about a graph, without a network.
+
+    Example: circuitgraph view graphs/smollm2-head --out explorer.html --open"""
+    with _plain_errors(debug):
+        from circuitgraph.graph.explorer import explore
+        from circuitgraph.graph.graph import Graph
+        from circuitgraph.model.loading import load_model
+
+        loaded_graph = Graph.load(graph)
+        if dictionaries is not None and model is None:
+            raise ValueError("dictionaries need their model: give --model too")
+        loaded = None if model is None else load_model(model)
+        opened = _open_dictionaries(dictionaries, loaded, loaded_graph)
+        explore(loaded_graph, out, model=loaded, dictionaries=opened, n_edges=n_edges)
+        typer.echo(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
+        if open_page:
+            typer.launch(str(out))

@@ -330,7 +330,7 @@ def test_public_names_are_few_and_each_is_there_once():
     import circuitgraph
 
     modules, listed = public_names()
-    assert len(listed) <= 52 and len(set(listed)) == len(listed)
+    assert len(listed) <= 53 and len(set(listed)) == len(listed)
     assert set(circuitgraph.__all__) == set(listed) <= set(dir(circuitgraph))
     for name, module in modules.items():
         home = importlib.import_module(f"circuitgraph.{module}")
@@ -378,7 +378,9 @@ def test_the_wheel_holds_modules_and_texts(copy, tmp_path):
     names = zipfile.ZipFile(next(tmp_path.glob("transformer_circuitgraph-*.whl"))).namelist()
     files = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
     texts = {"circuitgraph/texts/default.jsonl.gz", "circuitgraph/texts/LICENSES.md"}
-    assert files | texts | {"circuitgraph/__init__.pyi"} <= set(names)
+    page = {str(path.relative_to(ROOT)) for path in (PACKAGE / "explorer").iterdir()}
+    assert {"circuitgraph/explorer/d3.min.js", "circuitgraph/explorer/LICENSES.md"} <= page
+    assert files | texts | page | {"circuitgraph/__init__.pyi"} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "nbs"))]
 
 
