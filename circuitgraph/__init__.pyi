@@ -34,6 +34,7 @@ from .dictionary.store import save_dictionary as save_dictionary
 from .dictionary.train import train_dictionaries as train_dictionaries
 from .dictionary.trainer import TrainConfig as TrainConfig
 from .graph.figures import plot_layers as plot_layers
+from .graph.figures import rank_edges as rank_edges
 from .graph.graph import Graph as Graph
 from .graph.select import select_edges as select_edges
 from .graph.tables import GraphError as GraphError

@@ -135,8 +135,32 @@ class Graph:
         return threshold(self, minimum, by)
 
     def subgraph(self, modules: Iterable[str] | None = None, layers: Iterable[int] | None = None) -> "Graph":
-        "The nodes of some modules or layers, and the edges between them."
+        "Some modules, single nodes or layers, and the edges between them."
         return subgraph(self, modules, layers)
+
+    def parents(self, node: str, port: str | None = None, *, by: str = "weight") -> pd.DataFrame:
+        "The edges into a node, of largest share first."
+        from circuitgraph.graph.ask import parents
+
+        return parents(self, node, port, by=by)
+
+    def children(self, node: str, port: str | None = None, *, by: str = "weight") -> pd.DataFrame:
+        "The edges out of a node, of largest share first."
+        from circuitgraph.graph.ask import children
+
+        return children(self, node, port, by=by)
+
+    def paths(self, source: str, target: str, n: int = 5, *, by: str = "weight") -> pd.DataFrame:
+        "The strongest paths between two nodes, by the product of shares."
+        from circuitgraph.graph.ask import paths
+
+        return paths(self, source, target, n, by=by)
+
+    def node(self, name: str, n: int = 5, *, by: str = "weight") -> Any:
+        "A card of one node: what is known of it, and its strongest parents and children by port."
+        from circuitgraph.graph.ask import describe_node
+
+        return describe_node(self, name, n, by=by)
 
     def in_strength(self, by: str = "abs_weight") -> pd.Series:
         "Sum of the magnitudes of the edges into each node."
@@ -256,28 +280,33 @@ def threshold(
     return keep_mask(graph, is_large, step)
 
 # %% ../../nbs/30_graph.ipynb #749693d2
-def _select_nodes(nodes: pd.DataFrame, column: str, values: Iterable[Any] | None) -> np.ndarray:
-    "Which nodes have one of the values in a column. Raises ValueError for a value that no node has."
+def _select_nodes(nodes: pd.DataFrame, columns: Sequence[str], values: Iterable[Any] | None) -> np.ndarray:
+    "Which nodes have one of the values in one of the columns. Raises ValueError for a value that none has."
+    is_found = np.zeros(len(nodes), dtype=bool)
     if values is None:
-        return np.zeros(len(nodes), dtype=bool)
+        return is_found
     wanted = [values] if isinstance(values, str) else list(values)
-    known = set(nodes[column]) - ({-1} if column == "layer" else set())
-    if unknown := [value for value in wanted if value not in known]:
-        allowed = f"{column}s must be among those of the graph ({len(known)} of them)"
-        raise ValueError(f"{allowed}, got {unknown[0]!r}")
-    return nodes[column].isin(wanted).to_numpy()
+    for value in wanted:
+        has_value = np.any([nodes[column] == value for column in columns], axis=0)
+        if value == -1 or not has_value.any():
+            allowed = (
+                f"{columns[0]}s must be among those of the graph ({nodes[columns[0]].nunique()} of them)"
+            )
+            raise ValueError(f"{allowed}, got {value!r}")
+        is_found |= has_value
+    return is_found
 
 
 def subgraph(
     graph: Graph,
-    modules: Iterable[str] | None = None,  # "a3", "m3", "embed", ...
+    modules: Iterable[str] | None = None,  # "a3", "m3", "embed", ...; or single nodes, such as "a3.h2"
     layers: Iterable[int] | None = None,  # 0, 1, ...; nodes without a layer (embed, logits) go with modules
 ) -> Graph:
     "Keep the nodes of some modules or layers and the edges between them. Raises ValueError for unknown ones."
     if modules is None and layers is None:
         raise ValueError("modules or layers must be given")
     nodes, edges, meta = graph.nodes, graph.edges, graph.meta
-    wanted = _select_nodes(nodes, "module", modules) | _select_nodes(nodes, "layer", layers)
+    wanted = _select_nodes(nodes, ["module", "name"], modules) | _select_nodes(nodes, ["layer"], layers)
     source_kept = wanted[edges["source"].cat.codes]
     target_kept = wanted[edges["target"].cat.codes]
     edges = edges.loc[source_kept & target_kept].astype({"source": str, "target": str})
