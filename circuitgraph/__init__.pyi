@@ -1,12 +1,12 @@
 # The public interface: each name once, imported when it is first used.
-from .ablation.cut_edges import cut_edges as cut_edges
+from .ablation.intervene import cut_edges as cut_edges
 from .ablation.judge import Evaluation as Evaluation
 from .ablation.judge import ablation_curve as ablation_curve
 from .ablation.judge import compare_curves as compare_curves
 from .ablation.judge import evaluate as evaluate
 from .ablation.judge import minimality as minimality
 from .ablation.judge import run_ablated as run_ablated
-from .ablation.steer import steer as steer
+from .ablation.intervene import steer as steer
 from .ablation.values import AblatedValue as AblatedValue
 from .ablation.values import Mean as Mean
 from .attribution.method import Attribution as Attribution

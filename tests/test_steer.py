@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from circuitgraph.ablation.cut_edges import cut_edges
-from circuitgraph.ablation.steer import steer
+from circuitgraph.ablation.intervene import cut_edges, steer
 from circuitgraph.ablation.values import Mean
 from circuitgraph.build.build import build_graph, complete_graph
 from circuitgraph.build.prompt import Prompt
@@ -162,7 +161,7 @@ def test_bad_steering_is_refused_before_the_model_runs(llama, monkeypatch):
     def reached(*_, **__):
         raise AssertionError("the model was run")
 
-    monkeypatch.setattr("circuitgraph.ablation.steer.visit_modules", reached)
+    monkeypatch.setattr("circuitgraph.ablation.intervene.visit_modules", reached)
     monkeypatch.setattr(type(model), "__call__", reached)
     for features, options, words in (
         ({"m0/6": 1.0}, {}, "from 0 to 5, got 'm0/6'"),
