@@ -1,5 +1,7 @@
 """Questions of a graph: parents, children, paths and cards, against brute force and by hand."""
 
+import re
+
 import networkx as nx
 import numpy as np
 import pandas as pd
@@ -9,10 +11,13 @@ import torch
 from circuitgraph.build.build import build_graph
 from circuitgraph.build.prompt import Prompt
 from circuitgraph.cut import cut_model
+from circuitgraph.data.task import Task
 from circuitgraph.dictionary.protocol import Gate, LinearDictionary
 from circuitgraph.graph.ask import port_shares
+from circuitgraph.graph.figures import joins_features, rank_edges, rank_shown
 from circuitgraph.graph.graph import Graph
 from circuitgraph.graph.influence import add_influence, measure_influence, share_edges
+from circuitgraph.graph.viewer import write_report
 from circuitgraph.model.loading import tiny_model
 from circuitgraph.options import Pruning, Run
 from oracles import random_tokens
@@ -190,3 +195,100 @@ def test_a_subgraph_takes_single_heads(heads):
     with pytest.raises(ValueError, match="modules must be among those of the graph"):
         heads.subgraph(modules=["a0.h9"])
     assert np.allclose(port_shares(small)[:1], 1)
+
+
+# The order of edges
+
+
+def long_features(model):
+    """A graph of features over a text that is long enough for some of them to be active rarely."""
+    draw = torch.Generator().manual_seed(3)
+
+    def linear(name):
+        W_enc, W_dec = (
+            torch.randn(*shape, generator=draw, dtype=model.dtype) for shape in ((16, 60), (60, 16))
+        )
+        b_enc = -torch.linspace(0, 16, 60, dtype=model.dtype)  # the last are hardly ever active
+        return LinearDictionary(
+            name, "output", W_enc, W_dec, b_enc, torch.zeros(16, dtype=model.dtype), Gate("relu")
+        )
+
+    dictionaries = {name: linear(name) for name in ("m0", "m1")}
+    return build_graph(model, random_tokens(model, 12, 16), dictionaries, run=QUIET)
+
+
+@pytest.fixture(scope="module")
+def rare(model):
+    return long_features(model)
+
+
+def test_a_share_of_a_feature_that_is_hardly_ever_active_takes_no_first_place(rare):
+    n_active = rare.nodes.set_index("name")["frequency"] * 12 * 15
+    is_feature = rare.nodes.set_index("name")["kind"] == "feature"
+    every = rank_edges(rare, least_count=0)
+    rare_readers = is_feature[every["target"]].to_numpy() & (n_active[every["target"]] < 10).to_numpy()
+    assert len(every) == len(rare) and rare_readers[:100].any()  # else nothing would be mended
+    ranked = rank_edges(rare)
+    target = ranked["target"]
+    assert len(ranked) > 100 and (n_active[target[is_feature[target].to_numpy()]] >= 10).all()
+    assert (ranked["count"] >= 10).all() and ranked["size"].is_monotonic_decreasing
+    kept = every[every["count"] >= 10]
+    pd.testing.assert_frame_equal(ranked, kept)
+
+
+def test_figures_and_tables_show_edges_between_features_by_their_own_order(rare):
+    shown = rank_shown(rare)
+    assert joins_features(rare, shown).all() and 20 < len(shown) < len(rank_edges(rare))
+    name = shown["target"].iloc[0]
+    of_node = rank_shown(rare, node=name)
+    assert not joins_features(rare, of_node).all()
+    assert len(of_node) == len(rank_edges(rare, node=name))
+
+
+def read_sizes(page):
+    """The fourth column of the last table of a page."""
+    table = page.rpartition("<table")[2]
+    cells = re.findall(r"<td>(.*?)</td>", table)
+    assert re.findall(r"<th>(.*?)</th>", table)[3] == "size" and len(cells) % 8 == 0
+    return pd.Series(cells[3::8]).astype(float)
+
+
+def test_the_page_says_by_what_it_sorts_and_what_it_leaves_out(rare, heads, tmp_path):
+    page = write_report(rare, tmp_path / "features.html").read_text()
+    sizes = read_sizes(page)
+    assert sizes.is_monotonic_decreasing and np.allclose(sizes, rank_shown(rare)["size"][:50], rtol=1e-3)
+    few = len(rare) - len(rank_edges(rare))
+    others = (~joins_features(rare, rank_edges(rare))).sum()
+    assert f"{few:,} edges are left out whose ends are active together at too few positions" in page
+    assert f"So are {others:,} edges from or into whole modules" in page and "By size" in page
+    page = write_report(heads, tmp_path / "heads.html").read_text()
+    assert "left out" not in page and read_sizes(page).is_monotonic_decreasing
+
+
+def test_prompts_are_ranked_without_the_first_position(prompt):
+    ranked = rank_edges(prompt, by="influence")
+    ends = pd.concat([ranked["source"], ranked["target"]]).astype(str)
+    assert len(ranked) and not ends.str.endswith("@0").any()
+    every = rank_edges(prompt, by="influence", skip_first=0)
+    assert len(every) == len(prompt)
+    assert np.allclose(every["size"], np.sort(measure_influence(prompt).edges)[::-1])
+
+
+def test_effects_on_a_metric_are_compared_as_they_are(model):
+    tokens = random_tokens(model, 3, 6)
+    answers = {"answers": torch.tensor([[3], [4], [5]]), "wrong": torch.tensor([[6], [7], [8]])}
+    task = Task(tokens, random_tokens(model, 3, 6, seed=7), **answers)
+    graph = build_graph(model, task, "head", attribution="eap", target="metric", run=QUIET)
+    assert np.array_equal(rank_edges(graph)["size"], np.sort(graph.edges["weight"].abs())[::-1])
+
+
+def test_bad_rankings_are_refused(heads):
+    for options, words in (
+        ({"n": -1}, "n must be at least 0"),
+        ({"least_count": -1}, "least_count must be at least 0"),
+        ({"skip_first": -2}, "skip_first must be at least 0"),
+        ({"by": "height"}, "by must be one of"),
+        ({"node": "a1.h22"}, "the closest are a1.h2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            rank_edges(heads, **options)

@@ -25,8 +25,7 @@ from ..cut import open_cut
 from ..data.prompts import read_prompt
 from ..dictionary.places import check_place, visit_modules
 from ..dictionary.protocol import Dictionary, find_structure
-from ..graph.ask import list_closest
-from ..graph.graph import Graph
+from ..graph.graph import Graph, list_closest
 from ..graph.influence import keeps_positions
 from ..model.blocks import Model, run_logits
 from ..options import Run
