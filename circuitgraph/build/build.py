@@ -30,6 +30,7 @@ from .modules import load_sums, name_target, save_sums
 from .prompt import Prompt, weigh_prompt
 from ..cut import Cut, FeatureCut, ModuleCut, cut_model, hash_dictionary, trace_mean
 from ..data.corpus import Corpus, check_tokens
+from ..data.prompts import read_prompt
 from ..data.task import Task, check_task
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph
@@ -246,7 +247,7 @@ def _read_rule(attribution: str | Method | Attribution, data: Any, cut: Cut) -> 
     return rule
 
 
-def _check_request(data: Any, cut: Cut, target: str) -> None:
+def _check_request(data: Any, target: str) -> None:
     "Refuse what does not go together."
     if target not in ("node", "metric"):
         raise ValueError(f"target must be 'node' or 'metric', got {target!r}")
@@ -255,13 +256,24 @@ def _check_request(data: Any, cut: Cut, target: str) -> None:
             f"a task goes with target='metric', and tokens with target='node'; "
             f"got {type(data).__name__} and {target!r}"
         )
-    if isinstance(data, Prompt) and not isinstance(cut, FeatureCut):
-        raise ValueError("a Prompt is explained by features: give dictionaries by module as nodes")
+
+
+def _cut_prompt(cut: Cut) -> Cut:
+    "The cut of a prompt, whose whole modules are nodes at each position."
+    if not isinstance(cut, ModuleCut):
+        return cut
+    if cut.grain == "block":
+        raise ValueError("nodes must be 'layer', 'head' or dictionaries for a prompt, got 'block'")
+    return cut_model(cut.model, {}, cut.grain, cut.rule)
 
 # %% ../../nbs/58_build.ipynb #08177261
 def build_graph(
     model: Model,
-    data: Int[Tensor, "seq pos"] | Corpus | Task | Prompt,  # a text; a task, for target="metric"; a prompt
+    data: Int[Tensor, "seq pos"]
+    | Corpus
+    | Task
+    | Prompt
+    | str,  # a text; a task, for target="metric"; a prompt
     nodes: str | Mapping[str, Dictionary] | Cut = "head",  # a grain, dictionaries by module, or a cut
     *,
     attribution: str | Method | Attribution = "ig",  # how an edge is weighed: by name, or with options
@@ -274,20 +286,25 @@ def build_graph(
 
     A weight is the attribution of the reader's value to the writer's contribution, averaged over positions:
     a share of the reader's output, the activation of a feature, or logits for the reader `logits`. With
-    target="metric" it is the effect on a task's metric. Of a `Prompt` it is the attribution itself, and the
-    readers at the end are the most probable next tokens.
+    target="metric" it is the effect on a task's metric. Of a prompt, given as text or as a `Prompt`, it is
+    the attribution itself, and the readers at the end are the most probable next tokens.
 
         graph = build_graph(model, corpus, "head", attribution="ig")
         graph = build_graph(model, task, "head", attribution="eap-ig", target="metric")
         graph = build_graph(model, corpus, dictionaries, attribution=Attribution("ig", n_steps=4))
+        graph = build_graph(model, "The capital of France is", dictionaries)    # of this prompt
 
     Raises ValueError for bad tokens or options and for a checkpoint of another run, OSError for a folder
     that can't be written. Source: @sundararajan2017ig."""
     if not isinstance(model, Model):
         raise ValueError(f"model must be a Model, as load_model returns it, got {type(model).__name__}")
     cut = cut_model(model, nodes)
+    if isinstance(data, str):
+        data = Prompt(read_prompt(model, data))
+    if isinstance(data, Prompt):
+        cut = _cut_prompt(cut)
     data = data.whole() if isinstance(data, Corpus) else data
-    _check_request(data, cut, target)
+    _check_request(data, target)
     rule = _read_rule(attribution, data, cut)
     if isinstance(cut, FeatureCut):
         if corrupted is not None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PORT_PARTS', 'share_ports', 'GraphInfluence', 'keeps_positions', 'list_probabilities', 'merge_ports', 'normalise',
-           'sum_paths', 'measure_influence', 'add_influence']
+           'sum_paths', 'share_edges', 'measure_influence', 'add_influence']
 
 # %% ../../nbs/31_influence.ipynb #if04
 from dataclasses import dataclass
@@ -136,6 +136,14 @@ def _trace_tokens(graph: Graph, by: str) -> GraphInfluence:
     reached = influence + probability
     target = end_codes(graph)[1]
     return GraphInfluence(influence, _share_merged(graph, by) * reached[target], reached)
+
+# %% ../../nbs/31_influence.ipynb #if17b
+def share_edges(
+    graph: Graph,
+    by: str = "weight",  # "weight", "abs_weight" or "rms_weight", in absolute value
+) -> Float[np.ndarray, " edge"]:  # for each reader they sum to one; zero into errors
+    "The share of each reader that passes through an edge, as influence counts it."
+    return _share_merged(graph, by) if keeps_positions(graph) else share_ports(graph, by)
 
 # %% ../../nbs/31_influence.ipynb #if19
 def measure_influence(

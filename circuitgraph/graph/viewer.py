@@ -19,7 +19,15 @@ import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
 from .figures import LEVELS, draw_layers, edge_sizes, plot_layers, plot_matrix
-from .figures import plot_strength, plot_weights, rank_edges, show_figure, slider_stops
+from circuitgraph.graph.figures import (
+    joins_features,
+    plot_strength,
+    plot_weights,
+    rank_edges,
+    rank_shown,
+    show_figure,
+    slider_stops,
+)
 from .graph import Graph, density
 from .select import select_edges
 from .tables import ATTRIBUTION_KEYS, name_edges, replace_file
@@ -31,6 +39,7 @@ def _list_edges(ranked: pd.DataFrame, n: int) -> str:
         "source": "writer",
         "target": "reader",
         "port": "port",
+        "size": "size",
         "weight": "mean weight",
         "abs_weight": "mean |w|",
         "rms_weight": "root mean square",
@@ -115,7 +124,7 @@ def view(
 
     def draw(_: Any = None) -> None:
         name = choices.get(node.value)  # none for all nodes
-        ranked = rank_edges(graph, by=str(weight.value), node=name)
+        ranked = rank_shown(graph, str(weight.value), name)
         n = min(slider.value, len(ranked))
         show_figure(plot, _draw_first(graph, ranked, sized, n=n, height=680))
         table.value = _list_edges(ranked, min(n, 10))
@@ -262,7 +271,8 @@ def view_ablation(
 ) -> ipywidgets.VBox:
     "Move through a curve's budgets. Raises ValueError for an unknown budget or another graph's curve."
     budgets = _check_curve(curve, n_edges)
-    ranked = rank_edges(graph, by=curve.attrs.get("by", "weight"))
+    by = curve.attrs.get("by", "weight")
+    ranked = rank_edges(graph, by=by, least_count=0, skip_first=0)
     names, judged = pd.Index(name_edges(ranked)), _select_judged(graph, curve)
     slider = _select_stop(budgets, budgets[len(budgets) // 2] if n_edges is None else n_edges)
     left, right = (ipywidgets.Output(layout={"width": "50%"}) for _ in range(2))
@@ -304,6 +314,22 @@ def _list_settings(graph: Graph) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 # %% ../../nbs/64_viewer.ipynb #f7d9bc4b
+def _describe_ranking(graph: Graph) -> str:
+    "By what edges are ranked, and which are left out."
+    order = "By size: the mean weight on one scale for all readers, as in the drawing."
+    every = rank_edges(graph, least_count=0, skip_first=0)
+    ranked = rank_edges(graph)
+    n_few = len(every) - len(ranked)
+    if n_few and graph.meta.get("positions") == "keep":
+        order += f" {n_few:,} edges at the first position are left out."
+    elif n_few:
+        order += f" {n_few:,} edges are left out whose ends are active together at too few positions."
+    n_others = int((~joins_features(graph, ranked)).sum())
+    if 0 < n_others < len(ranked):
+        order += f" So are {n_others:,} edges from or into whole modules, errors, inputs and logits."
+    return order
+
+
 def _show_tables(graph: Graph) -> list[tuple[str, str, str]]:
     "Heading, sentence and content of the sections without a figure: origin, density, largest edges."
     dense = pd.concat({name: density(graph, by) for name, by in WEIGHT_NAMES[:2]})
@@ -319,7 +345,7 @@ def _show_tables(graph: Graph) -> list[tuple[str, str, str]]:
     return [
         ("Where it came from", origin, _list_settings(graph)),
         ("How dense it is", counted, dense.to_html(border=0, float_format="{:.1%}".format)),
-        ("The largest edges", "By the size of the mean weight.", _list_edges(rank_edges(graph), 50)),
+        ("The largest edges", _describe_ranking(graph), _list_edges(rank_shown(graph), 50)),
     ]
 
 # %% ../../nbs/64_viewer.ipynb #fa43aa11
