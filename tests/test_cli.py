@@ -267,7 +267,8 @@ def test_evaluate_is_the_curve_and_refuses_in_one_line(tmp_path, embedded):
         embedded, graph, tokens, Budgets([50, 200], "greedy"), value="zero", judging=judging
     )
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "curve.csv"), curve, check_dtype=False)
-    done = invoke(*judge, "--n-edges", 50, "--method", "node product", "--out", tmp_path / "curve.csv")
+    again = ["--out", tmp_path / "curve.csv", "--force"]
+    done = invoke(*judge, "--n-edges", 50, "--method", "node product", *again)
     kept = len(select_edges(graph, 50, "node product"))
     assert done.exit_code == 0 and (pd.read_csv(tmp_path / "curve.csv")["n_kept"] == kept).all()
     for options, words in {
@@ -340,7 +341,7 @@ def test_methods_are_ranked_against_exact_patching_measured_once(tmp_path, monke
     monkeypatch.setattr("circuitgraph.model.loading.load_model", lambda *_, **__: model)
     monkeypatch.setattr("circuitgraph.data.prompts.load_task", lambda *_, **__: task)
     monkeypatch.setattr("circuitgraph.methods.compare.patch_edges", count_patches)
-    compare = ["compare-methods", "--tasks", "own", "--nodes", "layer", "--n-edges", 5, "--n-seeds", 2]
+    compare = ["compare-methods", "--tasks", "ioi", "--nodes", "layer", "--n-edges", 5, "--n-seeds", 2]
     for methods in ("EAP;exact patching", "EAP;random"):
         folders = ["--exact", tmp_path / "exact", "--out", tmp_path / "m.csv"]
         done = invoke(*compare, *folders, "--methods", methods)
