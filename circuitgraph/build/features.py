@@ -730,6 +730,11 @@ def _weigh_groups(
             readers = (group.first, group.last)
             sums = Sums(group.ports, readers, group.part.n_before, device, storage)
             _add_group(sums, text, group, bar)
+            if not sums.table.sum().isfinite():
+                raise ValueError(
+                    f"weights into {group.part.module} must be finite, but some are NaN or infinite: the gradients "
+                    f"of {group.part.dictionary!r} are not defined on all inputs"
+                )
             n_whole = int(group.last == group.part.n_nodes)  # the error node, or a module without dictionary
             edges = sums.prune(pruning, n_whole)
             if file is not None:

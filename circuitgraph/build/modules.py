@@ -194,6 +194,4 @@ def assemble_graph(
 # %% ../../nbs/51_module_graph.ipynb #87dfe562
 def name_target(task: Task) -> str:
     "The metric and the task, as `meta` names them."
-    metric = task.metric
-    name = metric if isinstance(metric, str) else metric.__name__
-    return f"{name} of {task.name}"
+    return f"{task.metric_name} of {task.name}"

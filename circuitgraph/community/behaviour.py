@@ -33,6 +33,7 @@ from tqdm import tqdm
 from ..ablation.features import run_selections
 from ..ablation.selection import select
 from ..ablation.values import AblatedText, AblatedValue, FixedValues, read_value
+from ..checks import check_arguments, check_fields
 from .links import edge_codes, node_levels, share_weights
 from .nulls import communities_of, edge_blocks
 from ..cut import Cut, open_cut
@@ -504,6 +505,7 @@ class Matching:
     seed: int = 0  # of controls and permutations
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if min(self.n_controls, self.n_permutations) < 1:
             given = f"{self.n_controls} and {self.n_permutations}"
             raise ValueError(f"n_controls and n_permutations must be at least 1, got {given}")
@@ -528,6 +530,7 @@ def match_behaviours(
     Raises ValueError as `check_behaviours`, `community_edges` and `ablation_losses` do, for fewer than two
     sequences, and for communities without edges.
     """
+    check_arguments(match_behaviours, locals())
     if len(tokens) < 2:
         raise ValueError(
             f"tokens must hold at least two sequences, one to choose on and one to measure, got {len(tokens)}"

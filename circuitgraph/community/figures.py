@@ -19,6 +19,7 @@ import scipy.sparse as sp
 from jaxtyping import Int
 from torch import Tensor
 
+from ..checks import check_arguments
 from .links import edge_codes, share_weights
 from .nulls import communities_of, expected_between
 from .search import SearchLike, find_communities
@@ -353,6 +354,7 @@ def view_communities(
 
     Raises ValueError for a graph without communities, and text without its activity.
     """
+    check_arguments(view_communities, locals())
     communities_of(graph)
     given = [part is not None for part in (model, corpus, activity)]
     if any(given) and not all(given):

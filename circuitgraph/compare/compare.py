@@ -14,6 +14,7 @@ import pandas as pd
 from jaxtyping import Int
 from torch import Tensor
 
+from ..checks import check_arguments
 from .isomorphism import class_distance, permute_weights
 from .match import match_communities, match_nodes, read_words, split_passages
 from .match import verify_edges
@@ -117,6 +118,7 @@ def compare_graphs(
 
     `text` should be one that neither graph was built on. Raises ValueError for graphs of other grains or
     ports, without edges, models that are not the graphs', and a text of fewer than 40 words."""
+    check_arguments(compare_graphs, locals())
     _check_grains(graph, other)
     opened = [_open_model(one, model) for one, model in zip((graph, other), models, strict=True)]
     distance = partial(class_distance, n_classes=n_classes, seed=seed)

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from ..checks import check_arguments
 from ..model.blocks import Model
 
 # %% ../../nbs/15_corpus.ipynb #8f9ebf30
@@ -231,6 +232,7 @@ def open_texts(
         tokens = load_corpus(texts, model)
 
     Raises ValueError for a source that is none of those allowed, and for an option that it has no use for."""
+    check_arguments(open_texts, locals())
     texts = _open_source(source, field, split, config)
     given = {"field": field != "text", "split": split != "train", "config": config is not None}
     unused = sorted(option for option, is_given in given.items() if is_given and option not in texts.options)
@@ -367,7 +369,7 @@ def _read_pool(
     # At some four characters a token, a part holds several sequences even of a very long context.
     for batch in _iter_batches(texts, max(_PART_CHARS, 32 * length), generator):
         parts = [part for *_, part in batch]
-        encoded = tokenizer(parts, **options)
+        encoded = tokenizer(parts, **options, split_special_tokens=True)  # "<s>" in a text is text
         for (i, document, _), ids in zip(batch, encoded.input_ids, strict=True):
             pool.add(i, document, ids)
         n_chars += sum(map(len, parts))
@@ -484,6 +486,7 @@ def read_corpus(
 
     Raises ValueError for a request that the model or the text can't meet, and for a source that is unknown,
     empty, or not text."""
+    check_arguments(read_corpus, locals())
     _check_request(model, n_tokens, seq_len, seed)
     bos = bos_ids(model.tokenizer, prepend_bos)
     texts = source if isinstance(source, Texts) else open_texts(source)
@@ -523,6 +526,7 @@ def load_corpus(
     empty, or not text.
 
     Source: @lhoest2021datasets, for datasets."""
+    check_arguments(load_corpus, locals())
     corpus = read_corpus(source, model, n_tokens, seq_len=seq_len, seed=seed, prepend_bos=prepend_bos)
     return corpus.tokens
 

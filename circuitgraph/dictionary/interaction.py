@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from ..checks import check_arguments, check_fields
 from ..data.corpus import check_tokens, hash_tokens
 from .places import check_place, read_places, visit_modules
 from .protocol import Dictionary, Gate, LinearDictionary
@@ -139,6 +140,7 @@ class BasisConfig:
     seed: int = 0  # of the random cotangents
 
     def __post_init__(self) -> None:
+        check_fields(self)
         n_samples = self.n_samples
         if n_samples is not None and n_samples < 1:
             raise ValueError(f"n_samples must be at least 1, got {n_samples}")
@@ -189,6 +191,7 @@ def train_interaction_bases(
     Raises ValueError for a chain out of order, bad tokens, unknown modules and a folder of another run.
     Source: @bushnaq2024lib.
     """
+    check_arguments(train_interaction_bases, locals())
     _check_chain(model, modules)
     check_tokens(corpus, model)
     d_dict, tol = config.d_dict, config.tol

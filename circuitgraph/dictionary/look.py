@@ -22,6 +22,7 @@ from scipy.sparse import csr_array, vstack
 from torch import Tensor
 from tqdm import tqdm
 
+from ..checks import check_arguments
 from ..data.corpus import check_tokens
 from .places import read_places
 from .protocol import Dictionary
@@ -204,6 +205,7 @@ def view_features(
     Example: `view_features(model, dictionaries["m10"], held_out)`.
     Raises ValueError for a text on which no feature is active.
     """
+    check_arguments(view_features, locals())
     acts = read_features(model, dictionary, corpus)
     count = np.diff(acts.tocsc().indptr)
     order = [int(feature) for feature in np.argsort(-count, kind="stable") if count[feature]]

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ..checks import check_fields
+
 # %% ../../nbs/20_protocol.ipynb #09fe9407
 @runtime_checkable
 class Dictionary(Protocol):
@@ -87,6 +89,7 @@ class Gate:
     b_mag: Tensor | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.kind not in GATES:
             raise ValueError(f"kind of a gate must be one of {', '.join(GATES)}, got {self.kind!r}")
         required = _GATE_PARAMETERS[self.kind]

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checks import check_arguments
 from .formats import HOOKS, choose_site, from_circuit_tracer
 from .formats import from_dictionary_learning, from_gemma_scope, from_saelens
 from .formats import from_saelens_state, from_sparsify, hookpoint_site, load_tensors
@@ -149,6 +150,7 @@ def save_dictionary(
     Example: `save_dictionary(dictionary, "dictionaries/m3", weights_hash=model.weights_hash)`.
     Raises FileExistsError if the folder exists, and ValueError for functions that can't be traced.
     """
+    check_arguments(save_dictionary, locals())
     folder = Path(folder)
     d = dictionary
     if folder.exists():
@@ -341,6 +343,7 @@ def load_dictionary(
     Raises ValueError for damaged files, files of another model, places that are not known, and programs
     that are not trusted.
     """
+    check_arguments(load_dictionary, locals())
     path = Path(path)
     files = [path] if path.is_file() else [path / name for name in (_CFG, "ae.pt", "params.npz")]
     for file in files:
@@ -416,6 +419,7 @@ def load_dictionaries(
     Raises ValueError for a source without dictionaries, files that don't fit the model, two dictionaries
     for one module, modules that are missing, and programs that are not trusted.
     """
+    check_arguments(load_dictionaries, locals())
     folder = Path(source)
     places = places or {}
     wanted = None if modules is None else set(modules)

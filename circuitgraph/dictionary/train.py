@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from ..checks import check_arguments
 from ..data.corpus import check_tokens, hash_tokens
 from .formats import from_saelens_state
 from .places import check_place, read_places, visit_modules
@@ -99,6 +100,7 @@ def collect_activations(
     run: Run = Run(),  # by default 8 sequences at a time
 ) -> dict[str, tuple[Float[Tensor, "n d_model"], float]]:  # by module: outputs over a scale, and the scale
     "Outputs of modules at every position. Raises ValueError for numbers that are not finite and bad tokens."
+    check_arguments(collect_activations, locals())
     places = [(module, "output") for module in modules]
     collected = collect_places(model, corpus, places, skip_first=skip_first, run=run)
     return {module: values for (module, _), values in collected.items()}
@@ -304,6 +306,7 @@ def train_dictionary(
     run: Run = Run(),  # its checkpoint is a file here
 ) -> LinearDictionary:
     "Train one dictionary. Raises ValueError for bad activations and a checkpoint that can't be read."
+    check_arguments(train_dictionary, locals())
     check_trainable([module], config)
     for name, values in (("activations", activations), ("inputs", inputs)):
         if values is not None and not values.isfinite().all():
@@ -481,6 +484,7 @@ def train_dictionaries(
     Example: `train_dictionaries(model, corpus, "mlp", TrainConfig(k=64), out="dictionaries")`.
     Raises ValueError for a bad request, activations that are not finite, and a folder of another run.
     """
+    check_arguments(train_dictionaries, locals())
     if run.checkpoint is not None:
         raise ValueError(
             f"checkpoints are kept in out, got checkpoint {run.checkpoint}: name that folder out"

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
+from ..checks import check_fields
+
 # %% ../../nbs/24_trainer.ipynb #4ca79c56
 KINDS = {  # name here -> SAELens' architecture
     "topk": "topk",
@@ -53,6 +55,7 @@ class TrainConfig:
     skip: bool = False  # add a linear path from a transcoder's input to its target
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         for name in ("d_dict", "n_steps", "batch_size"):

@@ -20,6 +20,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 
+from ..checks import check_arguments
 from .graph import Graph, end_codes, magnitude
 from .tables import PORTS, name_edges
 
@@ -245,6 +246,7 @@ def plot_layers(
         plot_layers(graph, 100)
         plot_layers(graph, 50, node="m3")       # only the edges into and out of one MLP
     """
+    check_arguments(plot_layers, locals())
     ranked = rank_edges(graph, by=by, node=node)
     stops = slider_stops(n_edges, len(ranked), levels)
     n_at_first = min(n_edges, len(ranked))

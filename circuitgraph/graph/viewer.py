@@ -18,6 +18,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
+from ..checks import check_arguments
 from .figures import LEVELS, draw_layers, edge_sizes, plot_layers, plot_matrix
 from .figures import plot_strength, plot_weights, rank_edges, show_figure, slider_stops
 from .graph import Graph, density
@@ -106,6 +107,7 @@ def view(
 
         view(graph, 100)
     """
+    check_arguments(view, locals())
     slider = _select_stop(slider_stops(n_edges, len(graph)), min(n_edges, len(graph)))
     weight = ipywidgets.Dropdown(options=WEIGHT_NAMES, description="size by", layout={"width": "240px"})
     choices = list_choices(graph)
@@ -375,6 +377,7 @@ def write_report(
 
         write_report(graph, "report.html")
     """
+    check_arguments(write_report, locals())
     path, meta = Path(path), graph.meta
     title = f"The {meta.get('nodes', '')} graph of {meta.get('model', {}).get('name', 'a model')}"
     origin, dense, largest = _show_tables(graph)

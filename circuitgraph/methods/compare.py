@@ -29,6 +29,7 @@ from ..ablation.judge import compare_curves
 from ..ablation.selection import count_edges
 from ..attribution.method import Attribution
 from ..build.build import build_graph, complete_graph
+from ..checks import check_arguments, check_fields
 from ..cut import FeatureCut, hash_dictionary, open_cut
 from ..data.corpus import Corpus
 from ..data.task import Task, text_task
@@ -202,6 +203,7 @@ def list_methods(
     Example: `list_methods()["EAP-IG"](model, task, nodes="head", progress=False)`. For `nodes="feature"`
     a method's nodes are dictionaries by module. Raises ValueError for other nodes and values.
     """
+    check_arguments(list_methods, locals())
     if nodes not in (*GRAINS, "feature"):
         allowed = ", ".join(map(repr, (*GRAINS, "feature")))
         raise ValueError(f"nodes must be one of {allowed}, got {nodes!r}")
@@ -274,6 +276,7 @@ class Comparing:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.seeds:
             raise ValueError("seeds must hold at least one")
         if not self.rules:
@@ -399,6 +402,7 @@ def compare_methods(
     Example: `compare_methods(model, task, other_task, list_methods(), [100, 1_000])`.
     Raises ValueError for no method or budget, and as `evaluate` does.
     """
+    check_arguments(compare_methods, locals())
     if not methods or not n_edges:
         raise ValueError("methods and n_edges must each hold at least one")
     if comparing.truth is not None and isinstance(nodes, str):

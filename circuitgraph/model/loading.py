@@ -29,6 +29,7 @@ from tokenizers.models import WordLevel
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
+from ..checks import check_arguments
 from .blocks import Model
 from .decompose import UnsupportedModel, check_decomposition, check_logits, decompose
 from .hooked import bridge_hooked, is_hooked
@@ -164,6 +165,16 @@ def _read_config(source: str | Path, revision: str | None) -> Any:
         return None
 
 # %% ../../nbs/14_loading.ipynb #83852c9a
+def _check_keys(info: dict[str, Any]) -> None:
+    "Refuse a checkpoint that lacks weights, which would be random, or has some that would be left out."
+    faults = {"missing_keys": "are missing and would be random", "unexpected_keys": "have no place in the model"}
+    for kind, fault in faults.items():
+        names = sorted(info[kind])
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise ValueError(f"{len(names)} weights {fault} ({shown}).")
+
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -187,9 +198,7 @@ def _boot(
             source, dtype=dtype, attn_implementation="eager", output_loading_info=True, **options
         )
     language_model, info = loaded
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"{len(missing)} weights are missing (such as {missing[0]}).")
+    _check_keys(info)
     bridge = _boot_pretrained(language_model.to(device), tokenizer, str(source))
     return bridge, tokenizer if is_folder else bridge.tokenizer
 
@@ -391,6 +400,7 @@ def load_model(
     not installed.
 
     Source: @transformerlens."""
+    check_arguments(load_model, locals())
     from transformers import PreTrainedTokenizerBase
 
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -530,6 +540,7 @@ def tiny_model(
     dtype: torch.dtype = torch.float64,
 ) -> Model:
     "Make a two-layer model of width 16 with random weights. Raises ValueError for an unknown architecture."
+    check_arguments(tiny_model, locals())
     if architecture not in _TINY:
         raise ValueError(f"architecture must be one of {', '.join(_TINY)}, got {architecture!r}")
     family, options = _TINY[architecture]
