@@ -142,7 +142,7 @@ def _show(value: Any) -> str:
 def _check(name: str, value: Any, kinds: tuple[Any, ...]) -> None:
     "Raise ValueError for a value that is of none of the kinds."
     if not any(_fits(value, kind) for kind in kinds):
-        words = ", ".join(map(_name_kind, kinds))
+        words = " or ".join(map(_name_kind, kinds))
         raise ValueError(f"{name} must be {words}, got {_show(value)}")
     _check_bounds(name, value)
 

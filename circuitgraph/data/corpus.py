@@ -399,6 +399,8 @@ def bos_ids(
 # %% ../../nbs/15_corpus.ipynb #0317f512
 def _check_request(model: Model, n_tokens: int, seq_len: int, seed: int) -> None:
     "Refuse a request that this model can't meet."
+    if not hasattr(model, "tokenizer"):
+        raise ValueError(f"model must be a Model, as load_model returns it, got {type(model).__name__}")
     if model.tokenizer is None:
         raise ValueError(
             f"model must have a tokenizer to read text, {model.name} has none: make token ids of shape "
@@ -486,7 +488,6 @@ def read_corpus(
 
     Raises ValueError for a request that the model or the text can't meet, and for a source that is unknown,
     empty, or not text."""
-    check_arguments(read_corpus, locals())
     _check_request(model, n_tokens, seq_len, seed)
     bos = bos_ids(model.tokenizer, prepend_bos)
     texts = source if isinstance(source, Texts) else open_texts(source)
@@ -526,7 +527,6 @@ def load_corpus(
     empty, or not text.
 
     Source: @lhoest2021datasets, for datasets."""
-    check_arguments(load_corpus, locals())
     corpus = read_corpus(source, model, n_tokens, seq_len=seq_len, seed=seed, prepend_bos=prepend_bos)
     return corpus.tokens
 

@@ -456,7 +456,6 @@ def chat_prompt(
         load_task("capitals.jsonl", model)      # whose rows hold such texts
 
     Raises ValueError for a model whose tokenizer has no chat template, and for a message that is no text."""
-    check_arguments(chat_prompt, locals())
     if not getattr(model.tokenizer, "chat_template", None):
         raise ValueError(
             f"model must have a tokenizer with a chat template, that of {model.name} has none: set "
