@@ -281,11 +281,12 @@ def evaluate(  # noqa: PLR0913
         from circuitgraph.data.prompts import load_task
         from circuitgraph.dictionary.store import load_dictionaries
         from circuitgraph.graph.graph import Graph
-        from circuitgraph.graph.tables import replace_file
+        from circuitgraph.graph.tables import check_output_file, replace_file
         from circuitgraph.model.loading import load_model
         from circuitgraph.options import Budgets, Judging, Run
 
-        _check_parent(out)
+        if out is not None:
+            check_output_file(out)
         judged, loaded = Graph.load(graph), load_model(model, device=device)
         if task is None:
             data = load_corpus(corpus, loaded, n_tokens, seq_len=seq_len, seed=seed)
@@ -329,19 +330,20 @@ def _draw(task: str, model: Any, *, corpus: str, n_prompts: int, seq_len: int, s
 
 # %% ../nbs/90_cli.ipynb #c1bcad96
 def _patch_once(folder: Path, patch: Callable[..., Any], compare: Callable[..., Any]) -> Any:
-    "The graph of exact patching in a folder; measured and compared like any other where it is missing."
+    "The graph of exact patching in a folder, where it is kept, and its rows of the comparison."
     from circuitgraph.graph.graph import Graph
     from circuitgraph.graph.tables import check_output_folder
 
-    def patch_and_save(*args: Any, **options: Any) -> Graph:
+    def patch_or_load(*args: Any, **options: Any) -> Graph:
+        if (folder / "meta.json").exists():
+            return Graph.load(folder)
         graph = patch(*args, **options)
         graph.save(folder)
         return graph
 
     check_output_folder(folder)
-    if not (folder / "meta.json").exists():
-        compare({"exact patching": patch_and_save})
-    return Graph.load(folder)
+    table = compare({"exact patching": patch_or_load})
+    return Graph.load(folder), table
 
 # %% ../nbs/90_cli.ipynb #03209154
 @app.command()
@@ -367,6 +369,11 @@ def compare_methods(  # noqa: PLR0913
 
     Example: circuitgraph compare-methods --tasks ioi,text --methods "EAP;random" --out methods.csv"""
     with _plain_errors(debug):
+        import pandas as pd
+
+        from circuitgraph.data.corpus import hash_tokens
+        from circuitgraph.data.task import Task
+        from circuitgraph.graph.tables import check_output_file
         from circuitgraph.methods.compare import Comparing, compare_methods, list_methods
         from circuitgraph.model.loading import load_model
         from circuitgraph.model.modules import GRAINS
@@ -374,13 +381,13 @@ def compare_methods(  # noqa: PLR0913
         of_features = nodes not in GRAINS and Path(nodes).exists()
         available = list_methods("feature" if of_features else nodes, value)
         chosen = _choose_methods(methods, available)
-        _check_parent(out)
+        check_output_file(out)
         if of_features and exact:
             raise ValueError("exact goes with block, layer or head: leave it out for graphs of features")
         loaded = load_model(model, device=device)
         grain, budgets = _read_nodes(nodes, loaded), n_edges or [100, 300, 1_000, 3_000, 10_000]
 
-        sizes = {"corpus": corpus, "n_prompts": n_prompts, "seq_len": seq_len}
+        sizes, tables = {"corpus": corpus, "n_prompts": n_prompts, "seq_len": seq_len}, []
         for task, number in product(map(str.strip, tasks.split(",")), range(seed, seed + n_seeds)):
             found_on, judged_on = (_draw(task, loaded, seed=2 * number + half, **sizes) for half in (0, 1))
             options = {"n_edges": budgets, "nodes": grain, "value": value}
@@ -388,11 +395,17 @@ def compare_methods(  # noqa: PLR0913
             rules = [rule.strip() for rule in selection.split(";")]
             comparing = Comparing(seeds=[number], selection=rules, out=out)
             if exact is not None:
-                folder = exact / f"{task}-{nodes}-{value}-{n_prompts}-{number}"
+                data = found_on.clean if isinstance(found_on, Task) else found_on
+                hashes = f"{loaded.weights_hash[:8]}-{hash_tokens(data)[:8]}"
+                folder = exact / f"{task}-{nodes}-{value}-{n_prompts}-{number}-{hashes}"
                 compare_patching = partial(compare, comparing=comparing)
-                graph = _patch_once(folder, available["exact patching"], compare_patching)
+                graph, rows = _patch_once(folder, available["exact patching"], compare_patching)
+                tables.append(rows)
+                chosen.pop("exact patching", None)
                 comparing = replace(comparing, exact=graph)
-            table = compare(chosen, comparing=comparing)
+            if chosen:
+                tables.append(compare(chosen, comparing=comparing))
+        table = pd.concat(tables)
         columns = {
             "index": ["task", "selection", "method"],
             "columns": ["ablation", "n_edges"],
@@ -426,14 +439,13 @@ def communities(
             check_output_folder(out)
         options = {"resolution": resolution, "seed": seed}
         grouped = find_communities(Graph.load(graph), method, **options)
-        if out is not None:
-            grouped.save(out)
         sizes = grouped.nodes.query("community >= 0")["community"].value_counts()
         more = ", ..." if len(sizes) > 20 else ""
         typer.echo(f"{len(sizes)} communities, nodes: {', '.join(map(str, sizes.head(20)))}{more}")
         judged = judge_communities(grouped, method, n_null=n_null, **options)
         typer.echo(judged.round(3).to_string())
         if out is not None:
+            grouped.save(out)
             typer.echo(f"wrote {out}")
 
 # %% ../nbs/90_cli.ipynb #cli62

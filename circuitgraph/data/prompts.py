@@ -340,7 +340,9 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         names = reader.fieldnames or []
         repeated = [name for name in names if names.count(name) > 1]
         if repeated:
-            raise ValueError(f"{path.name}: columns must have names of their own, but {repeated[0]!r} stands twice")
+            raise ValueError(
+                f"{path.name}: columns must have names of their own, but {repeated[0]!r} stands twice"
+            )
         for row in reader:
             if None in row:
                 extra = ", ".join(row[None])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NODE_COLUMNS', 'EDGE_KEY', 'WEIGHTS', 'EDGE_COLUMNS', 'OF_THE_WHOLE', 'ATTRIBUTION_KEYS', 'FEATURE_KEYS',
            'PROMPT_KEYS', 'SETTINGS', 'META_KEYS', 'FORMAT_VERSION', 'PORTS', 'FILES', 'GraphError', 'name_edges',
-           'check_nodes', 'encode_edges', 'check_edges', 'replace_file', 'check_output_folder', 'save_tables',
-           'load_tables']
+           'check_nodes', 'encode_edges', 'check_edges', 'replace_file', 'check_output_file', 'check_output_folder',
+           'save_tables', 'load_tables']
 
 # %% ../../nbs/29_tables.ipynb #09222f0b
 import hashlib
@@ -147,6 +147,30 @@ def replace_file(
         if partial != target:
             with suppress(OSError):
                 partial.unlink()
+
+# %% ../../nbs/29_tables.ipynb #sv104b
+def check_output_file(
+    path: str | Path,  # of a file that is to be written; it may exist
+    name: str = "out",  # what to call it in an error
+) -> None:
+    """Check that a file can be written, and write nothing.
+
+    Example: `check_output_file("curve.csv")`.
+    Raises ValueError for a folder and for a place in no folder, and OSError where no file can be made.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise ValueError(f"{name} must be a file, got the folder {path}; name a file in it")
+    if not target.parent.is_dir():
+        raise ValueError(f"{name} must lie in a folder that exists, got {path}; make that folder first")
+    if target.exists() and not target.is_file():
+        return  # a device or a pipe
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{name} {path} can't be written ({reason}); name another place") from error
 
 # %% ../../nbs/29_tables.ipynb #sv105
 def _read_own_record(folder: Path) -> dict[str, Any]:

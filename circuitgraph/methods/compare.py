@@ -7,6 +7,8 @@ __all__ = ['TextOrTask', 'GraphMethod', 'Nodes', 'SETTING', 'list_methods', 'sco
            'compare_methods']
 
 # %% ../../nbs/77_compare.ipynb #b180f6d0
+import hashlib
+import json
 import threading
 import time
 import warnings
@@ -31,12 +33,12 @@ from ..attribution.method import Attribution
 from ..build.build import build_graph, complete_graph
 from ..checks import check_arguments, check_fields
 from ..cut import FeatureCut, hash_dictionary, open_cut
-from ..data.corpus import Corpus
+from ..data.corpus import Corpus, hash_tokens
 from ..data.task import Task, text_task
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph, magnitude, merge_graphs
 from ..graph.select import SelectionRule, find_rule
-from ..graph.tables import WEIGHTS, replace_file
+from ..graph.tables import WEIGHTS, check_output_file, replace_file
 from .feature_circuits import find_feature_circuit, random_features
 from .flow import trace_flow, trace_routes
 from .gates import search_gates
@@ -78,6 +80,7 @@ def _by_judging(make: GraphMethod, **options: Any) -> GraphMethod:
         judging = Judging(seed=seed, run=execution)
         return make(model, data, nodes, judging=judging, **options)
 
+    vars(run)["options"] = options
     return run
 
 
@@ -89,6 +92,7 @@ def _by_run(read: Callable[[TextOrTask], Any], make: GraphMethod, **options: Any
         execution = Run(progress=progress)
         return make(model, read_data, nodes, run=execution, **options)
 
+    vars(run)["options"] = options
     return run
 
 
@@ -119,6 +123,7 @@ def _by_text(make: GraphMethod, **options: Any) -> GraphMethod:
             n_positions.append(len(prompts) * (length - 1))  # the first one is left out
         return _join_lengths(graphs, n_positions)
 
+    vars(run)["options"] = options
     return run
 
 
@@ -272,7 +277,7 @@ class Comparing:
     selection: str | SelectionRule | Sequence[str | SelectionRule] = "greedy"
     ablation: str | Sequence[str] = ("edge", "node")  # one ablation mode or both
     n_boot: int = 1000  # resamples of the inputs for the intervals
-    out: str | Path | None = None  # a CSV file; methods whose rows it holds for a setting are not run again
+    out: str | Path | None = None  # a CSV file; methods whose rows it holds for a request are not run again
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -342,10 +347,55 @@ def _name_nodes(nodes: Nodes) -> str:
 SETTING = ("task", "nodes", "value", "selection", "seed")
 
 
+def _hash_data(data: TextOrTask) -> list[str]:
+    "What identifies data: hashes of its tokens, and the metric of a task."
+    if not isinstance(data, Task):
+        return [hash_tokens(_tokens_of(data))]
+    tensors = (data.clean, data.corrupted, data.answers, data.wrong, data.lengths)
+    hashes = ["" if tensor is None else hash_tokens(tensor) for tensor in tensors]
+    return [data.metric_name, *hashes]
+
+
+def _hash_edges(graph: Graph | None) -> str:
+    "What identifies a graph of exact patching: a hash of its edges and weights."
+    if graph is None:
+        return ""
+    weights = graph.edges["weight"].to_numpy().tobytes()
+    return hashlib.sha256("".join(graph.edge_names).encode() + weights).hexdigest()
+
+
+def _hash_request(
+    model: Model,
+    data: TextOrTask,
+    test: TextOrTask,
+    make: GraphMethod,
+    n_edges: Sequence[int],
+    how: Comparing,
+) -> str:
+    "A hash of everything that rows of a method depend on and that their other columns do not say."
+    request = {
+        "weights": model.weights_hash,
+        "data": [_hash_data(data), _hash_data(test)],
+        "method": repr(getattr(make, "options", None)),
+        "n_edges": sorted({int(n) for n in n_edges}),
+        "judging": [repr(how.ablation), how.n_boot],
+        "ranks": [sorted(how.truth or ()), _hash_edges(how.exact)],
+    }
+    return hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
+
+
 def _open_table(path: Path | None) -> pd.DataFrame:
-    "The rows that are known. Raises ValueError for another table."
-    key = [*SETTING, "method"]
-    table = pd.read_csv(path) if path is not None and path.exists() else pd.DataFrame(columns=key)
+    "The rows that are known. Raises ValueError for another table, and for a place that can't be written."
+    key = [*SETTING, "method", "request"]
+    if path is None:
+        return pd.DataFrame(columns=key)
+    check_output_file(path)
+    try:
+        table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=key)
+    except ValueError as error:
+        raise ValueError(
+            f"out must be a table of this function or a new file, but {path} is none: {error}"
+        ) from None
     lacks = sorted(set(key) - set(table))
     if lacks:
         raise ValueError(
@@ -363,16 +413,20 @@ def _add_rows(table: pd.DataFrame, rows: pd.DataFrame, path: Path | None) -> pd.
     return table
 
 
-def _list_missing(
-    table: pd.DataFrame, setting: tuple[str, str, str], rules: Sequence[SelectionRule], seed: int, method: str
-) -> list[tuple[SelectionRule, dict[str, Any]]]:
-    "The rules under which a method has no rows for a task, nodes and value; with what such rows say."
-    missing = []
+def _list_rows(
+    setting: tuple[str, str, str], rules: Sequence[SelectionRule], seed: int, method: str, request: str
+) -> list[dict[str, Any]]:
+    "What the rows of a method say under each rule."
+    rows = []
     for rule in rules:
-        row = dict(zip(SETTING, (*setting, rule.name, seed), strict=True)) | {"method": method}
-        if not len(table.merge(pd.DataFrame([row]))):
-            missing.append((rule, row))
-    return missing
+        row = dict(zip(SETTING, (*setting, rule.name, seed), strict=True))
+        rows.append(row | {"method": method, "request": request})
+    return rows
+
+
+def _pick_rows(table: pd.DataFrame, wanted: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    "The rows of a table that say one of these."
+    return table.merge(pd.DataFrame(wanted)) if len(table) else table
 
 
 def _name_data(data: TextOrTask, test: TextOrTask, value: str) -> str:
@@ -408,7 +462,7 @@ def compare_methods(
     if comparing.truth is not None and isinstance(nodes, str):
         complete_graph(model, nodes).keep(list(comparing.truth))
     path = None if comparing.out is None else Path(comparing.out)
-    table = _open_table(path)
+    table, wanted = _open_table(path), []
     grain, dictionaries = _name_nodes(nodes), None if isinstance(nodes, str) else nodes
     run = Run(progress=comparing.progress)
     for seed in comparing.seeds:
@@ -422,8 +476,10 @@ def compare_methods(
             "judging": judging,
         }
         for method, make in methods.items():
-            setting = (name, grain, value)
-            missing = _list_missing(table, setting, comparing.rules, seed, method)
+            request = _hash_request(model, data, test, make, n_edges, comparing)
+            rows = _list_rows((name, grain, value), comparing.rules, seed, method, request)
+            wanted += rows
+            missing = [pair for pair in zip(comparing.rules, rows) if not len(_pick_rows(table, [pair[1]]))]
             if not missing:
                 continue
             tried = _try_method(method, make, model, data, nodes, seed=seed, progress=run.progress)
@@ -435,6 +491,6 @@ def compare_methods(
             for rule, row in missing:
                 budgets = Budgets(sorted(set(n_edges)), rule, clip=True)
                 curve = _judge(model, graph, test, budgets, **options)
-                rows = curve.assign(**row, **cost, **ranks).round(5)
-                table = _add_rows(table, rows, path)
-    return table
+                made = curve.assign(**row, **cost, **ranks).round(5)
+                table = _add_rows(table, made, path)
+    return _pick_rows(table, wanted)

@@ -167,7 +167,10 @@ def _read_config(source: str | Path, revision: str | None) -> Any:
 # %% ../../nbs/14_loading.ipynb #83852c9a
 def _check_keys(info: dict[str, Any]) -> None:
     "Refuse a checkpoint that lacks weights, which would be random, or has some that would be left out."
-    faults = {"missing_keys": "are missing and would be random", "unexpected_keys": "have no place in the model"}
+    faults = {
+        "missing_keys": "are missing and would be random",
+        "unexpected_keys": "have no place in the model",
+    }
     for kind, fault in faults.items():
         names = sorted(info[kind])
         if names:
