@@ -54,6 +54,8 @@ def _has_items(value: Any, kind: Any) -> bool:
 
 def _fits(value: Any, kind: Any) -> bool:
     "Whether a value is of one kind."
+    if kind is Any:
+        return True
     if kind in _NUMBERS:
         return _NUMBERS[kind](value)
     origin = get_origin(kind) or kind
@@ -109,10 +111,11 @@ def _check_bounds(name: str, value: Any) -> None:
 _WORDS = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string"}
 _WORDS |= {NoneType: "None", Path: "a path"}
 _MADE_BY = {
-    "Model": "as load_model returns it",
-    "Graph": "as build_graph or Graph.load returns it",
-    "Task": "as load_task returns it",
-    "Dictionary": "as load_dictionaries returns it",
+    "a Model": ", as load_model returns it",
+    "a Graph": ", as build_graph or Graph.load returns it",
+    "a Task": ", as load_task returns it",
+    "a Dictionary": ", as load_dictionaries returns it",
+    "a mapping that holds a Dictionary": ", as load_dictionaries returns it",
 }
 
 
@@ -124,11 +127,11 @@ def _name_kind(kind: Any) -> str:
     if origin is Literal:
         return " or ".join(map(repr, get_args(kind)))
     name = getattr(origin, "__name__", str(origin))
-    if origin in (Sequence, Iterable, Mapping) and get_args(kind):
-        items = map(_name_kind, _list_kinds(get_args(kind)[-1]))
-        return f"a {name.lower()} that holds {' or '.join(items)}"
-    made_by = _MADE_BY.get(name)
-    return f"a {name}" if made_by is None else f"a {name}, {made_by}"
+    if origin not in (Sequence, Iterable, Mapping):
+        return f"a {name}"
+    items = _list_kinds(get_args(kind)[-1]) if get_args(kind) else (Any,)
+    holds = "" if Any in items else " that holds " + " or ".join(map(_name_kind, items))
+    return f"a {name.lower()}{holds}"
 
 
 def _show(value: Any) -> str:
@@ -143,6 +146,7 @@ def _check(name: str, value: Any, kinds: tuple[Any, ...]) -> None:
     "Raise ValueError for a value that is of none of the kinds."
     if not any(_fits(value, kind) for kind in kinds):
         words = " or ".join(map(_name_kind, kinds))
+        words += _MADE_BY.get(words, "")
         raise ValueError(f"{name} must be {words}, got {_show(value)}")
     _check_bounds(name, value)
 

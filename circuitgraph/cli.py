@@ -227,7 +227,7 @@ def train(  # noqa: PLR0913
         from circuitgraph.data.corpus import load_corpus
         from circuitgraph.dictionary.measure import measure_dictionaries
         from circuitgraph.dictionary.train import choose_settings
-        from circuitgraph.graph.tables import replace_file
+        from circuitgraph.files import replace_file
         from circuitgraph.model.loading import load_model
 
         loaded = load_model(model, device=device)
@@ -281,7 +281,7 @@ def evaluate(  # noqa: PLR0913
         from circuitgraph.data.prompts import load_task
         from circuitgraph.dictionary.store import load_dictionaries
         from circuitgraph.graph.graph import Graph
-        from circuitgraph.graph.tables import check_output_file, replace_file
+        from circuitgraph.files import check_output_file, replace_file
         from circuitgraph.model.loading import load_model
         from circuitgraph.options import Budgets, Judging, Run
 
@@ -373,7 +373,7 @@ def compare_methods(  # noqa: PLR0913
 
         from circuitgraph.data.corpus import hash_tokens
         from circuitgraph.data.task import Task
-        from circuitgraph.graph.tables import check_output_file
+        from circuitgraph.files import check_output_file
         from circuitgraph.methods.compare import Comparing, compare_methods, list_methods
         from circuitgraph.model.loading import load_model
         from circuitgraph.model.modules import GRAINS
@@ -469,7 +469,7 @@ def compare(  # noqa: PLR0913
     with _plain_errors(debug):
         from circuitgraph.compare.compare import compare_graphs
         from circuitgraph.graph.graph import Graph
-        from circuitgraph.graph.tables import replace_file
+        from circuitgraph.files import replace_file
         from circuitgraph.model.loading import load_model
 
         _check_parent(out)

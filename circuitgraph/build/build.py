@@ -34,7 +34,7 @@ from ..data.corpus import Corpus, check_tokens
 from ..data.task import Task, check_pairs, check_task
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph
-from ..graph.tables import replace_file
+from ..files import replace_file
 from ..model.blocks import Model
 from ..model.modules import list_nodes
 from ..options import Pruning, Run

@@ -34,7 +34,7 @@ from .sums import Occurrences, Sums, add_features, add_keys, is_compiled, list_m
 from .sums import order_occurrences, run_on_threads, select_readers
 from ..cut import Activity, FeatureCut, Part, part_ports, read_activity
 from ..data.task import Task
-from ..graph.tables import replace_file
+from ..files import replace_file
 from ..model.blocks import Model, attention_mask, norm_scale, rotary_tables, rotate
 from ..model.modules import Trace, list_readers, norm_before
 from ..options import Pruning, Run

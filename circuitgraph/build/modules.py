@@ -26,7 +26,8 @@ from ..attribution.method import Attribution
 from ..data.corpus import hash_tokens
 from ..data.task import Task
 from ..graph.graph import Graph
-from ..graph.tables import PORTS, replace_file
+from ..files import replace_file
+from ..graph.tables import PORTS
 from ..model.blocks import Model
 from ..model.modules import Reader, Trace, list_nodes, list_readers, trace_modules
 

@@ -42,7 +42,7 @@ from ..data.task import Task
 from ..dictionary.places import visit_modules
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph
-from ..graph.tables import replace_file
+from ..files import replace_file
 from ..model.blocks import Model, run_logits
 from ..options import Run
 

@@ -194,6 +194,11 @@ def train_interaction_bases(
     check_arguments(train_interaction_bases, locals())
     _check_chain(model, modules)
     check_tokens(corpus, model)
+    if config.skip_first >= corpus.shape[1]:
+        most = corpus.shape[1] - 1
+        raise ValueError(
+            f"skip_first must lie in [0, {most}] (positions of a sequence), got {config.skip_first}"
+        )
     d_dict, tol = config.d_dict, config.tol
     if d_dict is not None and not 1 <= d_dict <= model.d_model:
         raise ValueError(f"d_dict must lie in [1, {model.d_model}] (d_model), got {d_dict}")

@@ -21,6 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..checks import check_fields
+from ..files import replace_file
 
 # %% ../../nbs/24_trainer.ipynb #4ca79c56
 KINDS = {  # name here -> SAELens' architecture
@@ -429,9 +430,11 @@ def save_state(trainer: Any, path: Path) -> None:
         "coefficients": {name: s.state_dict() for name, s in trainer.coefficient_schedulers.items()},
         "counts": {name: getattr(trainer, name) for name in _COUNTS},
     }
-    unfinished = path.with_suffix(".new")
-    torch.save(state, unfinished)
-    unfinished.replace(path)
+    with replace_file(path) as partial_file:
+        try:
+            torch.save(state, partial_file)
+        except RuntimeError as error:  # torch's own, for a full disk
+            raise OSError(str(error).partition("\n")[0]) from error
 
 # %% ../../nbs/24_trainer.ipynb #de3c504b
 def load_state(trainer: Any, path: Path) -> None:

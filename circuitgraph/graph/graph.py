@@ -22,10 +22,18 @@ import numpy as np
 import pandas as pd
 
 from ..checks import check_arguments
-from .tables import EDGE_KEY, FORMAT_VERSION, GraphError, META_KEYS, OF_THE_WHOLE
+from .tables import EDGE_KEY, FORMAT_VERSION, GraphError, OF_THE_WHOLE
 from .tables import SETTINGS, WEIGHTS
-from .tables import check_edges, check_nodes, encode_edges, load_tables, name_edges
-from .tables import replace_file, save_tables
+from circuitgraph.graph.tables import (
+    check_edges,
+    check_meta,
+    check_nodes,
+    encode_edges,
+    load_tables,
+    name_edges,
+)
+from ..files import replace_file
+from .tables import save_tables
 
 # %% ../../nbs/30_graph.ipynb #b662a438
 def _count_tokens(texts: list[dict[str, Any]]) -> int:
@@ -56,10 +64,10 @@ class Graph:
         edges: pd.DataFrame,  # one row an edge
         meta: dict[str, Any],  # model, text, settings, versions, history
     ) -> None:
-        unknown = sorted(set(meta) - set(META_KEYS))
-        if unknown:
-            known = ", ".join(META_KEYS)
-            raise GraphError(f"meta has unknown keys {unknown}; known are {known}")
+        for name, table in (("nodes", nodes), ("edges", edges)):
+            if not isinstance(table, pd.DataFrame):
+                raise GraphError(f"{name} must be a pandas.DataFrame, got {type(table).__name__}")
+        check_meta(meta)
         check_nodes(nodes)
         table = encode_edges(edges, pd.Index(nodes["name"]))
         check_edges(table)

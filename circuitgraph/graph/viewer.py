@@ -23,7 +23,8 @@ from .figures import LEVELS, draw_layers, edge_sizes, plot_layers, plot_matrix
 from .figures import plot_strength, plot_weights, rank_edges, show_figure, slider_stops
 from .graph import Graph, density
 from .select import select_edges
-from .tables import ATTRIBUTION_KEYS, name_edges, replace_file
+from ..files import replace_file
+from .tables import ATTRIBUTION_KEYS, name_edges
 
 # %% ../../nbs/64_viewer.ipynb #f03a58fa
 def _list_edges(ranked: pd.DataFrame, n: int) -> str:

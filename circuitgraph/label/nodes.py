@@ -35,7 +35,7 @@ from ..data.corpus import Corpus, check_tokens, hash_tokens
 from ..dictionary.places import visit_modules
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph, end_codes
-from ..graph.tables import replace_file
+from ..files import replace_file
 from .fit import Fit, LabelConfig, Reader, fit_program
 from .programs import SELECTORS, Positions, Program, load_program, save_program
 from ..model.blocks import Model

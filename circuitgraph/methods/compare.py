@@ -38,7 +38,8 @@ from ..data.task import Task, text_task
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph, magnitude, merge_graphs
 from ..graph.select import SelectionRule, find_rule
-from ..graph.tables import WEIGHTS, check_output_file, replace_file
+from ..files import check_output_file, replace_file
+from ..graph.tables import WEIGHTS
 from .feature_circuits import find_feature_circuit, random_features
 from .flow import trace_flow, trace_routes
 from .gates import search_gates
@@ -479,7 +480,8 @@ def compare_methods(
             request = _hash_request(model, data, test, make, n_edges, comparing)
             rows = _list_rows((name, grain, value), comparing.rules, seed, method, request)
             wanted += rows
-            missing = [pair for pair in zip(comparing.rules, rows) if not len(_pick_rows(table, [pair[1]]))]
+            pairs = zip(comparing.rules, rows, strict=True)
+            missing = [(rule, row) for rule, row in pairs if not len(_pick_rows(table, [row]))]
             if not missing:
                 continue
             tried = _try_method(method, make, model, data, nodes, seed=seed, progress=run.progress)

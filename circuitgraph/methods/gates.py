@@ -30,7 +30,7 @@ from ..cut import ModuleCut, cut_model
 from ..data.corpus import Corpus, hash_tokens
 from ..data.task import Task
 from ..graph.graph import Graph, end_codes
-from ..graph.tables import replace_file
+from ..files import replace_file
 from .patching import score_graph
 from ..model.blocks import Model, run_attention, write_heads
 from ..model.modules import embed_tokens, run_reader, sum_biases

