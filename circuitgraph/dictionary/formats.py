@@ -381,13 +381,19 @@ def refuse_bomb(
         raise ValueError(f"it would unpack to {unpacked:,} bytes, which weights of its size never do")
 
 # %% ../../nbs/22_formats.ipynb #5dd7efcc
-_MOST_TEXT = 10_000_000  # bytes of settings that we read
+_MOST_TEXT = {".json": 10_000_000, ".yaml": 100_000}  # bytes of settings that we read
 
 
 def _parse_yaml(text: str) -> Any:
-    "Plain YAML. Raises ValueError for aliases, by which few lines can stand for gigabytes."
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-        raise ValueError("it holds aliases (*name), which are not read")
+    "Plain YAML. Raises ValueError for aliases, by which few lines can stand for gigabytes, and for deep nesting."
+    depth = 0
+    for event in yaml.parse(text):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it holds aliases (*name), which are not read")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > 50:
+            raise ValueError("it is nested more than 50 deep")
     return yaml.safe_load(text)
 
 
@@ -396,11 +402,12 @@ def read_settings(
 ) -> dict[str, Any]:
     """Read the settings in a file of anybody, which can't run code.
 
-    Raises ValueError for a file that can't be read, is larger than 10 MB, or holds no settings by name."""
+    Raises ValueError for a file that can't be read, is larger than any settings, or holds none by name."""
     malformed = (ValueError, OSError, RecursionError, yaml.YAMLError, AttributeError, KeyError, TypeError)
     try:
-        if path.stat().st_size > _MOST_TEXT:
-            raise ValueError(f"it has more than {_MOST_TEXT:,} bytes")
+        most = _MOST_TEXT.get(path.suffix, 0)
+        if path.stat().st_size > most:
+            raise ValueError(f"it has more than {most:,} bytes")
         parse = _parse_yaml if path.suffix == ".yaml" else json.loads
         settings = parse(path.read_text(encoding="utf-8"))
     except malformed as error:
