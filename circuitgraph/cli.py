@@ -12,7 +12,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -329,6 +329,24 @@ def _draw(task: str, model: Any, *, corpus: str, n_prompts: int, seq_len: int, s
     return load_task(task, model, n=n_prompts, seed=seed)
 
 # %% ../nbs/90_cli.ipynb #c1bcad96
+def _name_folder(home: Path, names: Iterable[Any], model: Any, found_on: Any) -> Path:
+    "The folder of a graph of exact patching: of these weights and prompts alone."
+    from circuitgraph.data.corpus import hash_tokens
+
+    tokens = getattr(found_on, "clean", found_on)
+    hashes = (model.weights_hash[:8], hash_tokens(tokens)[:8])
+    return home / "-".join(map(str, (*names, *hashes)))
+
+
+def _show_rows(tables: list[Any]) -> str:
+    "The faithfulness of rows, a line for each method."
+    import pandas as pd
+
+    columns = {"index": ["task", "selection", "method"], "columns": ["ablation", "n_edges"]}
+    wide = pd.concat(tables).pivot_table(**columns, values="faithfulness")
+    return wide.to_string(float_format="{:.2f}".format)
+
+
 def _patch_once(folder: Path, patch: Callable[..., Any], compare: Callable[..., Any]) -> Any:
     "The graph of exact patching in a folder, where it is kept, and its rows of the comparison."
     from circuitgraph.graph.graph import Graph
@@ -369,10 +387,6 @@ def compare_methods(  # noqa: PLR0913
 
     Example: circuitgraph compare-methods --tasks ioi,text --methods "EAP;random" --out methods.csv"""
     with _plain_errors(debug):
-        import pandas as pd
-
-        from circuitgraph.data.corpus import hash_tokens
-        from circuitgraph.data.task import Task
         from circuitgraph.files import check_output_file
         from circuitgraph.methods.compare import Comparing, compare_methods, list_methods
         from circuitgraph.model.loading import load_model
@@ -392,12 +406,11 @@ def compare_methods(  # noqa: PLR0913
             found_on, judged_on = (_draw(task, loaded, seed=2 * number + half, **sizes) for half in (0, 1))
             options = {"n_edges": budgets, "nodes": grain, "value": value}
             compare = partial(compare_methods, loaded, found_on, judged_on, **options)
-            rules = [rule.strip() for rule in selection.split(";")]
-            comparing = Comparing(seeds=[number], selection=rules, out=out)
+            comparing = Comparing(
+                [number], selection=[rule.strip() for rule in selection.split(";")], out=out
+            )
             if exact is not None:
-                data = found_on.clean if isinstance(found_on, Task) else found_on
-                hashes = f"{loaded.weights_hash[:8]}-{hash_tokens(data)[:8]}"
-                folder = exact / f"{task}-{nodes}-{value}-{n_prompts}-{number}-{hashes}"
+                folder = _name_folder(exact, (task, nodes, value, n_prompts, number), loaded, found_on)
                 compare_patching = partial(compare, comparing=comparing)
                 graph, rows = _patch_once(folder, available["exact patching"], compare_patching)
                 tables.append(rows)
@@ -405,13 +418,7 @@ def compare_methods(  # noqa: PLR0913
                 comparing = replace(comparing, exact=graph)
             if chosen:
                 tables.append(compare(chosen, comparing=comparing))
-        table = pd.concat(tables)
-        columns = {
-            "index": ["task", "selection", "method"],
-            "columns": ["ablation", "n_edges"],
-            "values": "faithfulness",
-        }
-        typer.echo(table.pivot_table(**columns).to_string(float_format="{:.2f}".format))
+        typer.echo(_show_rows(tables))
         typer.echo(f"wrote {out}")
 
 # %% ../nbs/90_cli.ipynb #57add8b5

@@ -661,6 +661,8 @@ def cut_model(
 
     Raises ValueError for an unknown grain and for dictionaries that do not fit the model."""
     check_arguments(cut_model, locals())
+    if others not in ("layer", "head", None):
+        raise ValueError(f"others must be 'layer', 'head' or None, got {others!r}")
     if isinstance(nodes, Cut):
         return nodes
     if isinstance(nodes, str):

@@ -122,3 +122,6 @@ class Budgets:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        least = min(self.n_edges, default=0) if self.n_edges is not None else 0
+        if least < 0:
+            raise ValueError(f"n_edges must hold numbers of at least 0, got {least}")

@@ -4,7 +4,10 @@
 def pytest_terminal_summary(terminalreporter):
     """How many faults the campaign tried, and how many were not refused by name."""
     tried = {
-        outcome: sum("test_a_fault_is_refused_by_name" in report.nodeid for report in terminalreporter.getreports(outcome))
+        outcome: sum(
+            "test_a_fault_is_refused_by_name" in report.nodeid
+            for report in terminalreporter.getreports(outcome)
+        )
         for outcome in ("passed", "failed")
     }
     if sum(tried.values()):

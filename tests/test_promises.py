@@ -76,7 +76,9 @@ def broken(value, where):
         return y
 
     if where == "gradient":
-        return cg.FunctionDictionary("m0", "output", 16, lambda x: (x - x).abs().sqrt() + x, lambda acts: acts)
+        return cg.FunctionDictionary(
+            "m0", "output", 16, lambda x: (x - x).abs().sqrt() + x, lambda acts: acts
+        )
     return cg.FunctionDictionary("m0", "output", 16, encode, decode)
 
 
@@ -145,7 +147,10 @@ def test_marks_of_the_tokenizer_are_text_in_a_text(smollm, tmp_path):
     assert not set(tokens.flatten().tolist()) & set(smollm.tokenizer.all_special_ids)
     assert smollm.tokenizer.decode(tokens[0]) in text
     path = tmp_path / "prompts.jsonl"
-    for mark, refused in (("<|endoftext|>", True), ("<|im_start|>", False)):  # the chat template writes this one
+    for mark, refused in (
+        ("<|endoftext|>", True),
+        ("<|im_start|>", False),
+    ):  # the chat template writes this one
         row = {"clean": f"The {mark} cat", "corrupted": f"The {mark} dog", "answers": " sat"}
         path.write_text(json.dumps(row))
         if refused:
@@ -159,8 +164,14 @@ def test_marks_of_the_tokenizer_are_text_in_a_text(smollm, tmp_path):
     ("content", "words"),
     [
         ("clean,corrupted,answers,answers\nThe cat,The dog, sat, ran\n", "'answers' stands twice"),
-        ("clean,corrupted,answers\nThe cat,The dog, sat, ran\n", "line 2: has more fields than the 3 columns"),
-        ("clean,corrupted,answers,worng\nThe cat,The dog, sat, ran\n", "line 2: fields must be .* got 'worng'"),
+        (
+            "clean,corrupted,answers\nThe cat,The dog, sat, ran\n",
+            "line 2: has more fields than the 3 columns",
+        ),
+        (
+            "clean,corrupted,answers,worng\nThe cat,The dog, sat, ran\n",
+            "line 2: fields must be .* got 'worng'",
+        ),
     ],
 )
 def test_tables_of_prompts_that_say_two_things_are_refused(smollm, tmp_path, content, words):
@@ -190,7 +201,9 @@ def test_rows_of_another_request_are_not_used_again(tmp_path):
 
     def compare(model=MODEL, found=TEXT, judged=TEXT, n_edges=(5,), **options):
         how = Comparing(**{"n_boot": 5, "out": tmp_path / "rows.csv", "progress": False} | options)
-        return compare_methods(model, found, judged, {"random": random}, n_edges, nodes="layer", comparing=how)
+        return compare_methods(
+            model, found, judged, {"random": random}, n_edges, nodes="layer", comparing=how
+        )
 
     first = compare()
     assert compare().equals(first) and len(calls) == 1
@@ -264,7 +277,9 @@ def test_nothing_of_a_strangers_file_is_run(tmp_path, monkeypatch):
     settings = {"trainer": {"dict_class": "AutoEncoder", "submodule_name": "mlp", "layer": 0}}
     (checkpoint / "config.json").write_text(json.dumps(settings))
     torch.save({"encoder.weight": Trap(trap)}, checkpoint / "ae.pt")
-    with pytest.raises(ValueError, match="as tensors alone, and nothing else is opened: it holds other objects"):
+    with pytest.raises(
+        ValueError, match="as tensors alone, and nothing else is opened: it holds other objects"
+    ):
         load_dictionary(checkpoint)
     (checkpoint / "ae.pt").write_bytes(pickle.dumps(Trap(trap)))
     with pytest.raises(ValueError, match="ae.pt can't be read"):
@@ -290,7 +305,11 @@ def test_bombs_are_refused_before_they_are_unpacked(tmp_path, monkeypatch):
     (tmp_path / "c.yaml").write_text("a: &a [1, 2]\nb: [*a, *a]\n")
     with pytest.raises(ValueError, match="aliases"):
         read_settings(tmp_path / "c.yaml")
-    for name, text in (("deep.json", "[" * 100_000), ("deep.yaml", "[" * 9_000), ("t.yaml", "a: !!bool maybe")):
+    for name, text in (
+        ("deep.json", "[" * 100_000),
+        ("deep.yaml", "[" * 9_000),
+        ("t.yaml", "a: !!bool maybe"),
+    ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=f"{name} can't be read"):
             read_settings(tmp_path / name)
@@ -402,7 +421,9 @@ class Metric:
         return last_logit(logits, 3)
 
 
-@pytest.mark.parametrize("metric", [functools.partial(last_logit, token=3), Metric()], ids=["partial", "object"])
+@pytest.mark.parametrize(
+    "metric", [functools.partial(last_logit, token=3), Metric()], ids=["partial", "object"]
+)
 def test_a_metric_may_be_a_partial_or_an_object(metric):
     task = cg.Task(TEXT, OTHER, metric=metric)
     plain = cg.Task(TEXT, OTHER, metric=lambda logits: last_logit(logits, 3))

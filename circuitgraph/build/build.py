@@ -291,6 +291,8 @@ def build_graph(
     cut = cut_model(model, nodes)
     data = data.whole() if isinstance(data, Corpus) else data
     _check_request(data, cut, target)
+    if not isinstance(data, Task | Prompt):
+        check_tokens(data, model, "data")
     rule = _read_rule(attribution, data, cut)
     if isinstance(cut, FeatureCut):
         if corrupted is not None:

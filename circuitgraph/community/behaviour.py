@@ -506,6 +506,8 @@ class Matching:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.edges not in ("inside", "touching"):
+            raise ValueError(f"edges must be 'inside' or 'touching', got {self.edges!r}")
         if min(self.n_controls, self.n_permutations) < 1:
             given = f"{self.n_controls} and {self.n_permutations}"
             raise ValueError(f"n_controls and n_permutations must be at least 1, got {given}")
@@ -531,6 +533,7 @@ def match_behaviours(
     sequences, and for communities without edges.
     """
     check_arguments(match_behaviours, locals())
+    check_tokens(tokens.tokens if isinstance(tokens, Corpus) else tokens, model)
     if len(tokens) < 2:
         raise ValueError(
             f"tokens must hold at least two sequences, one to choose on and one to measure, got {len(tokens)}"

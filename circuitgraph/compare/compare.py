@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..checks import check_arguments
+from ..data.corpus import check_tokens
 from .isomorphism import class_distance, permute_weights
 from .match import match_communities, match_nodes, read_words, split_passages
 from .match import verify_edges
@@ -90,6 +91,7 @@ def _read_text(text: str | Int[Tensor, "seq pos"], model: Model) -> str:
     "The text itself; tokens are those of the first graph's model."
     if isinstance(text, str):
         return text
+    check_tokens(text, model, "text")
     if model.tokenizer is None:
         raise ValueError("text must be a string where the first model has no tokenizer, got tokens")
     pieces = [model.tokenizer.decode(row, skip_special_tokens=True) for row in text]

@@ -407,8 +407,10 @@ def _check_request(model: Model, n_tokens: int, seq_len: int, seed: int) -> None
             "[seq pos] yourself and use them in place of the corpus"
         )
     for name, value, low in (("n_tokens", n_tokens, 1), ("seq_len", seq_len, 2), ("seed", seed, 0)):
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+        if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value < 2**63:
+            raise ValueError(
+                f"{name} must be a whole number of at least {low} and below 2**63, got {value!r}"
+            )
     if seq_len > model.n_ctx:
         raise ValueError(
             f"seq_len must be at most {model.n_ctx} (the context of {model.name}), got {seq_len}: "

@@ -130,6 +130,8 @@ class Task:
     def _check_metric_parts(self) -> None:
         "Refuse a named metric whose answers or wrong tokens are not given."
         if not isinstance(self.metric, str):
+            if not callable(self.metric):
+                raise ValueError(f"metric must be a name or a function of the logits, got {self.metric!r}")
             return
         check_metric(self.metric)
         needed = ("answers", "wrong") if self.metric.endswith("_diff") else ("answers",)

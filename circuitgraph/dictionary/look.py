@@ -41,7 +41,7 @@ def read_features(
     run: Run = Run(),  # by default 8 sequences at a time
 ) -> Any:  # csr_array [seq*pos d_dict], positions in the order of the text, float32
     "Activations of a dictionary's features, sparse. Raises ValueError for bad tokens and places."
-    check_tokens(corpus, model)
+    check_tokens(corpus, model, "corpus")
     place = (dictionary.module, dictionary.reads)
     parts = []
     batches = corpus.split(run.batch_size or 8)

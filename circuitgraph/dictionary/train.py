@@ -516,7 +516,7 @@ def train_dictionaries(
     config = config.at_width(model.d_model)
     names = list_modules(model, modules)
     check_trainable(names, config)
-    check_tokens(corpus, model)
+    check_tokens(corpus, model, "corpus")
     _check_size(corpus, config)
     if n_workers is None:
         n_workers = torch.get_num_threads() if model.device.type == "cpu" else 1

@@ -183,6 +183,8 @@ def slider_stops(
     "Numbers of edges that a slider offers. Raises ValueError for a negative number."
     if n_edges < 0:
         raise ValueError(f"n_edges must be at least 0, got {n_edges}")
+    if min(levels, default=0) < 0:
+        raise ValueError(f"levels must hold numbers of edges, at least 0, got {min(levels)}")
     return sorted({min(n, available) for n in (*levels, n_edges)})
 
 # %% ../../nbs/32_figures.ipynb #f47686f7

@@ -159,6 +159,8 @@ class Graph:
 
     def merge(self, other: "Graph") -> "Graph":
         "One graph of two parts: of two texts, or of two disjoint sets of edges."
+        if not isinstance(other, Graph):
+            raise ValueError(f"other must be a Graph, as build_graph returns it, got {type(other).__name__}")
         return merge_graphs(self, other)
 
     def save(self, folder: str | Path) -> Path:
@@ -225,6 +227,8 @@ def keep_edges(
     edges: Sequence[str] | np.ndarray | pd.Series,  # names from `edge_names`, or a boolean mask over edges
 ) -> Graph:
     "Keep some edges. Raises ValueError for an unknown name and for a mask of another length."
+    if not isinstance(edges, Iterable) or isinstance(edges, str):
+        raise ValueError(f"edges must be a list of names or a boolean mask, got {edges!r}")
     values = list(edges)
     if all(isinstance(value, str) for value in values) and values:
         mask = _find_names(graph, set(values))

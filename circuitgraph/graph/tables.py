@@ -80,6 +80,8 @@ _META_TYPES = {"model": dict, "corpus": list, "versions": dict, "history": list}
 
 def check_meta(meta: dict[str, Any]) -> None:
     "Refuse metadata with unknown keys or entries of a wrong type."
+    if not isinstance(meta, dict):
+        raise GraphError(f"meta must be a dict, got {type(meta).__name__}")
     unknown = sorted(set(meta) - set(META_KEYS))
     if unknown:
         known = ", ".join(META_KEYS)

@@ -413,7 +413,7 @@ def _open_request(
     "The cut and the tokens of a request. Raises ValueError for what does not fit."
     cut = open_cut(model, graph, dictionaries)
     tokens = corpus.whole() if isinstance(corpus, Corpus) else corpus
-    check_tokens(tokens, model)
+    check_tokens(tokens, model, "corpus")
     if not isinstance(cut, FeatureCut):
         grain = graph.meta.get("nodes")
         raise ValueError(

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from inspect import signature
 from pathlib import Path
@@ -33,7 +33,7 @@ from ..attribution.method import Attribution
 from ..build.build import build_graph, complete_graph
 from ..checks import check_arguments, check_fields
 from ..cut import FeatureCut, hash_dictionary, open_cut
-from ..data.corpus import Corpus, hash_tokens
+from ..data.corpus import Corpus, check_tokens, hash_tokens
 from ..data.task import Task, text_task
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph, magnitude, merge_graphs
@@ -283,8 +283,8 @@ class Comparing:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.seeds:
-            raise ValueError("seeds must hold at least one")
+        if not self.seeds or min(self.seeds) < 0:
+            raise ValueError(f"seeds must hold at least one, and none below 0, got {list(self.seeds)}")
         if not self.rules:
             raise ValueError("selection must hold at least one rule")
 
@@ -425,9 +425,28 @@ def _list_rows(
     return rows
 
 
+def _list_missing(
+    table: pd.DataFrame, rules: Sequence[SelectionRule], rows: Sequence[dict[str, Any]]
+) -> list[tuple[SelectionRule, dict[str, Any]]]:
+    "The rules, with what their rows say, whose rows a table lacks."
+    pairs = zip(rules, rows, strict=True)
+    return [(rule, row) for rule, row in pairs if not len(_pick_rows(table, [row]))]
+
+
 def _pick_rows(table: pd.DataFrame, wanted: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     "The rows of a table that say one of these."
     return table.merge(pd.DataFrame(wanted)) if len(table) else table
+
+
+def _draw_data(model: Model, drawn: Mapping[str, Any], seed: int) -> list[TextOrTask]:
+    "Data by the name of their argument, drawn for a seed. Raises ValueError for what the model can't read."
+    listed = []
+    for name, draw in drawn.items():
+        data = draw(seed) if callable(draw) else draw
+        tokens = data.clean if isinstance(data, Task) else getattr(data, "tokens", data)
+        check_tokens(tokens, model, name)
+        listed.append(data)
+    return listed
 
 
 def _name_data(data: TextOrTask, test: TextOrTask, value: str) -> str:
@@ -460,14 +479,15 @@ def compare_methods(
     check_arguments(compare_methods, locals())
     if not methods or not n_edges:
         raise ValueError("methods and n_edges must each hold at least one")
+    budgets = Budgets(sorted(set(n_edges)), clip=True)
     if comparing.truth is not None and isinstance(nodes, str):
         complete_graph(model, nodes).keep(list(comparing.truth))
     path = None if comparing.out is None else Path(comparing.out)
     table, wanted = _open_table(path), []
     grain, dictionaries = _name_nodes(nodes), None if isinstance(nodes, str) else nodes
-    run = Run(progress=comparing.progress)
+    run, drawn = Run(progress=comparing.progress), {"found_on": found_on, "judged_on": judged_on}
     for seed in comparing.seeds:
-        data, test = (draw(seed) if callable(draw) else draw for draw in (found_on, judged_on))
+        data, test = _draw_data(model, drawn, seed)
         name = _name_data(data, test, value)
         judging = Judging(n_boot=comparing.n_boot, seed=seed, run=run)
         options = {
@@ -480,8 +500,7 @@ def compare_methods(
             request = _hash_request(model, data, test, make, n_edges, comparing)
             rows = _list_rows((name, grain, value), comparing.rules, seed, method, request)
             wanted += rows
-            pairs = zip(comparing.rules, rows, strict=True)
-            missing = [(rule, row) for rule, row in pairs if not len(_pick_rows(table, [row]))]
+            missing = _list_missing(table, comparing.rules, rows)
             if not missing:
                 continue
             tried = _try_method(method, make, model, data, nodes, seed=seed, progress=run.progress)
@@ -491,8 +510,7 @@ def compare_methods(
             n_all = _count_all(model, graph, dictionaries)
             ranks = score_ranks(graph, n_all, comparing.truth, comparing.exact)
             for rule, row in missing:
-                budgets = Budgets(sorted(set(n_edges)), rule, clip=True)
-                curve = _judge(model, graph, test, budgets, **options)
+                curve = _judge(model, graph, test, replace(budgets, method=rule), **options)
                 made = curve.assign(**row, **cost, **ranks).round(5)
                 table = _add_rows(table, made, path)
     return _pick_rows(table, wanted)
