@@ -1,4 +1,4 @@
-"""Nothing silently wrong, nothing stale, nothing blocked: what once went through without a word is refused."""
+"""Nothing silently wrong, nothing stale, nothing blocked: what went through without a word is refused."""
 
 import functools
 import hashlib

@@ -291,7 +291,6 @@ def subgraph(
     layers: Iterable[int] | None = None,  # 0, 1, ...; nodes without a layer (embed, logits) go with modules
 ) -> Graph:
     "Keep the nodes of some modules or layers and the edges between them. Raises ValueError for unknown ones."
-    check_arguments(subgraph, locals())
     if modules is None and layers is None:
         raise ValueError("modules or layers must be given")
     nodes, edges, meta = graph.nodes, graph.edges, graph.meta

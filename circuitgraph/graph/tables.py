@@ -312,7 +312,7 @@ def _measure_strings(file: BinaryIO, limit: int) -> int:
 
 def _check_unpacked(file: BinaryIO, path: Path) -> None:
     "Refuse a Parquet file that would unpack to more memory than a graph of its size takes."
-    limit = 2**28 + 100 * path.stat().st_size
+    limit = 2**28 + 100 * os.fstat(file.fileno()).st_size
     stated = pq.read_metadata(file)
     pages = sum(stated.row_group(i).total_byte_size for i in range(stated.num_row_groups))
     numbers = 8 * stated.num_rows * stated.num_columns
