@@ -13,7 +13,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -369,7 +369,7 @@ def train(  # noqa: PLR0913
         from circuitgraph.data.corpus import load_corpus
         from circuitgraph.dictionary.measure import measure_dictionaries
         from circuitgraph.dictionary.train import choose_settings
-        from circuitgraph.graph.tables import replace_file
+        from circuitgraph.files import replace_file
         from circuitgraph.model.loading import load_model
         from circuitgraph.refusals import check_data, check_model
 
@@ -425,7 +425,7 @@ def evaluate(  # noqa: PLR0913
     with _plain_errors(debug):
         from circuitgraph.ablation.judge import ablation_curve
         from circuitgraph.graph.graph import Graph
-        from circuitgraph.graph.tables import replace_file
+        from circuitgraph.files import check_output_file, replace_file
         from circuitgraph.model.loading import load_model
         from circuitgraph.options import Budgets, Judging, Run
         from circuitgraph.refusals import check_data, check_folder, check_judging, check_model
@@ -485,20 +485,39 @@ def _draw(task: str, model: Any, *, corpus: str, n_prompts: int, seq_len: int, s
     return load_task(task, model, n=n_prompts, seed=seed)
 
 # %% ../nbs/90_cli.ipynb #c1bcad96
+def _name_folder(home: Path, names: Iterable[Any], model: Any, found_on: Any) -> Path:
+    "The folder of a graph of exact patching: of these weights and prompts alone."
+    from circuitgraph.data.corpus import hash_tokens
+
+    tokens = getattr(found_on, "clean", found_on)
+    hashes = (model.weights_hash[:8], hash_tokens(tokens)[:8])
+    return home / "-".join(map(str, (*names, *hashes)))
+
+
+def _show_rows(tables: list[Any]) -> str:
+    "The faithfulness of rows, a line for each method."
+    import pandas as pd
+
+    columns = {"index": ["task", "selection", "method"], "columns": ["ablation", "n_edges"]}
+    wide = pd.concat(tables).pivot_table(**columns, values="faithfulness")
+    return wide.to_string(float_format="{:.2f}".format)
+
+
 def _patch_once(folder: Path, patch: Callable[..., Any], compare: Callable[..., Any]) -> Any:
-    "The graph of exact patching in a folder; measured and compared like any other where it is missing."
+    "The graph of exact patching in a folder, where it is kept, and its rows of the comparison."
     from circuitgraph.graph.graph import Graph
     from circuitgraph.graph.tables import check_output_folder
 
-    def patch_and_save(*args: Any, **options: Any) -> Graph:
+    def patch_or_load(*args: Any, **options: Any) -> Graph:
+        if (folder / "meta.json").exists():
+            return Graph.load(folder)
         graph = patch(*args, **options)
         graph.save(folder)
         return graph
 
     check_output_folder(folder)
-    if not (folder / "meta.json").exists():
-        compare({"exact patching": patch_and_save})
-    return Graph.load(folder)
+    table = compare({"exact patching": patch_or_load})
+    return Graph.load(folder), table
 
 # %% ../nbs/90_cli.ipynb #03209154
 @app.command()
@@ -524,6 +543,7 @@ def compare_methods(  # noqa: PLR0913
 
     Example: circuitgraph compare-methods --tasks ioi,text --methods "EAP;random" --out methods.csv"""
     with _plain_errors(debug):
+        from circuitgraph.files import check_output_file
         from circuitgraph.methods.compare import Comparing, compare_methods, list_methods
         from circuitgraph.model.loading import load_model
         from circuitgraph.refusals import check_model, check_nodes
@@ -531,7 +551,7 @@ def compare_methods(  # noqa: PLR0913
         of_features = check_nodes(nodes) == "feature"
         available = list_methods("feature" if of_features else nodes, value)
         chosen = _choose_methods(methods, available)
-        _check_parent(out)
+        check_output_file(out)
         if of_features and exact:
             raise ValueError("exact goes with block, layer or head: leave it out for graphs of features")
         names = _check_tasks(tasks, corpus, n_prompts=n_prompts, seq_len=seq_len, seed=seed)
@@ -539,25 +559,24 @@ def compare_methods(  # noqa: PLR0913
         loaded = load_model(model, device=device)
         grain, budgets = _read_nodes(nodes, loaded), n_edges or [100, 300, 1_000, 3_000, 10_000]
 
-        sizes = {"corpus": corpus, "n_prompts": n_prompts, "seq_len": seq_len}
+        sizes, tables = {"corpus": corpus, "n_prompts": n_prompts, "seq_len": seq_len}, []
         for task, number in product(names, range(seed, seed + n_seeds)):
             found_on, judged_on = (_draw(task, loaded, seed=2 * number + half, **sizes) for half in (0, 1))
             options = {"n_edges": budgets, "nodes": grain, "value": value}
             compare = partial(compare_methods, loaded, found_on, judged_on, **options)
-            rules = [rule.strip() for rule in selection.split(";")]
-            comparing = Comparing(seeds=[number], selection=rules, out=out)
+            comparing = Comparing(
+                [number], selection=[rule.strip() for rule in selection.split(";")], out=out
+            )
             if exact is not None:
-                folder = exact / f"{task}-{nodes}-{value}-{n_prompts}-{number}"
+                folder = _name_folder(exact, (task, nodes, value, n_prompts, number), loaded, found_on)
                 compare_patching = partial(compare, comparing=comparing)
-                graph = _patch_once(folder, available["exact patching"], compare_patching)
+                graph, rows = _patch_once(folder, available["exact patching"], compare_patching)
+                tables.append(rows)
+                chosen.pop("exact patching", None)
                 comparing = replace(comparing, exact=graph)
-            table = compare(chosen, comparing=comparing)
-        columns = {
-            "index": ["task", "selection", "method"],
-            "columns": ["ablation", "n_edges"],
-            "values": "faithfulness",
-        }
-        typer.echo(table.pivot_table(**columns).to_string(float_format="{:.2f}".format))
+            if chosen:
+                tables.append(compare(chosen, comparing=comparing))
+        typer.echo(_show_rows(tables))
         typer.echo(f"wrote {out}")
 
 # %% ../nbs/90_cli.ipynb #57add8b5
@@ -585,14 +604,13 @@ def communities(
             _check_graph_folder(out, force)
         options = {"resolution": resolution, "seed": seed}
         grouped = find_communities(Graph.load(graph), method, **options)
-        if out is not None:
-            grouped.save(out)
         sizes = grouped.nodes.query("community >= 0")["community"].value_counts()
         more = ", ..." if len(sizes) > 20 else ""
         typer.echo(f"{len(sizes)} communities, nodes: {', '.join(map(str, sizes.head(20)))}{more}")
         judged = judge_communities(grouped, method, n_null=n_null, **options)
         typer.echo(judged.round(3).to_string())
         if out is not None:
+            grouped.save(out)
             typer.echo(f"wrote {out}")
 
 # %% ../nbs/90_cli.ipynb #cli62
@@ -617,7 +635,7 @@ def compare(  # noqa: PLR0913
     with _plain_errors(debug):
         from circuitgraph.compare.compare import compare_graphs
         from circuitgraph.graph.graph import Graph
-        from circuitgraph.graph.tables import replace_file
+        from circuitgraph.files import replace_file
         from circuitgraph.model.loading import load_model
         from circuitgraph.refusals import check_folder
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from .attribution.autodiff import contributions
 from .attribution.method import Attribution
+from .checks import check_arguments
 from .dictionary.places import check_place, visit_modules
 from .dictionary.protocol import Dictionary, Structure, find_structure
 from .graph.graph import Graph
@@ -251,6 +252,15 @@ def part_output(
     return places["output"]
 
 # %% ../nbs/50_cut.ipynb #cut13
+def _check_finite(part: Part, values: Tensor, what: str) -> None:
+    "Raise ValueError for NaN or infinite numbers from a dictionary."
+    if not values.isfinite().all():
+        raise ValueError(
+            f"{what} of the dictionary of {part.module!r} must be finite, but some are NaN or infinite on this "
+            f"text: {part.dictionary!r} is damaged, or its functions are not defined on all inputs"
+        )
+
+
 def visit_parts(
     model: Model,
     parts: Sequence[Part],
@@ -266,6 +276,7 @@ def visit_parts(
             output, codes = part_output(model, part, places), None
             if part.dictionary is not None:
                 codes = part.dictionary.encode(output if part.reads == "output" else places[part.reads])
+                _check_finite(part, codes, "activations")
             visit(part, places, output, codes)
 
     return visit_modules(model, tokens, visit_module)
@@ -297,6 +308,7 @@ def trace_features(model: Model, parts: Sequence[Part], tokens: Int[Tensor, "bat
             trace.acts[module] = codes
             recon = part.dictionary.decode(codes)
             trace.dense[f"{module}/err"] = output - recon
+            _check_finite(part, recon, "reconstructions")
 
     trace.reads["logits"] = visit_parts(model, parts, tokens, visit)
     return trace
@@ -344,6 +356,7 @@ def _add_codes(activity: Activity, part: Part, output: Tensor, codes: Tensor) ->
         written = activity.vectors[module].sum(1)
         activity.bias[module] = activity.bias[module] + bias
     activity.dense[module] = output.flatten(0, 1) - written - bias
+    _check_finite(part, activity.dense[module], "reconstructions")
 
 # %% ../nbs/50_cut.ipynb #cut18b
 def _list_silent(
@@ -647,6 +660,9 @@ def cut_model(
         graph = build_graph(model, text, cut)
 
     Raises ValueError for an unknown grain and for dictionaries that do not fit the model."""
+    check_arguments(cut_model, locals())
+    if others not in ("layer", "head", None):
+        raise ValueError(f"others must be 'layer', 'head' or None, got {others!r}")
     if isinstance(nodes, Cut):
         return nodes
     if isinstance(nodes, str):

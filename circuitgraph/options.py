@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .checks import check_fields
+
 # %% ../nbs/17_options.ipynb #op06
 @dataclass(frozen=True)
 class Run:
@@ -31,6 +33,7 @@ class Run:
     progress: bool = True  # whether a progress bar is shown
 
     def __post_init__(self) -> None:
+        check_fields(self)
         batch_size = self.batch_size
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -62,6 +65,7 @@ class Pruning:
     mass: float = 1.0  # of a reader's absolute incoming weight that its edges hold together, in (0, 1]
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.n_edges is not None and self.n_edges < 1:
             raise ValueError(f"n_edges must be at least 1, or None for all edges, got {self.n_edges}")
         if not 0 <= self.share < 1:
@@ -92,6 +96,7 @@ class Judging:
     run: Run = Run()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, least in (("skip_first", 0), ("n_boot", 1), ("seed", 0)):
             value = getattr(self, name)
             if value < least:
@@ -114,3 +119,9 @@ class Budgets:
     method: Any = None  # a selection rule or its name, such as "greedy"; by default that of `select_edges`
     by: str | None = None  # "weight", "abs_weight" or "rms_weight"; by default the rule's own: "weight"
     clip: bool = False  # whether a budget beyond a graph's edges means all of them; else it is refused
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        least = min(self.n_edges, default=0) if self.n_edges is not None else 0
+        if least < 0:
+            raise ValueError(f"n_edges must hold numbers of at least 0, got {least}")

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from circuitgraph.data.corpus import load_corpus
-from circuitgraph.graph.tables import replace_file
+from circuitgraph.files import replace_file
 from circuitgraph.label.heads import judge_heads, label_heads
 from circuitgraph.model.loading import load_model
 

@@ -38,7 +38,7 @@ from circuitgraph.dictionary.store import load_dictionaries
 from circuitgraph.dictionary.train import train_dictionaries
 from circuitgraph.dictionary.trainer import TrainConfig
 from circuitgraph.graph.graph import Graph
-from circuitgraph.graph.tables import replace_file
+from circuitgraph.files import replace_file
 from circuitgraph.label.fit import LabelConfig, fit_program
 from circuitgraph.label.nodes import SWAPPED, Activities, keep_tested, label_nodes, list_parents
 from circuitgraph.label.nodes import list_selectors, read_activities, score_programs, split_text

@@ -27,7 +27,7 @@ from circuitgraph.cut import ModuleCut, cut_model
 from circuitgraph.data.corpus import load_corpus
 from circuitgraph.graph.graph import Graph
 from circuitgraph.graph.select import Coverage, Top, select_edges
-from circuitgraph.graph.tables import replace_file
+from circuitgraph.files import replace_file
 from circuitgraph.methods.compare import list_methods
 from circuitgraph.methods.gates import GateConfig, search_gates
 from circuitgraph.model.loading import load_model

@@ -37,7 +37,7 @@ from circuitgraph.dictionary.train import train_dictionaries
 from circuitgraph.dictionary.trainer import TrainConfig
 from circuitgraph.graph.graph import Graph
 from circuitgraph.graph.influence import add_influence
-from circuitgraph.graph.tables import replace_file
+from circuitgraph.files import replace_file
 from circuitgraph.model.blocks import Model
 from circuitgraph.model.loading import load_model
 from circuitgraph.options import Budgets, Judging, Pruning, Run

@@ -19,7 +19,7 @@ from circuitgraph.build.build import complete_graph
 from circuitgraph.cut import cut_model
 from circuitgraph.data.corpus import load_corpus
 from circuitgraph.graph.graph import Graph
-from circuitgraph.graph.tables import replace_file
+from circuitgraph.files import replace_file
 from circuitgraph.methods.gates import GateConfig, search_gates
 from circuitgraph.model.blocks import Model
 from circuitgraph.model.loading import load_model

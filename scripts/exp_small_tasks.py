@@ -24,7 +24,7 @@ from circuitgraph.data.prompts import load_task
 from circuitgraph.data.task import Task
 from circuitgraph.graph.graph import Graph
 from circuitgraph.graph.select import Top, select_edges
-from circuitgraph.graph.tables import replace_file
+from circuitgraph.files import replace_file
 from circuitgraph.methods.compare import list_methods
 from circuitgraph.methods.gates import GateConfig, search_gates
 from circuitgraph.model.loading import load_model

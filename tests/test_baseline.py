@@ -583,7 +583,7 @@ def test_refusals():
             lambda: build_graph(model, task, "head", target="metric", attribution="saliency"),
             "attribution must be",
         ),
-        (lambda: build_graph(model, task, "neuron", target="metric"), "grain must be"),
+        (lambda: build_graph(model, task, "neuron", target="metric"), "nodes must be"),
         (lambda: build_graph(model, replace(task, metric="accuracy"), "head", target="metric"), "a step"),
         (lambda: patch_nodes(model, task, "block"), "must be 'layer' or 'head'"),
         (lambda: patch_nodes(model, task, value="zero"), "value must be"),
@@ -600,7 +600,7 @@ def test_refusals():
             lambda: score_graph(model, "head", np.full(len(list_edges(model)), np.nan), "none"),
             "must be finite",
         ),
-        (lambda: random_graph(model, "neuron"), "grain must be"),
+        (lambda: random_graph(model, "neuron"), "nodes must be"),
     ]:
         with pytest.raises(ValueError, match=words):
             run()

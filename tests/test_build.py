@@ -238,7 +238,7 @@ def bad(**options):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"nodes": "neuron"}, "grain must be one of block, layer, head"),
+        ({"nodes": "neuron"}, "nodes must be one of block, layer, head"),
         ({"attribution": "saliency"}, "attribution must be one of 'ig', 'gradient'"),
         ({"baseline": "noise"}, "baseline must be one of"),
         ({"norm": "live"}, "norm='live' has no meaning with baseline='zero'"),

@@ -204,7 +204,7 @@ def test_refusals():
     for run, words in [
         (lambda: find_communities(graph, "louvain"), "method must be"),
         (lambda: find_communities(graph, resolution=0), "resolution must be above 0"),
-        (lambda: find_communities(graph, resolution=float("nan")), "resolution must be above 0"),
+        (lambda: find_communities(graph, resolution=float("nan")), "resolution must be a finite number"),
         (lambda: find_communities(graph.keep([])), "edge whose share is not zero"),
         (lambda: find_communities(graph, weight="count"), "by must be"),
         (lambda: quality(graph), "call find_communities first"),

@@ -365,12 +365,16 @@ def test_shards_merge_to_the_whole():
         total = graph.edges.groupby("target", observed=False)["abs_weight"].sum()
         return total.reindex(whole.nodes["name"], fill_value=0).to_numpy()
 
-    few = build(model, tokens[:1], dictionaries, keep=3).merge(build(model, tokens[1:], dictionaries, keep=3))
+    pruned = [build(model, shard, dictionaries, keep=3) for shard in (tokens[:1], tokens[1:])]
+    with pytest.warns(UserWarning, match=r"pruned in one text .* Pruning\(n_edges=None\)"):
+        few = pruned[0].merge(pruned[1])
     read = into(whole) > 0
     assert (
         np.allclose(few.nodes["kept"][read], into(few)[read] / into(whole)[read])
         and few.nodes["kept"][read].min() < 0.7
     )
+    with pytest.raises(ValueError, match=r"merged before they are cut, but one has the step .top_edges\(5"):
+        parts[0].merge(parts[1].top_edges(5))
     with pytest.raises(ValueError, match="must agree in 'dictionaries'"):
         parts[0].merge(build(model, tokens[1:], {"m0": dictionaries["m0"]}, keep=None))
 

@@ -377,7 +377,7 @@ def test_unknown_names_weights_and_modules_are_refused():
         (lambda: graph.keep([0, 1]), "boolean mask of length 12"),
         (lambda: graph.keep(np.ones(3, dtype=bool)), "boolean mask of length 12"),
         (lambda: graph.threshold(-1), "minimum must be at least 0"),
-        (lambda: graph.threshold(np.nan), "minimum must be at least 0"),
+        (lambda: graph.threshold(np.nan), "minimum must be a finite number, got nan"),
         (lambda: graph.top_edges(2, "count"), "by must be one of weight, abs_weight, rms_weight"),
         (lambda: graph.subgraph(), "modules or layers must be given"),
         (lambda: graph.subgraph(modules="m9"), "modules must be among"),

@@ -405,7 +405,7 @@ def test_what_is_no_rule_is_refused():
     for name, message in refused.items():
         with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
             select_edges(graph, 3, name)
-    with pytest.raises(ValueError, match="or a rule, got 7"):
+    with pytest.raises(ValueError, match="method must be a string or a SelectionRule, got 7"):
         select_edges(graph, 3, 7)
     with pytest.raises(ValueError, match="share must lie in"):
         Coverage(share=1.5)

@@ -332,8 +332,8 @@ def test_bad_requests_are_refused(logic, labelled):
         "at least 2 sequences": lambda: label_nodes(graph, model, text[:1], dictionaries, run=QUIET),
         "got 'm1/99'": lambda: label_nodes(graph, model, text, dictionaries, nodes=["m1/99"], run=QUIET),
         "dictionaries": lambda: label_nodes(graph, model, text, {"m0": dictionaries["m0"]}, run=QUIET),
-        "one of features": lambda: label_nodes(
-            build_graph(model, known.tokens, "layer", run=QUIET), model, text, None, run=QUIET
+        "goes with a graph of features": lambda: label_nodes(
+            build_graph(model, known.tokens, "layer", run=QUIET), model, text, {}, run=QUIET
         ),
         "must be labelled": lambda: run_labelled(model, graph, text, dictionaries),
         r"share must lie in \[0, 1\]": lambda: run_labelled(model, labelled, text, dictionaries, share=2.0),

@@ -145,7 +145,7 @@ def test_unknown_sources(tmp_path):
     file.write_bytes(b"x")
     with pytest.raises(ValueError, match="got the file"):
         load_model(file)
-    with pytest.raises(ValueError, match="grain must be one of block, layer, head"):
+    with pytest.raises(ValueError, match="nodes must be one of block, layer, head"):
         list_nodes(tiny_model("llama"), "neuron")
 
 

@@ -24,7 +24,8 @@ from circuitgraph.dictionary.store import load_dictionary, save_dictionary
 from circuitgraph.build.build import build_graph, clear_checkpoint
 from circuitgraph.cli import app
 from circuitgraph.graph.graph import Graph, save_gexf, save_graphml
-from circuitgraph.graph.tables import check_output_folder, replace_file
+from circuitgraph.files import replace_file
+from circuitgraph.graph.tables import check_output_folder
 from circuitgraph.graph.viewer import write_report
 from circuitgraph.model.loading import tiny_model
 from circuitgraph.options import Run

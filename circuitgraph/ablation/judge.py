@@ -26,6 +26,7 @@ from tqdm import tqdm
 from .features import run_selections
 from .selection import draw_among_nodes, leave_one_out, select
 from .values import AblatedText, AblatedValue, FixedValues, Mean, read_value
+from ..checks import check_arguments
 from ..cut import Cut, open_cut
 from ..data.corpus import Corpus, check_tokens
 from ..data.task import METRICS, Task, check_task, score_answers
@@ -57,6 +58,7 @@ def run_ablated(
 
     Raises ValueError for bad tokens or options, a graph of another model, edges that the architecture does
     not have, and dictionaries that are not the graph's."""
+    check_arguments(run_ablated, locals())
     graphs = [graph] if isinstance(graph, Graph) else list(graph)
     cut = open_cut(model, graphs[0], dictionaries)
     check_tokens(tokens, model)
@@ -360,6 +362,7 @@ def bootstrap(
 
     Where all draws agree, both ends are the estimate. Where the statistic of a draw is undefined, both are
     NaN. Source: @efron1987bca (@eq-bca) and @hesterberg2015bootstrap (@eq-widen)."""
+    check_arguments(bootstrap, locals())
     estimate = statistic(*values)
     n = values[0].shape[-1]
     if n < 2:
@@ -457,6 +460,7 @@ def evaluate(
         evaluate(model, graph.top_edges(2_000), text, value="mean").faithfulness
 
     Raises ValueError for bad data or options and for a graph of another model. Source: @wang2022ioi."""
+    check_arguments(evaluate, locals())
     cut = open_cut(model, graph, dictionaries)
     kept = select(cut, graph, ablation)
     judge = open_judge(cut, data, value, judging)
@@ -618,6 +622,7 @@ def compare_curves(
         areas, curves = compare_curves(model, {"IG": graph, "random": random_graph(model)}, text)
 
     Raises ValueError as `evaluate` does, and for graphs of different cuts. Source: @mueller2025mib."""
+    check_arguments(compare_curves, locals())
     if not graphs:
         raise ValueError("graphs must hold at least one graph")
     modes, budgets = _check_modes(ablation), n_edges if isinstance(n_edges, Budgets) else Budgets(n_edges)
@@ -674,6 +679,7 @@ def ablation_curve(
         curve = ablation_curve(model, graph, text, n_edges=[100, 1_000, 10_000])
 
     Raises ValueError as `evaluate` and `select_edges` do."""
+    check_arguments(ablation_curve, locals())
     one = {"graph": graph}
     _, curves = compare_curves(
         model, one, data, n_edges, ablation=ablation, value=value, dictionaries=dictionaries, judging=judging
@@ -696,6 +702,7 @@ def minimality(
         minimality(model, graph.top_edges(200), text).head()
 
     Raises ValueError as `evaluate` does. Source: @wang2022ioi."""
+    check_arguments(minimality, locals())
     if n_edges is not None and n_edges < 1:
         raise ValueError(f"n_edges must be at least 1, or None for all, got {n_edges}")
     if not len(graph):

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
+from ..checks import check_fields
 from ..dictionary.protocol import Dictionary
 from ..model.blocks import Model
 from ..model.modules import Reader, Trace
@@ -277,6 +278,7 @@ class Attribution:
     n_silent: int | None = 0  # silent features of each dictionary that read at a position; None for all
 
     def __post_init__(self) -> None:
+        check_fields(self)
         method = self.method
         allowed = {
             "baseline": ("zero", "mean", "corrupted"),

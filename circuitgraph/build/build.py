@@ -28,13 +28,14 @@ from .metric import build_metric_graph
 from .modules import ModuleSums, add_batch, assemble_graph, describe_graph, list_edges
 from .modules import load_sums, name_target, save_sums
 from .prompt import Prompt, weigh_prompt
+from ..checks import check_arguments
 from ..cut import Cut, FeatureCut, ModuleCut, cut_model, hash_dictionary, trace_mean
 from ..data.corpus import Corpus, check_tokens
 from ..data.prompts import read_prompt
-from ..data.task import Task, check_task
+from ..data.task import Task, check_pairs, check_task
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph
-from ..graph.tables import replace_file
+from ..files import replace_file
 from ..model.blocks import Model
 from ..model.modules import list_nodes
 from ..options import Pruning, Run
@@ -97,6 +98,7 @@ def check_texts(model: Model, corpus: Tensor, corrupted: Tensor | None, rule: At
         if corrupted.shape != corpus.shape:
             shapes = f"{tuple(corpus.shape)}, got {tuple(corrupted.shape)}"
             raise ValueError(f"corrupted must have the shape of corpus, {shapes}")
+        check_pairs(corpus, corrupted)
 
 # %% ../../nbs/58_build.ipynb #bld02
 def _open_sums(
@@ -296,6 +298,7 @@ def build_graph(
 
     Raises ValueError for bad tokens or options and for a checkpoint of another run, OSError for a folder
     that can't be written. Source: @sundararajan2017ig."""
+    check_arguments(build_graph, locals())
     if not isinstance(model, Model):
         raise ValueError(f"model must be a Model, as load_model returns it, got {type(model).__name__}")
     cut = cut_model(model, nodes)
@@ -305,6 +308,8 @@ def build_graph(
         cut = _cut_prompt(cut)
     data = data.whole() if isinstance(data, Corpus) else data
     _check_request(data, target)
+    if not isinstance(data, Task | Prompt):
+        check_tokens(data, model, "data")
     rule = _read_rule(attribution, data, cut)
     if isinstance(cut, FeatureCut):
         if corrupted is not None:
@@ -331,6 +336,7 @@ def complete_graph(
         mine = complete_graph(model, "head").keep(["embed->a0.h1<q>", "m0->logits"])
 
     Raises ValueError for an unknown grain."""
+    check_arguments(complete_graph, locals())
     rule = Attribution(ports=ports)
     described = describe_graph(model, torch.zeros(0, 0, dtype=torch.long), nodes, rule, None)
     meta = {key: entry for key, entry in described.items() if key not in rule.describe() or key == "ports"}

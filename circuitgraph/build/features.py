@@ -34,7 +34,7 @@ from .sums import Occurrences, Sums, add_features, add_keys, is_compiled, list_m
 from .sums import order_occurrences, run_on_threads, select_readers
 from ..cut import Activity, FeatureCut, Part, part_ports, read_activity
 from ..data.task import Task
-from ..graph.tables import replace_file
+from ..files import replace_file
 from ..model.blocks import Model, attention_mask, norm_scale, rotary_tables, rotate
 from ..model.modules import Trace, list_readers, norm_before
 from ..options import Pruning, Run
@@ -730,6 +730,11 @@ def _weigh_groups(
             readers = (group.first, group.last)
             sums = Sums(group.ports, readers, group.part.n_before, device, storage)
             _add_group(sums, text, group, bar)
+            if not sums.table.sum().isfinite():
+                raise ValueError(
+                    f"weights into {group.part.module} must be finite, but some are NaN or infinite: the gradients "
+                    f"of {group.part.dictionary!r} are not defined on all inputs"
+                )
             n_whole = int(group.last == group.part.n_nodes)  # the error node, or a module without dictionary
             edges = sums.prune(pruning, n_whole)
             if file is not None:

@@ -21,7 +21,7 @@ from ..attribution.method import Attribution, Method
 from ..attribution.metric import final_gradients, port_gradients, score_task
 from .modules import describe_graph, list_edges, name_target
 from ..cut import trace_mean
-from ..data.task import Task, check_task
+from ..data.task import Task, check_pairs, check_task
 from ..dictionary.places import visit_modules
 from ..graph.graph import Graph
 from ..model.blocks import Model
@@ -179,6 +179,8 @@ def _check_options(task: Task, model: Model, rule: Attribution, run: Run) -> Non
                 "port, against the task's own corrupted prompts: leave it out"
             )
     check_task(task, model)
+    if rule.baseline == "corrupted":
+        check_pairs(task.clean, task.corrupted)
 
 # %% ../../nbs/52_metric_graph.ipynb #9b231b67
 @torch.no_grad()

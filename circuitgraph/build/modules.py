@@ -26,7 +26,8 @@ from ..attribution.method import Attribution
 from ..data.corpus import hash_tokens
 from ..data.task import Task
 from ..graph.graph import Graph
-from ..graph.tables import PORTS, replace_file
+from ..files import replace_file
+from ..graph.tables import PORTS
 from ..model.blocks import Model
 from ..model.modules import Reader, Trace, list_nodes, list_readers, trace_modules
 
@@ -194,6 +195,4 @@ def assemble_graph(
 # %% ../../nbs/51_module_graph.ipynb #87dfe562
 def name_target(task: Task) -> str:
     "The metric and the task, as `meta` names them."
-    metric = task.metric
-    name = metric if isinstance(metric, str) else metric.__name__
-    return f"{name} of {task.name}"
+    return f"{task.metric_name} of {task.name}"

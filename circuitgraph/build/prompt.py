@@ -25,6 +25,7 @@ from .features import add_local, check_rule
 from .readers import Readers, Writers, carry_cotangents, list_active, mlp_readers_vjp
 from .readers import weigh_writers
 from .sums import keep_largest
+from ..checks import check_fields
 from ..cut import Activity, FeatureCut, Part, read_activity
 from ..data.corpus import check_matrix
 from ..graph.tables import PORTS
@@ -52,6 +53,7 @@ class Prompt:
     targets: Sequence[OutputToken | tuple[OutputToken, OutputToken]] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_matrix(self.tokens, "the tokens of a prompt", "[1 pos]", ": torch.tensor([ids])")
         if len(self.tokens) != 1:
             raise ValueError(

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from ..ablation.features import run_selections
 from ..ablation.selection import select
 from ..ablation.values import AblatedText, AblatedValue, FixedValues, read_value
+from ..checks import check_arguments, check_fields
 from .links import edge_codes, node_levels, share_weights
 from .nulls import communities_of, edge_blocks
 from ..cut import Cut, open_cut
@@ -41,7 +42,7 @@ from ..data.task import Task
 from ..dictionary.places import visit_modules
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph
-from ..graph.tables import replace_file
+from ..files import replace_file
 from ..model.blocks import Model, run_logits
 from ..options import Run
 
@@ -504,6 +505,9 @@ class Matching:
     seed: int = 0  # of controls and permutations
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        if self.edges not in ("inside", "touching"):
+            raise ValueError(f"edges must be 'inside' or 'touching', got {self.edges!r}")
         if min(self.n_controls, self.n_permutations) < 1:
             given = f"{self.n_controls} and {self.n_permutations}"
             raise ValueError(f"n_controls and n_permutations must be at least 1, got {given}")
@@ -528,6 +532,8 @@ def match_behaviours(
     Raises ValueError as `check_behaviours`, `community_edges` and `ablation_losses` do, for fewer than two
     sequences, and for communities without edges.
     """
+    check_arguments(match_behaviours, locals())
+    check_tokens(tokens.tokens if isinstance(tokens, Corpus) else tokens, model)
     if len(tokens) < 2:
         raise ValueError(
             f"tokens must hold at least two sequences, one to choose on and one to measure, got {len(tokens)}"

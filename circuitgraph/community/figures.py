@@ -19,9 +19,10 @@ import scipy.sparse as sp
 from jaxtyping import Int
 from torch import Tensor
 
+from ..checks import check_arguments
 from .links import edge_codes, share_weights
 from .nulls import communities_of, expected_between
-from .search import SearchLike, find_communities
+from .search import SearchLike, find_communities, find_search
 from ..dictionary.look import show_top
 from ..graph.figures import place_nodes, plot_layers, show_figure
 from ..graph.graph import Graph
@@ -353,7 +354,11 @@ def view_communities(
 
     Raises ValueError for a graph without communities, and text without its activity.
     """
+    check_arguments(view_communities, locals())
     communities_of(graph)
+    find_search(method)
+    if n < 0 or not all(resolution > 0 for resolution in resolutions):
+        raise ValueError(f"n must be at least 0 and resolutions above 0, got {n} and {list(resolutions)}")
     given = [part is not None for part in (model, corpus, activity)]
     if any(given) and not all(given):
         raise ValueError("model, corpus and activity must be given together: text is shown by all three")

@@ -15,6 +15,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 from sklearn.metrics import adjusted_mutual_info_score
 
+from ..checks import check_arguments
 from .links import Links, NULLS, Null, NullLike, add_history, expect_weight, find_null
 from .links import node_levels, read_links
 from .search import SearchLike, SearchOptions, find_search, group_matrix
@@ -255,6 +256,7 @@ def judge_communities(
 
     Raises ValueError as `find_communities` does, and for fewer than two rewired graphs or searches.
     """
+    check_arguments(judge_communities, locals())
     check_draws(n_null, n_seeds)
     search = find_search(method)
     kept = find_null("layered" if null is None else null)

@@ -22,6 +22,7 @@ import scipy.sparse as sp
 from jaxtyping import Bool, Int
 from scipy.sparse.csgraph import connected_components
 
+from ..checks import check_arguments, check_fields
 from .links import Expected, Links, NULLS, Null, NullLike, add_history, expect_weight
 from .links import find_null, read_links
 from ..graph.graph import Graph
@@ -243,6 +244,7 @@ class SearchOptions:
     similarity: sp.csr_array | None = None  # [node node]
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.resolution < np.inf:
             raise ValueError(f"resolution must be above 0 and finite, got {self.resolution}")
 
@@ -374,6 +376,7 @@ def find_communities(
     Raises ValueError for an unknown method, a resolution not above zero, a similarity that is missing or of
     other nodes, and a graph without weight. Source: @traag2019leiden.
     """
+    check_arguments(find_communities, locals())
     search = find_search(method, null)
     if n_seeds < 1:
         raise ValueError(f"n_seeds must be at least 1, got {n_seeds}")

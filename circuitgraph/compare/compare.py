@@ -15,6 +15,8 @@ import pandas as pd
 from jaxtyping import Int
 from torch import Tensor
 
+from ..checks import check_arguments
+from ..data.corpus import check_tokens
 from .isomorphism import class_distance, permute_weights
 from .match import match_communities, match_nodes, read_words, split_passages
 from .match import verify_edges
@@ -91,6 +93,7 @@ def _read_text(text: str | Int[Tensor, "seq pos"], model: Model) -> str:
     "The text itself; tokens are those of the first graph's model."
     if isinstance(text, str):
         return text
+    check_tokens(text, model, "text")
     if model.tokenizer is None:
         raise ValueError("text must be a string where the first model has no tokenizer, got tokens")
     pieces = [model.tokenizer.decode(row, skip_special_tokens=True) for row in text]
@@ -119,6 +122,7 @@ def compare_graphs(
 
     `text` should be one that neither graph was built on. Raises ValueError for graphs of other grains or
     ports, without edges, models that are not the graphs', and a text of fewer than 40 words."""
+    check_arguments(compare_graphs, locals())
     _check_grains(graph, other)
     opened = [_open_model(one, model) for one, model in zip((graph, other), models, strict=True)]
     distance = partial(class_distance, n_classes=n_classes, seed=seed)

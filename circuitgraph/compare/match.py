@@ -78,7 +78,8 @@ def read_words(
     quiet = Run(progress=False)
     tables = []
     for passage in tqdm(passages, desc="words", unit="passage", disable=not run.progress):
-        encoded = model.tokenizer(passage, return_offsets_mapping=True, add_special_tokens=True)
+        options = {"add_special_tokens": True, "split_special_tokens": True}  # "<s>" in a text is text
+        encoded = model.tokenizer(passage, return_offsets_mapping=True, **options)
         tokens = torch.tensor([encoded["input_ids"]], device=model.device)
         activity = read_patterns(model, graph, tokens, dictionaries, skip_first=1, run=quiet)
         words = cover_words(passage, encoded["offset_mapping"]) @ activity

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from ..checks import check_arguments
 from ..model.blocks import Model
 
 # %% ../../nbs/15_corpus.ipynb #8f9ebf30
@@ -231,6 +232,7 @@ def open_texts(
         tokens = load_corpus(texts, model)
 
     Raises ValueError for a source that is none of those allowed, and for an option that it has no use for."""
+    check_arguments(open_texts, locals())
     texts = _open_source(source, field, split, config)
     given = {"field": field != "text", "split": split != "train", "config": config is not None}
     unused = sorted(option for option, is_given in given.items() if is_given and option not in texts.options)
@@ -367,7 +369,7 @@ def _read_pool(
     # At some four characters a token, a part holds several sequences even of a very long context.
     for batch in _iter_batches(texts, max(_PART_CHARS, 32 * length), generator):
         parts = [part for *_, part in batch]
-        encoded = tokenizer(parts, **options)
+        encoded = tokenizer(parts, **options, split_special_tokens=True)  # "<s>" in a text is text
         for (i, document, _), ids in zip(batch, encoded.input_ids, strict=True):
             pool.add(i, document, ids)
         n_chars += sum(map(len, parts))
@@ -402,12 +404,16 @@ def check_draw(
 ) -> None:
     "Make sure that so much text can be asked for, of whatever model. Raises ValueError."
     for name, value, low in (("n_tokens", n_tokens, 1), ("seq_len", seq_len, 2), ("seed", seed, 0)):
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+        if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value < 2**63:
+            raise ValueError(
+                f"{name} must be a whole number of at least {low} and below 2**63, got {value!r}"
+            )
 
 
 def _check_request(model: Model, n_tokens: int, seq_len: int, seed: int) -> None:
     "Refuse a request that this model can't meet."
+    if not hasattr(model, "tokenizer"):
+        raise ValueError(f"model must be a Model, as load_model returns it, got {type(model).__name__}")
     if model.tokenizer is None:
         raise ValueError(
             f"model must have a tokenizer to read text, {model.name} has none: make token ids of shape "

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import check_arguments
 from .corpus import bos_ids, check_tokens, read_utf8
 from .task import Task, check_metric, check_task, score_answers
 from ..model.blocks import Model
@@ -336,7 +337,19 @@ def _draw_pairs(name: str, tokenizer: Any, n: int, seed: int) -> list[_Encoded]:
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(read_utf8(path), newline=""), strict=True)
     try:
+        names = reader.fieldnames or []
+        repeated = [name for name in names if names.count(name) > 1]
+        if repeated:
+            raise ValueError(
+                f"{path.name}: columns must have names of their own, but {repeated[0]!r} stands twice"
+            )
         for row in reader:
+            if None in row:
+                extra = ", ".join(row[None])
+                raise ValueError(
+                    f"{path.name}, line {reader.line_num}: has more fields than the {len(names)} columns "
+                    f"({extra!r}): quote texts that hold a comma"
+                )
             yield reader.line_num, row
     except csv.Error as error:
         raise ValueError(f"{path.name}, line {reader.line_num}: not CSV ({error})") from None
@@ -348,7 +361,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path.name}, line {i}: not JSON ({error})") from None
         if not isinstance(row, dict):
             got = type(row).__name__
@@ -369,9 +382,15 @@ def _list_texts(value: Any, separated: bool) -> tuple[str, ...]:
     return tuple(value)
 
 
+_FIELDS = ("clean", "corrupted", "answers", "wrong")
+
+
 def _read_pair(row: dict[str, Any], separated: bool) -> _Pair:
     "The pair of a row. Raises ValueError for a row without prompts or answers."
-    missing = [key for key in ("clean", "corrupted", "answers") if not row.get(key)]
+    unknown = sorted(set(row) - set(_FIELDS))
+    if unknown:
+        raise ValueError(f"fields must be among {', '.join(_FIELDS)}, got {unknown[0]!r}: leave it out")
+    missing = [key for key in _FIELDS[:3] if not row.get(key)]
     if missing:
         given = ", ".join(key for key, value in row.items() if key and value) or "nothing"
         raise ValueError(f"must have {', '.join(missing)}, got {given}")
@@ -380,12 +399,33 @@ def _read_pair(row: dict[str, Any], separated: bool) -> _Pair:
     return _Pair(clean, corrupted, answers, wrong)
 
 
+def _list_marks(tokenizer: Any) -> list[str]:
+    "Special tokens that a prompt must not hold as text: all but those that the chat template writes."
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    template = str(getattr(tokenizer, "chat_template", None))
+    return [token.content for token in added.values() if token.special and token.content not in template]
+
+
+def _refuse_marks(pair: _Pair, bos: str | None, marks: Sequence[str]) -> None:
+    "Raises ValueError for a special token in a text, which would be read as one token; BOS may begin it."
+    for text in (pair.clean, pair.corrupted, *pair.answers, *pair.wrong):
+        inner = text.removeprefix(bos or "")
+        found = [mark for mark in marks if mark in inner]
+        if found:
+            raise ValueError(
+                f"{text[:40]!r} holds the special token {found[0]!r}, which would not be read as text: write it "
+                "otherwise"
+            )
+
+
 def _read_pairs(path: Path, tokenizer: Any, n: int, seed: int, multi_token: str) -> list[_Encoded]:
     "Pairs of a user's file; a seeded sample where it has more than n."
     is_csv, pairs, n_with_bos = path.suffix == ".csv", [], 0
+    marks = _list_marks(tokenizer)
     for line, row in _read_csv(path) if is_csv else _read_jsonl(path):
         try:
             pair = _read_pair(row, is_csv)
+            _refuse_marks(pair, tokenizer.bos_token, marks)
             n_with_bos += bool(tokenizer.bos_token) and pair.clean.startswith(tokenizer.bos_token)
             pairs.append(_encode(tokenizer, pair, multi_token))
         except ValueError as error:
@@ -586,6 +626,7 @@ def load_task(
     Raises ValueError for an unknown task, a file that does not fit, and a model that is not above chance.
 
     Source: @wang2022ioi for "ioi"; those of the other templates are in the notebook of this module."""
+    check_arguments(load_task, locals())
     _check_request(source, model, n, metric, multi_token)
     name, pairs, usual_metric = _find_pairs(source, model.tokenizer, n, seed, multi_token)
     if multi_token == "joint":

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['HOOKS', 'Site', 'choose_site', 'hook_place', 'find_site', 'saelens_site', 'from_saelens_state', 'from_saelens',
-           'load_tensors', 'transcoder_site', 'from_circuit_tracer', 'trainer_site', 'from_dictionary_learning',
-           'hookpoint_site', 'from_sparsify', 'scope_site', 'from_gemma_scope']
+           'load_tensors', 'refuse_bomb', 'transcoder_site', 'from_circuit_tracer', 'trainer_site',
+           'from_dictionary_learning', 'hookpoint_site', 'from_sparsify', 'scope_site', 'from_gemma_scope']
 
 # %% ../../nbs/22_formats.ipynb #2899f801
 import json
+import pickle
 import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -363,12 +365,52 @@ def load_tensors(
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} can't be read: {error}") from error
 
+# %% ../../nbs/22_formats.ipynb #51fe0063
+_FREE = 2**28  # bytes that any file may unpack to
+
+
+def refuse_bomb(
+    path: Path,  # a zip file, or another
+) -> None:
+    "Raise ValueError for a zip file that would unpack to more than 100 times its size and 256 MB."
+    if not is_zipfile(path):
+        return
+    with ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > 100 * path.stat().st_size + _FREE:
+        raise ValueError(f"it would unpack to {unpacked:,} bytes, which weights of its size never do")
+
 # %% ../../nbs/22_formats.ipynb #5dd7efcc
-def _read_text(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    "Settings of a file. Raises ValueError for one that can't be read and for one that holds no settings."
+_MOST_TEXT = {".json": 10_000_000, ".yaml": 100_000}  # bytes of settings that we read
+
+
+def _parse_yaml(text: str) -> Any:
+    "Plain YAML. Raises ValueError for aliases, by which few lines can stand for gigabytes, and for deep nesting."
+    depth = 0
+    for event in yaml.parse(text):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it holds aliases (*name), which are not read")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > 50:
+            raise ValueError("it is nested more than 50 deep")
+    return yaml.safe_load(text)
+
+
+def read_settings(
+    path: Path,  # of a JSON file, or of a YAML file with the ending .yaml
+) -> dict[str, Any]:
+    """Read the settings in a file of anybody, which can't run code.
+
+    Raises ValueError for a file that can't be read, is larger than any settings, or holds none by name."""
+    malformed = (ValueError, OSError, RecursionError, yaml.YAMLError, AttributeError, KeyError, TypeError)
     try:
-        settings = parse(path.read_text())
-    except (ValueError, OSError, yaml.YAMLError) as error:
+        most = _MOST_TEXT.get(path.suffix, 0)
+        if path.stat().st_size > most:
+            raise ValueError(f"it has more than {most:,} bytes")
+        parse = _parse_yaml if path.suffix == ".yaml" else json.loads
+        settings = parse(path.read_text(encoding="utf-8"))
+    except malformed as error:
         raise ValueError(f"{path} can't be read: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold settings by name, got {type(settings).__name__}")
@@ -380,7 +422,7 @@ def refuse_cross_layer(
 ) -> None:
     "Raise ValueError if a folder holds cross-layer transcoders."
     config = folder / "config.yaml"
-    kind = _read_text(config, yaml.safe_load).get("model_kind", "transcoder_set") if config.exists() else None
+    kind = read_settings(config).get("model_kind", "transcoder_set") if config.exists() else None
     if kind == "cross_layer_transcoder" or any(folder.glob("W_enc_*.safetensors")):
         raise ValueError(
             f"{folder} holds cross-layer transcoders: one encoder writes to all later layers, so there is no "
@@ -407,7 +449,7 @@ def transcoder_site(
                 f"name reads, one of {', '.join(PLACES)}"
             )
         return Site(f"m{layer[1]}", reads)
-    settings = _read_text(config, yaml.safe_load)
+    settings = read_settings(config)
     hook_in, hook_out = (settings.get(f"feature_{end}_hook") for end in ("input", "output"))
     if hook_in is None and reads is not None:
         hook_in = "hook_mlp_in"
@@ -450,7 +492,7 @@ def from_circuit_tracer(
     refuse_cross_layer(path.parent)
     module, reads, notes = choose_site(lambda: transcoder_site(path, reads), module, reads)
     config = path.parent / "config.yaml"
-    settings = _read_text(config, yaml.safe_load) if config.exists() else {}
+    settings = read_settings(config) if config.exists() else {}
     state = load_tensors(path)
     optional = ("W_skip", "k", "threshold", "activation_function.threshold")
     _check_names("transcoder", state, _AFFINE, optional)
@@ -476,7 +518,7 @@ def trainer_site(
     folder: Path,  # with config.json
 ) -> Site:
     "The site of a checkpoint of `dictionary_learning`. Raises ValueError where the config does not say it."
-    config = _read_text(folder / "config.json", json.loads)
+    config = read_settings(folder / "config.json")
     trainer = config.get("trainer") or {}
     submodule = str(trainer.get("submodule_name"))
     layer = trainer.get("layer")
@@ -554,14 +596,22 @@ def from_dictionary_learning(
 ) -> LinearDictionary:
     "A checkpoint of `dictionary_learning`. Raises ValueError for unknown classes and damaged files."
     module, reads, notes = choose_site(lambda: trainer_site(folder), module, reads)
-    trainer = _read_text(folder / "config.json", json.loads).get("trainer") or {}
+    trainer = read_settings(folder / "config.json").get("trainer") or {}
     kind = trainer.get("dict_class")
     if kind not in _CLASSES:
         raise ValueError(f"dict_class must be one of {', '.join(_CLASSES)}, got {kind!r}")
+    path = folder / "ae.pt"
     try:
-        state = torch.load(folder / "ae.pt", map_location="cpu", weights_only=True)
+        refuse_bomb(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{folder / 'ae.pt'} can't be read: {error}") from error
+        is_pickle = isinstance(error, pickle.UnpicklingError)
+        reason = "it holds other objects" if is_pickle else str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} can't be read as tensors alone, and nothing else is opened: {reason}"
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{path} must hold tensors by name, got {type(state).__name__}")
     required, centred = _CLASSES[kind]
     _check_names(kind, state, required, _BESIDE)
     W_enc = state["W_enc"] if "W_enc" in state else state["encoder.weight"].mT.contiguous()
@@ -589,7 +639,7 @@ def hookpoint_site(
     """
     folder = folder.absolute()
     hookpoint = folder.parent.name if re.fullmatch(r"seed\d+", folder.name) else folder.name
-    transcodes = _read_text(folder / "cfg.json", json.loads).get("transcode", False)
+    transcodes = read_settings(folder / "cfg.json").get("transcode", False)
     names = "(self_attn|self_attention|attention|attn|mlp)"
     match = re.fullmatch(rf"(?:[\w.]+\.)?(?:layers|h|blocks)[._](\d+)(?:\.{names})?", hookpoint)
     if match is None:
@@ -608,7 +658,7 @@ def from_sparsify(
 ) -> LinearDictionary:
     "A dictionary of sparsify. Raises ValueError for unknown activations and damaged files."
     module, reads, notes = choose_site(lambda: hookpoint_site(folder), module, reads)
-    cfg = _read_text(folder / "cfg.json", json.loads)
+    cfg = read_settings(folder / "cfg.json")
     activation = cfg.get("activation", "topk")
     if activation not in ("topk", "groupmax"):
         raise ValueError(f"activation of {folder} must be topk or groupmax, got {activation!r}")
@@ -659,9 +709,19 @@ def from_gemma_scope(
     "A JumpReLU dictionary of Gemma Scope. Raises ValueError for damaged files and unknown places."
     module, reads, notes = choose_site(lambda: scope_site(path), module, reads)
     try:
+        refuse_bomb(path)
         with np.load(path, allow_pickle=False) as arrays:
             state = {re.sub("^w_", "W_", name): torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (ValueError, TypeError, OSError, BadZipFile, AttributeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        BadZipFile,
+        AttributeError,
+        MemoryError,
+        KeyError,
+        zlib.error,
+    ) as error:
         raise ValueError(f"{path} can't be read as arrays of numbers: {error}") from error
     _check_names("jumprelu", state, _TENSORS["jumprelu"])
     matrices = (state["W_enc"], state["W_dec"], state["b_enc"], state["b_dec"])

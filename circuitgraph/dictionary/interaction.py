@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from ..checks import check_arguments, check_fields
 from ..data.corpus import check_tokens, hash_tokens
 from .places import check_place, read_places, visit_modules
 from .protocol import Dictionary, Gate, LinearDictionary
@@ -139,6 +140,7 @@ class BasisConfig:
     seed: int = 0  # of the random cotangents
 
     def __post_init__(self) -> None:
+        check_fields(self)
         n_samples = self.n_samples
         if n_samples is not None and n_samples < 1:
             raise ValueError(f"n_samples must be at least 1, got {n_samples}")
@@ -161,6 +163,17 @@ def _collect_influence(
     return total / corpus[:, config.skip_first :].numel()
 
 # %% ../../nbs/26_interaction.ipynb #02ae1094
+def _check_basis(model: Model, corpus: Tensor, config: BasisConfig) -> None:
+    "Raise ValueError for options that the model or the text can't meet, before anything is written."
+    d_dict, n_pos = config.d_dict, corpus.shape[1]
+    if d_dict is not None and d_dict > model.d_model:
+        raise ValueError(f"d_dict must lie in [1, {model.d_model}] (d_model), got {d_dict}")
+    if config.skip_first >= n_pos:
+        raise ValueError(
+            f"skip_first must lie in [0, {n_pos - 1}] (positions of a sequence), got {config.skip_first}"
+        )
+
+
 def _check_chain(model: Model, modules: Sequence[str]) -> None:
     "Raise ValueError for anything but whole modules in the order of computation."
     places = [check_place(model, module, "output") for module in modules]
@@ -189,11 +202,11 @@ def train_interaction_bases(
     Raises ValueError for a chain out of order, bad tokens, unknown modules and a folder of another run.
     Source: @bushnaq2024lib.
     """
+    check_arguments(train_interaction_bases, locals())
     _check_chain(model, modules)
     check_tokens(corpus, model)
+    _check_basis(model, corpus, config)
     d_dict, tol = config.d_dict, config.tol
-    if d_dict is not None and not 1 <= d_dict <= model.d_model:
-        raise ValueError(f"d_dict must lie in [1, {model.d_model}] (d_model), got {d_dict}")
     hashes = {"weights_hash": model.weights_hash, "corpus": hash_tokens(corpus)}
     settings = {"kind": "lib", "modules": list(modules)} | asdict(config) | hashes
     folder = open_run(out, settings)

@@ -22,6 +22,7 @@ from scipy.sparse import csr_array, vstack
 from torch import Tensor
 from tqdm import tqdm
 
+from ..checks import check_arguments
 from ..data.corpus import check_tokens
 from .places import read_places
 from .protocol import Dictionary
@@ -40,7 +41,7 @@ def read_features(
     run: Run = Run(),  # by default 8 sequences at a time
 ) -> Any:  # csr_array [seq*pos d_dict], positions in the order of the text, float32
     "Activations of a dictionary's features, sparse. Raises ValueError for bad tokens and places."
-    check_tokens(corpus, model)
+    check_tokens(corpus, model, "corpus")
     place = (dictionary.module, dictionary.reads)
     parts = []
     batches = corpus.split(run.batch_size or 8)
@@ -204,6 +205,7 @@ def view_features(
     Example: `view_features(model, dictionaries["m10"], held_out)`.
     Raises ValueError for a text on which no feature is active.
     """
+    check_arguments(view_features, locals())
     acts = read_features(model, dictionary, corpus)
     count = np.diff(acts.tocsc().indptr)
     order = [int(feature) for feature in np.argsort(-count, kind="stable") if count[feature]]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import check_arguments
 from ..data.corpus import check_tokens
 from .protocol import Dictionary, FunctionDictionary, Gate, LinearDictionary
 from .protocol import PursuitDictionary, reconstruct
@@ -237,6 +238,7 @@ def neuron_basis(
     Example: `build_graph(model, corpus, {"m3": neuron_basis(model, "m3")})` has a node for each neuron.
     Raises ValueError for a module that is not an MLP.
     """
+    check_arguments(neuron_basis, locals())
     kind, layer, _ = check_place(model, module, "output")
     if kind != "m":
         raise ValueError(f"neurons are those of an MLP, like 'm3', got {module!r}")

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ..checks import check_fields
+
 # %% ../../nbs/20_protocol.ipynb #09fe9407
 @runtime_checkable
 class Dictionary(Protocol):
@@ -87,6 +89,7 @@ class Gate:
     b_mag: Tensor | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.kind not in GATES:
             raise ValueError(f"kind of a gate must be one of {', '.join(GATES)}, got {self.kind!r}")
         required = _GATE_PARAMETERS[self.kind]
@@ -131,8 +134,21 @@ class Gate:
         return active * self.r_mag.exp()
 
 # %% ../../nbs/20_protocol.ipynb #0ea57059
+def _check_matrices(dictionary: Any, names: tuple[str, ...]) -> None:
+    "Raise ValueError for what is no matrix of floating-point numbers."
+    for name in names:
+        matrix = getattr(dictionary, name)
+        got = type(matrix).__name__
+        if isinstance(matrix, Tensor):
+            got = f"{matrix.dtype} of shape {tuple(matrix.shape)}"
+            if matrix.ndim == 2 and matrix.numel() and matrix.is_floating_point():
+                continue
+        raise ValueError(f"{name} must be a matrix of floating-point numbers that is not empty, got {got}")
+
+
 def _check_tensors(dictionary: Any) -> None:
     "Raise ValueError for shapes that do not fit and numbers that are not finite."
+    _check_matrices(dictionary, ("W_enc", "W_dec"))
     d_in, d_dict = dictionary.W_enc.shape
     d_model = dictionary.W_dec.shape[-1]
     gate = dictionary.gate
@@ -144,6 +160,8 @@ def _check_tensors(dictionary: Any) -> None:
     for name, (tensor, shape) in tensors.items():
         if tensor is None:
             continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor of the shape {shape}, got {type(tensor).__name__}")
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{name} must have the shape {shape} for W_enc {(d_in, d_dict)} and d_model {d_model}, "
@@ -182,6 +200,7 @@ class LinearDictionary:
     meta: Mapping[str, Any] = field(default_factory=dict)  # where it came from
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_tensors(self)
 
     @property
@@ -223,6 +242,11 @@ class FunctionDictionary:
     b_dec: Float[Tensor, " d_model"] | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)  # where it came from
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.d_dict < 1:
+            raise ValueError(f"d_dict must be at least 1 (features), got {self.d_dict}")
+
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_dict"]:
         "Activations of the features."
         return self.encoder(x)
@@ -239,7 +263,10 @@ class FunctionDictionary:
 # %% ../../nbs/20_protocol.ipynb #938ace47
 @dataclass(frozen=True, eq=False)
 class PursuitDictionary:
-    "Encode by matching pursuit with tied directions. Source: @costa2025matching."
+    """Encode by matching pursuit with tied directions.
+
+    Raises ValueError for more steps than ten times `d_model`, which no pursuit needs. Source:
+    @costa2025matching."""
 
     module: str
     reads: str
@@ -249,6 +276,13 @@ class PursuitDictionary:
     max_steps: int | None = None  # by default d_model
     stop_when_settled: bool = True  # also stop once a step adds no new feature
     meta: Mapping[str, Any] = field(default_factory=dict)  # where it came from
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_matrices(self, ("W_dec",))
+        most = 10 * self.W_dec.shape[1]
+        if self.max_steps is not None and not 1 <= self.max_steps <= most:
+            raise ValueError(f"max_steps must lie in [1, {most}] (ten times d_model), got {self.max_steps}")
 
     @property
     def d_dict(self) -> int:

@@ -10,21 +10,24 @@ import io
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checks import check_arguments
 from .formats import HOOKS, choose_site, from_circuit_tracer
 from .formats import from_dictionary_learning, from_gemma_scope, from_saelens
 from .formats import from_saelens_state, from_sparsify, hookpoint_site, load_tensors
-from .formats import refuse_cross_layer, saelens_site, scope_site, trainer_site
-from .formats import transcoder_site
+from .formats import read_settings, refuse_cross_layer, saelens_site, scope_site
+from .formats import trainer_site, transcoder_site
 from .places import check_place, fit_dictionary, neuron_basis, token_basis
 from .protocol import Dictionary, FunctionDictionary, Gate, LinearDictionary
 from .protocol import PursuitDictionary
@@ -125,17 +128,22 @@ def _write_folder(
     folder: Path, cfg: Mapping[str, Any], state: Mapping[str, Tensor], programs: Mapping[str, bytes]
 ) -> None:
     "Write a dictionary's files to a new folder, all or none."
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        written = Path(scratch) / "written"
-        written.mkdir()
-        (written / _CFG).write_text(json.dumps(cfg, indent=1))
-        if state:
-            tensors = {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
-            save_file(tensors, written / _WEIGHTS)
-        for name, program in programs.items():
-            (written / name).write_bytes(program)
-        written.rename(folder)
+    tensors = {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            written = Path(scratch) / "written"
+            written.mkdir()
+            (written / _CFG).write_text(json.dumps(cfg, indent=1))
+            if tensors:
+                save_file(tensors, written / _WEIGHTS)
+            for name, program in programs.items():
+                (written / name).write_bytes(program)
+            written.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"dictionary can't be written to {folder} ({error}); make room, or name another"
+        ) from error
 
 # %% ../../nbs/23_store.ipynb #a8ea0aa7
 def save_dictionary(
@@ -149,6 +157,7 @@ def save_dictionary(
     Example: `save_dictionary(dictionary, "dictionaries/m3", weights_hash=model.weights_hash)`.
     Raises FileExistsError if the folder exists, and ValueError for functions that can't be traced.
     """
+    check_arguments(save_dictionary, locals())
     folder = Path(folder)
     d = dictionary
     if folder.exists():
@@ -218,19 +227,14 @@ def _read_config(folder: Path, model: Model | None) -> dict[str, Any]:
     "A folder's config. Raises ValueError for none, a damaged one, and one of another model."
     if not (folder / _CFG).exists():
         raise ValueError(f"{folder} holds no {_CFG}: not a dictionary")
-    try:
-        cfg = json.loads((folder / _CFG).read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / _CFG} can't be read: {error}") from error
-    if not isinstance(cfg, dict):
-        raise ValueError(f"{folder / _CFG} must hold settings by name, got {type(cfg).__name__}")
+    cfg = read_settings(folder / _CFG)
     scaler = folder / "activation_scaler.json"
     if scaler.exists():
-        cfg["norm_scaling_factor"] = json.loads(scaler.read_text()).get("scaling_factor")
+        cfg["norm_scaling_factor"] = read_settings(scaler).get("scaling_factor")
     weights_hash = (cfg.get("metadata") or {}).get("circuitgraph", {}).get("weights_hash")
     if model is not None and weights_hash not in (None, model.weights_hash):
         raise ValueError(
-            f"{folder} is a dictionary of another model (weights {weights_hash[:12]}), "
+            f"{folder} is a dictionary of another model (weights {str(weights_hash)[:12]}), "
             f"not of {model.name} ({model.weights_hash[:12]})"
         )
     return cfg
@@ -294,9 +298,9 @@ class _Found(NamedTuple):
     read: Callable[[], Dictionary]
 
 
-def _module_of_config(folder: Path, model: Model | None) -> str:
-    "Module of a folder of our own form or that of SAELens."
-    cfg = _read_config(folder, model)
+def _module_of_config(folder: Path) -> str:
+    "Module of a folder of our own form or that of SAELens, of whatever model."
+    cfg = _read_config(folder, None)
     ours = (cfg.get("metadata") or {}).get("circuitgraph", {})
     return ours["module"] if "module" in ours else saelens_site(cfg).module
 
@@ -322,9 +326,20 @@ def _find_dictionary(
     if (folder / "sae.safetensors").exists() and not (folder / _WEIGHTS).exists():
         site = choose_site(partial(hookpoint_site, folder), module, reads)
         return _Found(site.module, partial(from_sparsify, folder, module, reads))
-    return _Found(
-        module or _module_of_config(folder, model), partial(_read_folder, folder, model, module, reads, trust)
-    )
+    read = partial(_read_folder, folder, model, module, reads, trust)
+    return _Found(module or _module_of_config(folder), read)
+
+
+@contextmanager
+def _refuse_malformed(path: Path | str) -> Iterator[None]:
+    "Whatever goes wrong while a stranger's file is read is a fault of the file: ValueError with its name."
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is damaged, or of a form that is not read ({said})") from error
 
 # %% ../../nbs/23_store.ipynb #52fe0006
 def load_dictionary(
@@ -341,12 +356,14 @@ def load_dictionary(
     Raises ValueError for damaged files, files of another model, places that are not known, and programs
     that are not trusted.
     """
+    check_arguments(load_dictionary, locals())
     path = Path(path)
     files = [path] if path.is_file() else [path / name for name in (_CFG, "ae.pt", "params.npz")]
-    for file in files:
-        found = _find_dictionary(file, model, module, reads, trust) if file.exists() else None
-        if found is not None:
-            return found.read()
+    for file in filter(Path.exists, files):
+        with _refuse_malformed(file):
+            found = _find_dictionary(file, model, module, reads, trust)
+            if found is not None:
+                return found.read()
     raise ValueError(
         f"{path} holds no {_CFG}, ae.pt or params.npz, and is no layer_*.safetensors: not a dictionary"
     )
@@ -366,7 +383,8 @@ def _walk_folder(
         is_layer = path.name.startswith("layer_")
         name = str(inner if is_layer else inner.parent)
         module, place = places.get(name) or (None, None)
-        found = _find_dictionary(path, model, module, place or (reads if is_layer else None), trust)
+        with _refuse_malformed(path):
+            found = _find_dictionary(path, model, module, place or (reads if is_layer else None), trust)
         if found is not None:
             yield name, found
 
@@ -416,6 +434,7 @@ def load_dictionaries(
     Raises ValueError for a source without dictionaries, files that don't fit the model, two dictionaries
     for one module, modules that are missing, and programs that are not trusted.
     """
+    check_arguments(load_dictionaries, locals())
     folder = Path(source)
     places = places or {}
     wanted = None if modules is None else set(modules)
@@ -435,7 +454,8 @@ def load_dictionaries(
             raise ValueError(
                 f"{origin[module]} and {name} are both of {module!r}: keep one, or load them one by one"
             )
-        by_module[module] = fit_dictionary(model, read())
+        with _refuse_malformed(f"{source}: {name}"):
+            by_module[module] = fit_dictionary(model, read())
         origin[module] = name
         kind, layer, head = check_place(model, module, "output")
         rank[module] = (layer, "amb".find(kind), head)

@@ -23,13 +23,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from ..checks import check_arguments
 from ..data.corpus import check_tokens, hash_tokens
-from .formats import from_saelens_state
+from .formats import from_saelens_state, read_settings
 from .places import check_place, read_places, visit_modules
 from .protocol import Dictionary, LinearDictionary
 from .store import load_dictionary, save_dictionary
 from .trainer import Standardised, TrainConfig, draw_batch, load_state
 from .trainer import make_trainer, save_state, take_step
+from ..files import replace_file
 from ..model.blocks import Model, run_logits
 from ..options import Run
 
@@ -99,6 +101,7 @@ def collect_activations(
     run: Run = Run(),  # by default 8 sequences at a time
 ) -> dict[str, tuple[Float[Tensor, "n d_model"], float]]:  # by module: outputs over a scale, and the scale
     "Outputs of modules at every position. Raises ValueError for numbers that are not finite and bad tokens."
+    check_arguments(collect_activations, locals())
     places = [(module, "output") for module in modules]
     collected = collect_places(model, corpus, places, skip_first=skip_first, run=run)
     return {module: values for (module, _), values in collected.items()}
@@ -213,14 +216,28 @@ def check_trainable(
         )
 
 # %% ../../nbs/25_train.ipynb #f01d00e9
-def _check_data(examples: _Examples, config: TrainConfig) -> None:
-    "Raise ValueError for too few activations, and for inputs or gradients that do not suit them."
-    n = len(examples.outputs)
+def _check_size(corpus: Tensor, config: TrainConfig) -> None:
+    "Raise ValueError for a text with too few positions, before anything is written."
+    n_seq, n_pos = corpus.shape
+    if config.skip_first >= n_pos:
+        raise ValueError(
+            f"skip_first must lie in [0, {n_pos - 1}] (positions of a sequence), got {config.skip_first}"
+        )
+    _check_batch(n_seq * (n_pos - config.skip_first), config)
+
+
+def _check_batch(n: int, config: TrainConfig) -> None:
+    "Raise ValueError for fewer activations than one batch."
     if n < config.batch_size:
         raise ValueError(
             f"there must be at least batch_size = {config.batch_size} activations, got {n}: "
             "take more text or smaller batches"
         )
+
+
+def _check_data(examples: _Examples, config: TrainConfig) -> None:
+    "Raise ValueError for too few activations, and for inputs or gradients that do not suit them."
+    _check_batch(len(examples.outputs), config)
     words = {
         "gradients": ("the kind 'gradient'", config.kind == "gradient", f"kind is {config.kind!r}"),
         "inputs": ("a transcoder", config.transcode, f"transcode is {config.transcode}"),
@@ -304,6 +321,7 @@ def train_dictionary(
     run: Run = Run(),  # its checkpoint is a file here
 ) -> LinearDictionary:
     "Train one dictionary. Raises ValueError for bad activations and a checkpoint that can't be read."
+    check_arguments(train_dictionary, locals())
     check_trainable([module], config)
     for name, values in (("activations", activations), ("inputs", inputs)):
         if values is not None and not values.isfinite().all():
@@ -378,8 +396,11 @@ def open_run(
         return None
     folder = Path(out)
     path = folder / "train.json"
-    if folder.exists() and any(folder.iterdir()):
-        stored = _ALWAYS_OFF_BEFORE | (json.loads(path.read_text()) if path.exists() else {})
+    names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+    stored = read_settings(path) if path.exists() else {}
+    is_empty = not names or (names == {path.name} and set(request) <= set(stored))
+    if not is_empty:  # a request alone is of a run that did not come to its first checkpoint
+        stored = _ALWAYS_OFF_BEFORE | stored
         changed = [name for name, value in request.items() if stored.get(name) != value]
         differences = [f"{name} {stored.get(name)!r} there, {request[name]!r} here" for name in changed]
         if differences:
@@ -387,8 +408,14 @@ def open_run(
                 f"{folder} is not of this run ({'; '.join(differences)}): "
                 "choose another folder, or the same settings to go on"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(request, indent=1))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replace_file(path) as partial_file:
+            partial_file.write_text(json.dumps(request, indent=1))
+    except OSError as error:
+        raise OSError(
+            f"out must be a folder that can be written, got {out} ({error}); name another"
+        ) from error
     return folder
 
 # %% ../../nbs/25_train.ipynb #1e96f904
@@ -481,6 +508,7 @@ def train_dictionaries(
     Example: `train_dictionaries(model, corpus, "mlp", TrainConfig(k=64), out="dictionaries")`.
     Raises ValueError for a bad request, activations that are not finite, and a folder of another run.
     """
+    check_arguments(train_dictionaries, locals())
     if run.checkpoint is not None:
         raise ValueError(
             f"checkpoints are kept in out, got checkpoint {run.checkpoint}: name that folder out"
@@ -488,7 +516,8 @@ def train_dictionaries(
     config = config.at_width(model.d_model)
     names = list_modules(model, modules)
     check_trainable(names, config)
-    check_tokens(corpus, model)
+    check_tokens(corpus, model, "corpus")
+    _check_size(corpus, config)
     if n_workers is None:
         n_workers = torch.get_num_threads() if model.device.type == "cpu" else 1
     if n_workers < 1:

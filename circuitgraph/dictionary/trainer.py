@@ -20,6 +20,9 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
+from ..checks import check_fields
+from ..files import replace_file
+
 # %% ../../nbs/24_trainer.ipynb #4ca79c56
 KINDS = {  # name here -> SAELens' architecture
     "topk": "topk",
@@ -53,6 +56,7 @@ class TrainConfig:
     skip: bool = False  # add a linear path from a transcoder's input to its target
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         for name in ("d_dict", "n_steps", "batch_size"):
@@ -426,9 +430,11 @@ def save_state(trainer: Any, path: Path) -> None:
         "coefficients": {name: s.state_dict() for name, s in trainer.coefficient_schedulers.items()},
         "counts": {name: getattr(trainer, name) for name in _COUNTS},
     }
-    unfinished = path.with_suffix(".new")
-    torch.save(state, unfinished)
-    unfinished.replace(path)
+    with replace_file(path) as partial_file:
+        try:
+            torch.save(state, partial_file)
+        except RuntimeError as error:  # torch's own, for a full disk
+            raise OSError(str(error).partition("\n")[0]) from error
 
 # %% ../../nbs/24_trainer.ipynb #de3c504b
 def load_state(trainer: Any, path: Path) -> None:

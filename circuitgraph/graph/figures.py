@@ -20,6 +20,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 
+from ..checks import check_arguments
 from .graph import Graph, end_codes, list_closest, magnitude
 from .influence import measure_influence
 from .tables import PORTS, name_edges
@@ -235,6 +236,8 @@ def slider_stops(
     "Numbers of edges that a slider offers. Raises ValueError for a negative number."
     if n_edges < 0:
         raise ValueError(f"n_edges must be at least 0, got {n_edges}")
+    if min(levels, default=0) < 0:
+        raise ValueError(f"levels must hold numbers of edges, at least 0, got {min(levels)}")
     return sorted({min(n, available) for n in (*levels, n_edges)})
 
 # %% ../../nbs/32_figures.ipynb #f47686f7
@@ -298,6 +301,7 @@ def plot_layers(
         plot_layers(graph, 100)
         plot_layers(graph, 50, node="m3")       # only the edges into and out of one MLP
     """
+    check_arguments(plot_layers, locals())
     ranked = rank_shown(graph, by, node)
     stops = slider_stops(n_edges, len(ranked), levels)
     n_at_first = min(n_edges, len(ranked))

@@ -10,6 +10,8 @@ __all__ = ['Graph', 'keep_mask', 'magnitude', 'list_closest', 'end_codes', 'keep
 import difflib
 import html
 import json
+import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -20,10 +22,19 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 
-from .tables import EDGE_KEY, FORMAT_VERSION, GraphError, META_KEYS, OF_THE_WHOLE
+from ..checks import check_arguments
+from .tables import EDGE_KEY, FORMAT_VERSION, GraphError, OF_THE_WHOLE
 from .tables import SETTINGS, WEIGHTS
-from .tables import check_edges, check_nodes, encode_edges, load_tables, name_edges
-from .tables import replace_file, save_tables
+from circuitgraph.graph.tables import (
+    check_edges,
+    check_meta,
+    check_nodes,
+    encode_edges,
+    load_tables,
+    name_edges,
+)
+from ..files import replace_file
+from .tables import save_tables
 
 # %% ../../nbs/30_graph.ipynb #b662a438
 def _count_tokens(texts: list[dict[str, Any]]) -> int:
@@ -54,10 +65,10 @@ class Graph:
         edges: pd.DataFrame,  # one row an edge
         meta: dict[str, Any],  # model, text, settings, versions, history
     ) -> None:
-        unknown = sorted(set(meta) - set(META_KEYS))
-        if unknown:
-            known = ", ".join(META_KEYS)
-            raise GraphError(f"meta has unknown keys {unknown}; known are {known}")
+        for name, table in (("nodes", nodes), ("edges", edges)):
+            if not isinstance(table, pd.DataFrame):
+                raise GraphError(f"{name} must be a pandas.DataFrame, got {type(table).__name__}")
+        check_meta(meta)
         check_nodes(nodes)
         table = encode_edges(edges, pd.Index(nodes["name"]))
         check_edges(table)
@@ -173,6 +184,8 @@ class Graph:
 
     def merge(self, other: "Graph") -> "Graph":
         "One graph of two parts: of two texts, or of two disjoint sets of edges."
+        if not isinstance(other, Graph):
+            raise ValueError(f"other must be a Graph, as build_graph returns it, got {type(other).__name__}")
         return merge_graphs(self, other)
 
     def save(self, folder: str | Path, *, overwrite: bool = True) -> Path:
@@ -251,6 +264,8 @@ def keep_edges(
     edges: Sequence[str] | np.ndarray | pd.Series,  # names from `edge_names`, or a boolean mask over edges
 ) -> Graph:
     "Keep some edges. Raises ValueError for an unknown name and for a mask of another length."
+    if not isinstance(edges, Iterable) or isinstance(edges, str):
+        raise ValueError(f"edges must be a list of names or a boolean mask, got {edges!r}")
     values = list(edges)
     if all(isinstance(value, str) for value in values) and values:
         mask = _find_names(graph, set(values))
@@ -270,6 +285,7 @@ def top_edges(
     by: str = "weight",  # "weight", "abs_weight" or "rms_weight", in absolute value
 ) -> Graph:
     "Keep the `n` largest edges. Raises ValueError for `n` out of range."
+    check_arguments(top_edges, locals())
     n_edges = len(graph)
     if not 0 <= n <= n_edges:
         raise ValueError(f"n must lie in [0, {n_edges}] (edges in the graph), got {n}")
@@ -286,6 +302,7 @@ def threshold(
     by: str = "weight",  # "weight", "abs_weight" or "rms_weight", in absolute value
 ) -> Graph:
     "Keep the edges of at least this magnitude. Raises ValueError for a negative or undefined minimum."
+    check_arguments(threshold, locals())
     if not minimum >= 0:
         raise ValueError(f"minimum must be at least 0 (it is compared with |{by}|), got {minimum}")
     is_large = magnitude(graph, by) >= minimum
@@ -412,11 +429,18 @@ def _average_weights(a: Any, b: Any, n: Any, m: Any) -> dict[str, Any]:
 
 # %% ../../nbs/30_graph.ipynb #29629c9f
 def _count_positions(graph: Graph, to_logits: Any) -> Any:
-    "Over how many positions the weights into readers are means."
+    "Over how many positions what a graph says of its readers is a mean."
     meta = graph.meta
-    return sum(
-        text["n_sequences"] * (text["seq_len"] - meta["skip_first"] - to_logits) for text in meta["corpus"]
-    )
+    skipped = meta.get("skip_first", 0) + to_logits
+    return sum(text["n_sequences"] * (text["seq_len"] - skipped) for text in meta["corpus"])
+
+
+def _count_weights(graph: Graph, to_logits: Any) -> Any:
+    "Over how many positions, or prompts for a metric, the weights into readers are means."
+    meta = graph.meta
+    if meta.get("mean_over") == "prompts":
+        return np.full(len(to_logits), sum(text["n_sequences"] for text in meta["corpus"]))
+    return _count_positions(graph, to_logits)
 
 
 def _average_sparse(a: Graph, b: Graph) -> pd.DataFrame:
@@ -426,7 +450,7 @@ def _average_sparse(a: Graph, b: Graph) -> pd.DataFrame:
     ours, theirs = (
         both[[f"{column}_{part}" for column in columns]].fillna(0).set_axis(columns, axis=1) for part in "ab"
     )
-    n, m = (_count_positions(graph, both["target"] == "logits") for graph in (a, b))
+    n, m = (_count_weights(graph, both["target"] == "logits") for graph in (a, b))
     both = both.assign(**_average_weights(ours, theirs, n, m))
     return pd.DataFrame(both, columns=a.edges.columns).sort_values(["target", "port", "source"])
 
@@ -445,12 +469,32 @@ def _average_kept(a: Graph, b: Graph, edges: pd.DataFrame) -> np.ndarray:
         return np.divide(incoming, kept, out=np.zeros(len(kept)), where=kept > 0)
 
     names = a.nodes["name"]
-    n, m = (_count_positions(graph, (names == "logits").to_numpy()) for graph in (a, b))
+    n, m = (_count_weights(graph, (names == "logits").to_numpy()) for graph in (a, b))
     whole = (n * whole_weight(a) + m * whole_weight(b)) / (n + m)
     kept = a.nodes["kept"].to_numpy(dtype=float).copy()
     return np.divide(_incoming_weight(edges, names), whole, out=kept, where=whole > 0)
 
 # %% ../../nbs/30_graph.ipynb #fbc182b8
+_CUTS = re.compile(r"(keep|top_edges|threshold|subgraph|select_edges|prune_dangling)\(")
+
+
+def _check_parts(a: Graph, b: Graph) -> None:
+    "Refuse graphs of features that were cut, and warn of those that were pruned as they were built."
+    for graph in (a, b):
+        cuts = [step for step in graph.meta["history"] if _CUTS.match(step)]
+        if cuts:
+            raise ValueError(
+                f"graphs of features must be merged before they are cut, but one has the step {cuts[0]!r}: an "
+                "edge that was cut from one text would enter the mean as zero"
+            )
+    if any((graph.nodes["kept"] < 1 - 1e-6).any() for graph in (a, b) if "kept" in graph.nodes):
+        warnings.warn(
+            "these graphs of features were pruned as they were built, and an edge that was pruned in one text "
+            "enters the mean as zero: build one graph over both texts, or build with Pruning(n_edges=None)",
+            stacklevel=4,
+        )
+
+
 def _check_texts(a: Graph, b: Graph) -> None:
     "Refuse to average graphs that keep positions, or have other nodes or edges."
     meta = a.meta
@@ -461,6 +505,7 @@ def _check_texts(a: Graph, b: Graph) -> None:
         if len(a.nodes) != len(b.nodes):
             sizes = f"{len(a.nodes)} and {len(b.nodes)}"
             raise ValueError(f"graphs to merge must have the same nodes, got {sizes}; merge before selecting")
+        _check_parts(a, b)
         return
     key = list(EDGE_KEY)
     if len(a) != len(b) or not a.edges[key].equals(b.edges[key]):
@@ -481,16 +526,19 @@ def merge_graphs(
 
     Columns of influence are dropped: they hold of one part only.
     """
+    check_arguments(merge_graphs, locals())
     _check_settings(a, b)
     texts_a, texts_b = a.meta.get("corpus", []), b.meta.get("corpus", [])
     meta = a.meta | {"history": [*a.meta["history"], *b.meta["history"], "merge"]}
     if texts_a == texts_b:
         return Graph(_drop_whole(a.nodes), _drop_whole(_join_edges(a, b)), meta)
     _check_texts(a, b)
-    n, m = _count_tokens(texts_a), _count_tokens(texts_b)
     nodes = a.nodes
+    is_logits = (nodes["name"] == "logits").to_numpy()
+    count = _count_positions if meta.get("nodes") == "feature" else _count_weights
+    n, m = count(a, is_logits), count(b, is_logits)
     for column in ("frequency", "mean_activation"):
-        nodes[column] = (n * a.nodes[column] + m * b.nodes[column]) / max(n + m, 1)
+        nodes[column] = (n * a.nodes[column] + m * b.nodes[column]) / np.maximum(n + m, 1)
     if meta.get("nodes") == "feature":
         edges = _average_sparse(a, b)
     else:

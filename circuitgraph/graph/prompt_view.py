@@ -21,7 +21,7 @@ from scipy import sparse
 from .graph import Graph, end_codes
 from .influence import add_influence, keeps_positions, list_probabilities, merge_ports
 from .influence import normalise, sum_paths
-from .tables import replace_file
+from ..files import replace_file
 from ..model.blocks import Model
 
 # %% ../../nbs/65_prompt_view.ipynb #321173c6

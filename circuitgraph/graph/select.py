@@ -16,6 +16,7 @@ import numba
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from ..checks import check_arguments, check_fields
 from .graph import Graph, end_codes, keep_mask, magnitude
 from .influence import keeps_positions, measure_influence
 from .tables import PORTS, WEIGHTS
@@ -67,6 +68,7 @@ class SelectionRule:
     by: str = "weight"  # "weight", "abs_weight" or "rms_weight"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.by not in WEIGHTS:
             raise ValueError(f"by must be one of {', '.join(WEIGHTS)}, got {self.by!r}")
 
@@ -377,6 +379,7 @@ def select_edges(
 
     Source: @syed2023eap for the greedy order.
     """
+    check_arguments(select_edges, locals())
     rule = find_rule(method, by).fit(graph)
     if not 0 <= n <= len(graph):
         raise ValueError(f"n must lie in [0, {len(graph)}] (edges in the graph), got {n}")

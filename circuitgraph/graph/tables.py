@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NODE_COLUMNS', 'EDGE_KEY', 'WEIGHTS', 'EDGE_COLUMNS', 'OF_THE_WHOLE', 'ATTRIBUTION_KEYS', 'FEATURE_KEYS',
            'PROMPT_KEYS', 'SETTINGS', 'META_KEYS', 'FORMAT_VERSION', 'PORTS', 'FILES', 'GraphError', 'name_edges',
-           'check_nodes', 'encode_edges', 'check_edges', 'replace_file', 'check_output_folder', 'save_tables',
+           'check_nodes', 'check_meta', 'encode_edges', 'check_edges', 'check_output_folder', 'save_tables',
            'load_tables']
 
 # %% ../../nbs/29_tables.ipynb #09222f0b
@@ -13,17 +13,19 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from filelock import FileLock
+
+from ..files import sync_folder
 
 # %% ../../nbs/29_tables.ipynb #3cf39f95
 NODE_COLUMNS = ("name", "module", "kind", "layer", "index", "frequency", "mean_activation")
@@ -73,6 +75,26 @@ def check_nodes(nodes: pd.DataFrame) -> None:
         raise GraphError(f"names of nodes must be unique, but {name!r} stands twice")
 
 # %% ../../nbs/29_tables.ipynb #20ec4f9d
+_META_TYPES = {"model": dict, "corpus": list, "versions": dict, "history": list}
+
+
+def check_meta(meta: dict[str, Any]) -> None:
+    "Refuse metadata with unknown keys or entries of a wrong type."
+    if not isinstance(meta, dict):
+        raise GraphError(f"meta must be a dict, got {type(meta).__name__}")
+    unknown = sorted(set(meta) - set(META_KEYS))
+    if unknown:
+        known = ", ".join(META_KEYS)
+        raise GraphError(f"meta has unknown keys {unknown}; known are {known}")
+    for key, kind in _META_TYPES.items():
+        if key in meta and not isinstance(meta[key], kind):
+            got = type(meta[key]).__name__
+            raise GraphError(f"meta[{key!r}] must be a {kind.__name__}, got {got}")
+    for text in meta.get("corpus", []):
+        if not isinstance(text, dict) or not {"n_sequences", "seq_len"} <= set(text):
+            raise GraphError(f"meta['corpus'] must list texts with n_sequences and seq_len, got {text!r}")
+
+
 def encode_edges(edges: pd.DataFrame, names: pd.Index) -> pd.DataFrame:
     "The edge table with its ends and ports as categories. Raises GraphError for an unknown end or port."
     missing = [column for column in EDGE_COLUMNS if column not in edges]
@@ -105,49 +127,6 @@ def check_edges(table: pd.DataFrame) -> None:
         infinite = ~np.isfinite(table[column].to_numpy(dtype=float))
         refuse(infinite, f"{column} must be finite, but that of {{}} is not")
 
-# %% ../../nbs/29_tables.ipynb #sv102
-def _sync_folder(folder: Path) -> None:
-    "Wait until the names of a folder's files are on the disk, where the system can do so."
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-# %% ../../nbs/29_tables.ipynb #sv104
-@contextmanager
-def replace_file(
-    path: str | Path,  # of the file to write; it may exist
-) -> Iterator[Path]:  # where to write it until the block ends
-    """Replace a file whole, or leave it as it was.
-
-    Example: `with replace_file("curve.csv") as partial: curve.to_csv(partial)`.
-    Raises OSError for a folder that can't be written; nothing is left of an attempt that failed.
-    """
-    target = Path(os.path.realpath(path))
-    partial = target.with_name(f".{secrets.token_hex(8)}.new{target.suffix}")
-    if target.exists() and not target.is_file():
-        partial = target  # a device or a pipe takes what it is given; a folder refuses it
-    try:
-        if partial != target:
-            partial.open("xb").close()
-            if target.exists():
-                shutil.copymode(target, partial)
-        yield partial
-        if partial != target:
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            partial.replace(target)
-            _sync_folder(target.parent)
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"path {path} can't be written ({reason}); name another, or make room") from error
-    finally:
-        if partial != target:
-            with suppress(OSError):
-                partial.unlink()
-
 # %% ../../nbs/29_tables.ipynb #sv105
 def _read_own_record(folder: Path) -> dict[str, Any]:
     "The content of a graph's `meta.json`; empty if there is none, or if it is not a graph's."
@@ -155,13 +134,17 @@ def _read_own_record(folder: Path) -> dict[str, Any]:
         content = json.loads((folder / _RECORD).read_bytes())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return {}  # any other error must be heard: a graph that can't be read now is still a graph
-    if not isinstance(content, dict) or not {"meta", "sha256", "self"} <= set(content):
-        return {}
-    meta, hashes = content["meta"], content["sha256"]
+    is_own = isinstance(content, dict) and "self" in content and _has_record(content)
+    return content if is_own else {}
+
+
+def _has_record(content: dict[str, Any]) -> bool:
+    "Whether the content of a file has the metadata and hashes of a graph."
+    meta, hashes = content.get("meta"), content.get("sha256")
     if not isinstance(meta, dict) or not isinstance(hashes, dict) or not set(FILES) <= set(hashes):
-        return {}
+        return False
     numbers = (meta.get("format_version"), content.get("generation", 0))
-    return content if all(isinstance(number, int) for number in numbers) else {}
+    return all(isinstance(number, int) for number in numbers)
 
 # %% ../../nbs/29_tables.ipynb #sv107
 _UNFINISHED = re.compile(r"\.(nodes\.parquet|edges\.parquet|meta\.json)-(new|[0-9a-f]{64})")
@@ -245,9 +228,9 @@ def _replace_graph(folder: Path, tables: dict[str, bytes], meta: dict[str, Any])
     for name, data in tables.items():
         _write_beside(folder, name, data)
     staged = _write_beside(folder, _RECORD, record.encode())
-    _sync_folder(folder)
+    sync_folder(folder)
     staged.replace(folder / _RECORD)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 # %% ../../nbs/29_tables.ipynb #sv116
 def _leave(folder: Path) -> None:
@@ -299,11 +282,13 @@ def _check_record(data: bytes, path: Path) -> dict[str, Any]:
     "Metadata and hashes. Raises GraphError if they are not what was saved, or of a newer format."
     try:
         content = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GraphError(f"{path} is truncated or edited: it is not JSON ({error})") from error
     stated = content.pop("self", None) if isinstance(content, dict) else None
     if stated != _digest(json.dumps(content, sort_keys=True).encode()):
         raise GraphError(f"{path} is not what was saved: its hash does not match")
+    if not _has_record(content):
+        raise GraphError(f"{path} is not a graph's: it lacks metadata or hashes")
     version = content["meta"]["format_version"]
     if version > FORMAT_VERSION:
         limit = f"this version reads up to {FORMAT_VERSION}: upgrade circuitgraph"
@@ -311,6 +296,47 @@ def _check_record(data: bytes, path: Path) -> dict[str, Any]:
     return content
 
 # %% ../../nbs/29_tables.ipynb #sv202
+def _measure_strings(file: BinaryIO, limit: int) -> int:
+    "Bytes that the plain strings of a Parquet file take once unpacked; measured up to a limit."
+    table = pq.ParquetFile(file)
+    plain = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    names = [field.name for field in table.schema_arrow if any(is_plain(field.type) for is_plain in plain)]
+    total = 0
+    if names:
+        for batch in table.iter_batches(4096, columns=names):
+            total += batch.nbytes
+            if total > limit:
+                break
+    return total
+
+
+def _check_unpacked(file: BinaryIO, path: Path) -> None:
+    "Refuse a Parquet file that would unpack to more memory than a graph of its size takes."
+    limit = 2**28 + 100 * os.fstat(file.fileno()).st_size
+    stated = pq.read_metadata(file)
+    pages = sum(stated.row_group(i).total_byte_size for i in range(stated.num_row_groups))
+    numbers = 8 * stated.num_rows * stated.num_columns
+    unpacked = max(pages, numbers)
+    if unpacked <= limit:
+        unpacked = _measure_strings(file, limit)
+    if unpacked > limit:
+        raise GraphError(
+            f"{path} would unpack to more than {limit:,} bytes, a hundred times its size: no graph is like that"
+        )
+
+
+def _unpack_table(file: BinaryIO, path: Path) -> pd.DataFrame:
+    "The table of a Parquet file. Raises GraphError for another file, and for one that unpacks to too much."
+    try:
+        _check_unpacked(file, path)
+        file.seek(0)
+        return pd.read_parquet(file)
+    except GraphError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError) as error:
+        raise GraphError(f"{path} is no table that can be read ({error})") from error
+
+
 def _read_table(folder: Path, name: str, sha256: str) -> pd.DataFrame:
     "The table with this hash. Raises GraphError if the folder does not hold it."
     found = False
@@ -320,8 +346,7 @@ def _read_table(folder: Path, name: str, sha256: str) -> pd.DataFrame:
         with suppress(FileNotFoundError), path.open("rb") as file:
             found = True
             if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
-                file.seek(0)
-                return pd.read_parquet(file)
+                return _unpack_table(file, folder / name)
     if not found:
         raise GraphError(f"{folder / name} is missing: {folder} is not a saved graph")
     raise GraphError(f"{folder / name} is truncated or edited: its hash is not the one that was saved")

@@ -18,6 +18,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
+from ..checks import check_arguments
 from .figures import LEVELS, draw_layers, edge_sizes, plot_layers, plot_matrix
 from circuitgraph.graph.figures import (
     joins_features,
@@ -30,7 +31,8 @@ from circuitgraph.graph.figures import (
 )
 from .graph import Graph, density
 from .select import select_edges
-from .tables import ATTRIBUTION_KEYS, name_edges, replace_file
+from ..files import replace_file
+from .tables import ATTRIBUTION_KEYS, name_edges
 
 # %% ../../nbs/64_viewer.ipynb #f03a58fa
 def _list_edges(ranked: pd.DataFrame, n: int) -> str:
@@ -115,6 +117,7 @@ def view(
 
         view(graph, 100)
     """
+    check_arguments(view, locals())
     slider = _select_stop(slider_stops(n_edges, len(graph)), min(n_edges, len(graph)))
     weight = ipywidgets.Dropdown(options=WEIGHT_NAMES, description="size by", layout={"width": "240px"})
     choices = list_choices(graph)
@@ -401,6 +404,7 @@ def write_report(
 
         write_report(graph, "report.html")
     """
+    check_arguments(write_report, locals())
     path, meta = Path(path), graph.meta
     title = f"The {meta.get('nodes', '')} graph of {meta.get('model', {}).get('name', 'a model')}"
     origin, dense, largest = _show_tables(graph)

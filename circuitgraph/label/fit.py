@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from sklearn.tree import DecisionTreeRegressor
 
+from ..checks import check_fields
 from .programs import FUNCTIONS, SELECTORS, Count, Positions, Product, Program
 from .programs import Threshold, Tree
 
@@ -97,6 +98,7 @@ class LabelConfig:
     seed: int = 0  # of what is drawn
 
     def __post_init__(self) -> None:
+        check_fields(self)
         lowest = {"n_parents": 1, "n_used": 1, "n_tokens": 0, "n_fitted": 50, "min_active": 2, "seed": 0}
         for name, least in lowest.items():
             value = getattr(self, name)

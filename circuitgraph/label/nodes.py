@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..build.build import open_checkpoint
+from ..checks import check_arguments
 from ..community.links import add_history
 from ..community.patterns import read_patterns
 from ..cut import FeatureCut, Part, hash_dictionary, open_cut, part_output
@@ -34,7 +35,7 @@ from ..data.corpus import Corpus, check_tokens, hash_tokens
 from ..dictionary.places import visit_modules
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph, end_codes
-from ..graph.tables import replace_file
+from ..files import replace_file
 from .fit import Fit, LabelConfig, Reader, fit_program
 from .programs import SELECTORS, Positions, Program, load_program, save_program
 from ..model.blocks import Model
@@ -412,7 +413,7 @@ def _open_request(
     "The cut and the tokens of a request. Raises ValueError for what does not fit."
     cut = open_cut(model, graph, dictionaries)
     tokens = corpus.whole() if isinstance(corpus, Corpus) else corpus
-    check_tokens(tokens, model)
+    check_tokens(tokens, model, "corpus")
     if not isinstance(cut, FeatureCut):
         grain = graph.meta.get("nodes")
         raise ValueError(
@@ -484,6 +485,7 @@ def label_nodes(
 
     Raises ValueError for a graph that is not one of features, dictionaries of another graph, an unknown node,
     and a text of less than two sequences."""
+    check_arguments(label_nodes, locals())
     cut, tokens = _open_request(model, graph, corpus, dictionaries)
     parents = _choose_readers(graph, config, nodes)
     found_on, tested_on = split_text(tokens, config.seed)
@@ -536,6 +538,7 @@ def explain(
         print(explain(labelled, "m10/512", show=lambda token: repr(model.tokenizer.decode([token]))))
 
     Raises ValueError for a graph without labels and a node that it does not have."""
+    check_arguments(explain, locals())
     programs, table = read_programs(graph), graph.nodes.set_index("name")
     if node not in table.index:
         raise ValueError(f"node must be one of the graph's {len(table):,}, got {node!r}")

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..ablation.judge import bootstrap, run_ablated
 from ..ablation.values import Mean
+from ..checks import check_arguments
 from ..community.links import add_history
 from ..cut import FeatureCut, Part, open_cut, part_output
 from ..data.corpus import Corpus, check_tokens
@@ -142,6 +143,7 @@ def run_labelled(
         logits = run_labelled(model, labelled, tokens, dictionaries, share=0.25)
 
     Raises ValueError for a graph without labels, other dictionaries, and a share out of range."""
+    check_arguments(run_labelled, locals())
     check_tokens(tokens, model)
     cut = open_cut(model, graph, dictionaries)
     assert isinstance(cut, FeatureCut)

@@ -7,12 +7,14 @@ __all__ = ['TextOrTask', 'GraphMethod', 'Nodes', 'SETTING', 'list_methods', 'sco
            'compare_methods']
 
 # %% ../../nbs/77_compare.ipynb #b180f6d0
+import hashlib
+import json
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from inspect import signature
 from pathlib import Path
@@ -29,13 +31,15 @@ from ..ablation.judge import compare_curves
 from ..ablation.selection import count_edges
 from ..attribution.method import Attribution
 from ..build.build import build_graph, complete_graph
+from ..checks import check_arguments, check_fields
 from ..cut import FeatureCut, hash_dictionary, open_cut
-from ..data.corpus import Corpus
+from ..data.corpus import Corpus, check_tokens, hash_tokens
 from ..data.task import Task, text_task
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph, magnitude, merge_graphs
 from ..graph.select import SelectionRule, find_rule
-from ..graph.tables import WEIGHTS, replace_file
+from ..files import check_output_file, replace_file
+from ..graph.tables import WEIGHTS
 from .feature_circuits import find_feature_circuit, random_features
 from .flow import trace_flow, trace_routes
 from .gates import search_gates
@@ -77,6 +81,7 @@ def _by_judging(make: GraphMethod, **options: Any) -> GraphMethod:
         judging = Judging(seed=seed, run=execution)
         return make(model, data, nodes, judging=judging, **options)
 
+    vars(run)["options"] = options
     return run
 
 
@@ -88,6 +93,7 @@ def _by_run(read: Callable[[TextOrTask], Any], make: GraphMethod, **options: Any
         execution = Run(progress=progress)
         return make(model, read_data, nodes, run=execution, **options)
 
+    vars(run)["options"] = options
     return run
 
 
@@ -118,6 +124,7 @@ def _by_text(make: GraphMethod, **options: Any) -> GraphMethod:
             n_positions.append(len(prompts) * (length - 1))  # the first one is left out
         return _join_lengths(graphs, n_positions)
 
+    vars(run)["options"] = options
     return run
 
 
@@ -202,6 +209,7 @@ def list_methods(
     Example: `list_methods()["EAP-IG"](model, task, nodes="head", progress=False)`. For `nodes="feature"`
     a method's nodes are dictionaries by module. Raises ValueError for other nodes and values.
     """
+    check_arguments(list_methods, locals())
     if nodes not in (*GRAINS, "feature"):
         allowed = ", ".join(map(repr, (*GRAINS, "feature")))
         raise ValueError(f"nodes must be one of {allowed}, got {nodes!r}")
@@ -270,12 +278,13 @@ class Comparing:
     selection: str | SelectionRule | Sequence[str | SelectionRule] = "greedy"
     ablation: str | Sequence[str] = ("edge", "node")  # one ablation mode or both
     n_boot: int = 1000  # resamples of the inputs for the intervals
-    out: str | Path | None = None  # a CSV file; methods whose rows it holds for a setting are not run again
+    out: str | Path | None = None  # a CSV file; methods whose rows it holds for a request are not run again
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if not self.seeds:
-            raise ValueError("seeds must hold at least one")
+        check_fields(self)
+        if not self.seeds or min(self.seeds) < 0:
+            raise ValueError(f"seeds must hold at least one, and none below 0, got {list(self.seeds)}")
         if not self.rules:
             raise ValueError("selection must hold at least one rule")
 
@@ -339,10 +348,55 @@ def _name_nodes(nodes: Nodes) -> str:
 SETTING = ("task", "nodes", "value", "selection", "seed")
 
 
+def _hash_data(data: TextOrTask) -> list[str]:
+    "What identifies data: hashes of its tokens, and the metric of a task."
+    if not isinstance(data, Task):
+        return [hash_tokens(_tokens_of(data))]
+    tensors = (data.clean, data.corrupted, data.answers, data.wrong, data.lengths)
+    hashes = ["" if tensor is None else hash_tokens(tensor) for tensor in tensors]
+    return [data.metric_name, *hashes]
+
+
+def _hash_edges(graph: Graph | None) -> str:
+    "What identifies a graph of exact patching: a hash of its edges and weights."
+    if graph is None:
+        return ""
+    weights = graph.edges["weight"].to_numpy().tobytes()
+    return hashlib.sha256("".join(graph.edge_names).encode() + weights).hexdigest()
+
+
+def _hash_request(
+    model: Model,
+    data: TextOrTask,
+    test: TextOrTask,
+    make: GraphMethod,
+    n_edges: Sequence[int],
+    how: Comparing,
+) -> str:
+    "A hash of everything that rows of a method depend on and that their other columns do not say."
+    request = {
+        "weights": model.weights_hash,
+        "data": [_hash_data(data), _hash_data(test)],
+        "method": repr(getattr(make, "options", None)),
+        "n_edges": sorted({int(n) for n in n_edges}),
+        "judging": [repr(how.ablation), how.n_boot],
+        "ranks": [sorted(how.truth or ()), _hash_edges(how.exact)],
+    }
+    return hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
+
+
 def _open_table(path: Path | None) -> pd.DataFrame:
-    "The rows that are known. Raises ValueError for another table."
-    key = [*SETTING, "method"]
-    table = pd.read_csv(path) if path is not None and path.exists() else pd.DataFrame(columns=key)
+    "The rows that are known. Raises ValueError for another table, and for a place that can't be written."
+    key = [*SETTING, "method", "request"]
+    if path is None:
+        return pd.DataFrame(columns=key)
+    check_output_file(path)
+    try:
+        table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=key)
+    except ValueError as error:
+        raise ValueError(
+            f"out must be a table of this function or a new file, but {path} is none: {error}"
+        ) from None
     lacks = sorted(set(key) - set(table))
     if lacks:
         raise ValueError(
@@ -360,16 +414,39 @@ def _add_rows(table: pd.DataFrame, rows: pd.DataFrame, path: Path | None) -> pd.
     return table
 
 
-def _list_missing(
-    table: pd.DataFrame, setting: tuple[str, str, str], rules: Sequence[SelectionRule], seed: int, method: str
-) -> list[tuple[SelectionRule, dict[str, Any]]]:
-    "The rules under which a method has no rows for a task, nodes and value; with what such rows say."
-    missing = []
+def _list_rows(
+    setting: tuple[str, str, str], rules: Sequence[SelectionRule], seed: int, method: str, request: str
+) -> list[dict[str, Any]]:
+    "What the rows of a method say under each rule."
+    rows = []
     for rule in rules:
-        row = dict(zip(SETTING, (*setting, rule.name, seed), strict=True)) | {"method": method}
-        if not len(table.merge(pd.DataFrame([row]))):
-            missing.append((rule, row))
-    return missing
+        row = dict(zip(SETTING, (*setting, rule.name, seed), strict=True))
+        rows.append(row | {"method": method, "request": request})
+    return rows
+
+
+def _list_missing(
+    table: pd.DataFrame, rules: Sequence[SelectionRule], rows: Sequence[dict[str, Any]]
+) -> list[tuple[SelectionRule, dict[str, Any]]]:
+    "The rules, with what their rows say, whose rows a table lacks."
+    pairs = zip(rules, rows, strict=True)
+    return [(rule, row) for rule, row in pairs if not len(_pick_rows(table, [row]))]
+
+
+def _pick_rows(table: pd.DataFrame, wanted: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    "The rows of a table that say one of these."
+    return table.merge(pd.DataFrame(wanted)) if len(table) else table
+
+
+def _draw_data(model: Model, drawn: Mapping[str, Any], seed: int) -> list[TextOrTask]:
+    "Data by the name of their argument, drawn for a seed. Raises ValueError for what the model can't read."
+    listed = []
+    for name, draw in drawn.items():
+        data = draw(seed) if callable(draw) else draw
+        tokens = data.clean if isinstance(data, Task) else getattr(data, "tokens", data)
+        check_tokens(tokens, model, name)
+        listed.append(data)
+    return listed
 
 
 def _name_data(data: TextOrTask, test: TextOrTask, value: str) -> str:
@@ -399,16 +476,18 @@ def compare_methods(
     Example: `compare_methods(model, task, other_task, list_methods(), [100, 1_000])`.
     Raises ValueError for no method or budget, and as `evaluate` does.
     """
+    check_arguments(compare_methods, locals())
     if not methods or not n_edges:
         raise ValueError("methods and n_edges must each hold at least one")
+    budgets = Budgets(sorted(set(n_edges)), clip=True)
     if comparing.truth is not None and isinstance(nodes, str):
         complete_graph(model, nodes).keep(list(comparing.truth))
     path = None if comparing.out is None else Path(comparing.out)
-    table = _open_table(path)
+    table, wanted = _open_table(path), []
     grain, dictionaries = _name_nodes(nodes), None if isinstance(nodes, str) else nodes
-    run = Run(progress=comparing.progress)
+    run, drawn = Run(progress=comparing.progress), {"found_on": found_on, "judged_on": judged_on}
     for seed in comparing.seeds:
-        data, test = (draw(seed) if callable(draw) else draw for draw in (found_on, judged_on))
+        data, test = _draw_data(model, drawn, seed)
         name = _name_data(data, test, value)
         judging = Judging(n_boot=comparing.n_boot, seed=seed, run=run)
         options = {
@@ -418,8 +497,10 @@ def compare_methods(
             "judging": judging,
         }
         for method, make in methods.items():
-            setting = (name, grain, value)
-            missing = _list_missing(table, setting, comparing.rules, seed, method)
+            request = _hash_request(model, data, test, make, n_edges, comparing)
+            rows = _list_rows((name, grain, value), comparing.rules, seed, method, request)
+            wanted += rows
+            missing = _list_missing(table, comparing.rules, rows)
             if not missing:
                 continue
             tried = _try_method(method, make, model, data, nodes, seed=seed, progress=run.progress)
@@ -429,8 +510,7 @@ def compare_methods(
             n_all = _count_all(model, graph, dictionaries)
             ranks = score_ranks(graph, n_all, comparing.truth, comparing.exact)
             for rule, row in missing:
-                budgets = Budgets(sorted(set(n_edges)), rule, clip=True)
-                curve = _judge(model, graph, test, budgets, **options)
-                rows = curve.assign(**row, **cost, **ranks).round(5)
-                table = _add_rows(table, rows, path)
-    return table
+                curve = _judge(model, graph, test, replace(budgets, method=rule), **options)
+                made = curve.assign(**row, **cost, **ranks).round(5)
+                table = _add_rows(table, made, path)
+    return _pick_rows(table, wanted)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..ablation.judge import faithfulness
 from ..attribution.metric import final_gradients, score_task
+from ..checks import check_arguments
 from ..cut import Part, hash_dictionary
 from ..data.corpus import check_tokens
 from ..data.task import Task
@@ -189,6 +190,7 @@ def find_feature_circuit(
     Raises ValueError for unknown options, a metric without gradient, pairs that do not differ, and as
     `list_circuit_parts` does. Source: @marks2024sparse.
     """
+    check_arguments(find_feature_circuit, locals())
     _check_circuit(model, task, baseline, threshold, n_steps)
     parts, nodes = list_circuit_parts(model, dictionaries)
     runs = _open_runs(model, task, parts, baseline, run)
@@ -307,6 +309,7 @@ def random_features(
 
     Raises ValueError for fewer than one edge a reader.
     """
+    check_arguments(random_features, locals())
     if n_edges < 1:
         raise ValueError(f"n_edges must be at least 1, got {n_edges}")
     check_tokens(task.clean, model, "clean")

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..build.modules import list_edges
+from ..checks import check_arguments, check_fields
 from ..data.corpus import check_tokens
 from ..data.task import Task, check_task
 from ..graph.graph import Graph
@@ -35,6 +36,7 @@ class Proximity:
     eps: float = 1e-6  # least proximity
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.kind not in ("l1", "inner"):
             raise ValueError(f"proximity must be 'l1' or 'inner', got {self.kind!r}")
         if not self.eps > 0:
@@ -118,6 +120,7 @@ def trace_flow(
     Example: `trace_flow(model, tokens).parents("a3.h5", port="q")`.
     Raises ValueError for bad tokens and for skip_first out of range. Source: @ferrando2024flow.
     """
+    check_arguments(trace_flow, locals())
     check_tokens(corpus, model, "corpus")
     check_skip(corpus, skip_first)
     sums = np.zeros((3, len(list_edges(model, nodes))))
@@ -215,6 +218,7 @@ def trace_routes(
     Example: `trace_routes(model, task).top_edges(100)`. Raises ValueError for blocks, bad tokens and a
     skip_first out of range. Source: @ferrando2024flow, changed as the text above says.
     """
+    check_arguments(trace_routes, locals())
     if nodes == "block":
         raise ValueError("nodes must be 'layer' or 'head': a block mixes positions inside, got 'block'")
     if isinstance(data, Task):

@@ -26,12 +26,13 @@ from ..ablation.judge import Judge, open_judge
 from ..ablation.selection import ModuleSelection
 from ..ablation.values import AblatedValue, FixedValues
 from ..build.build import complete_graph
+from ..checks import check_arguments, check_fields
 from ..cut import ModuleCut, cut_model
 from ..data.corpus import Corpus, hash_tokens
 from ..data.task import Task
 from ..graph.graph import Graph, end_codes
+from ..files import replace_file
 from ..graph.influence import measure_influence
-from ..graph.tables import replace_file
 from .patching import score_graph
 from ..model.blocks import Model, run_attention, write_heads
 from ..model.modules import embed_tokens, run_reader, sum_biases
@@ -98,6 +99,7 @@ class GateConfig:
     n_scored: int = 16  # inputs on which edges are scored before each pruning
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.n_steps < 1 or self.n_scored < 1:
             raise ValueError(f"n_steps and n_scored must be at least 1, got {self.n_steps}, {self.n_scored}")
         if self.surplus is not None and self.surplus < 1:
@@ -402,6 +404,7 @@ def search_gates(
 
     Raises ValueError for budgets out of range, and as `evaluate` does.
     """
+    check_arguments(search_gates, locals())
     every = complete_graph(model, nodes)
     budgets = _read_budgets(n_edges, len(every))
     values = [value] if isinstance(value, str | AblatedValue) else list(value)

@@ -19,12 +19,13 @@ from tqdm import tqdm
 from ..ablation.judge import Judge, open_judge
 from ..ablation.selection import ModuleSelection
 from ..build.build import complete_graph
+from ..checks import check_arguments, check_fields
 from ..cut import cut_model
 from ..data.corpus import Corpus
-from ..data.task import Task
+from ..data.task import Task, check_pairs
 from ..graph.graph import Graph
 from .patching import score_graph
-from ..model.blocks import Model
+from ..model.blocks import Model, run_logits
 from ..options import Judging
 
 # %% ../../nbs/71_masks.ipynb #71modelc
@@ -38,10 +39,14 @@ class MaskedModel:
     def scores(self, masks: Iterable[Float[Tensor, " edge"]], batch: int) -> Iterator[Tensor]:
         "The metric of each input of a batch, mask by mask; gradients flow back to masks that ask for them."
         judge = self.judge
+        metric = judge.data.metric
         rows = judge.batches[batch]
         selections = (ModuleSelection(mask, len(mask)) for mask in masks)
         for stream in judge.run(selections, rows):
-            yield judge.score(stream, self.model_logp[batch], rows)["metric"]
+            if isinstance(metric, str):
+                yield judge.score(stream, self.model_logp[batch], rows)["metric"]
+            else:
+                yield metric(run_logits(judge.cut.model, stream))
 
 # %% ../../nbs/71_masks.ipynb #71openc
 @torch.no_grad()
@@ -53,8 +58,12 @@ def open_masked(
     judging: Judging,
 ) -> MaskedModel:
     "Open a model for masks over the edges of its complete graph. Raises ValueError as `evaluate` does."
-    quiet = replace(judging, run=replace(judging.run, progress=False))
-    judge = open_judge(cut_model(model, nodes), data, value, quiet)
+    run = replace(judging.run, progress=False)
+    if callable(judging.metric or getattr(data, "metric", None)):
+        run = replace(run, batch_size=len(data))
+    if value == "corrupted" and isinstance(data, Task):
+        check_pairs(data.clean, data.corrupted)
+    judge = open_judge(cut_model(model, nodes), data, value, replace(judging, run=run))
     logp = []
     for rows in judge.batches:
         logits = judge.data.where_scored(judge.own_logits(rows), rows)
@@ -91,6 +100,7 @@ def prune_greedily(
     Example: `prune_greedily(model, task, threshold=0.05).edge_names`.
     Raises ValueError as `evaluate` does. Source: @conmy2023acdc.
     """
+    check_arguments(prune_greedily, locals())
     every = complete_graph(model, nodes)
     judging = replace(judging, metric=judging.metric or "kl")
     masked = open_masked(model, nodes, data, value, judging)
@@ -124,6 +134,9 @@ class MaskConfig:
     n_steps: int = 200
     lr: float = 0.1  # of Adam
     sparsity_penalty: float = 1.0  # what keeping all edges adds to the loss, nats
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 # %% ../../nbs/71_masks.ipynb #71hcc
 class HardConcrete:
@@ -161,6 +174,7 @@ def learn_masks(
     Example: `learn_masks(model, task, config=MaskConfig(sparsity_penalty=2.0)).top_edges(20)`.
     Raises ValueError as `evaluate` does. Source: @bhaskar2024edge.
     """
+    check_arguments(learn_masks, locals())
     every = complete_graph(model, nodes)
     distribution = HardConcrete()
     judging = replace(judging, metric=judging.metric or "kl")
@@ -218,6 +232,7 @@ def integrate_masks(
     Raises ValueError for an unknown path, and as `evaluate` does.
     Source: @sundararajan2017ig, @li2024optimal.
     """
+    check_arguments(integrate_masks, locals())
     every = complete_graph(model, nodes)
     points = _mask_points(len(every), n_steps, path, judging.seed)
     masked = open_masked(model, nodes, data, value, judging)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..attribution.method import Attribution
 from ..attribution.metric import final_gradients
+from ..checks import check_arguments
 from ..data.corpus import check_tokens
 from ..data.task import Task
 from ..dictionary.places import PLACES, check_place, encoder_input, visit_modules
@@ -135,6 +136,7 @@ def trace_contributions(
     Raises ValueError for a metric without gradient, residual streams, and as `list_circuit_parts` does.
     Source: @he2024patchfree, @ge2024linear.
     """
+    check_arguments(trace_contributions, locals())
     check_numbers(threshold)
     check_tokens(task.clean, model, "clean")
     blocks = [name for name in dictionaries if name.startswith("b")]

@@ -21,9 +21,10 @@ from ..attribution.closed_form import attention_vjp
 from ..attribution.metric import final_gradients, score_task, write_gradients
 from ..build.build import complete_graph
 from ..build.modules import list_edges
+from ..checks import check_arguments
 from ..cut import trace_mean
 from ..data.corpus import Corpus
-from ..data.task import Task
+from ..data.task import Task, check_pairs, check_task
 from ..graph.graph import Graph
 from ..model.blocks import Model, apply_norm, attention_mask, attention_pattern, norm_scale
 from ..model.blocks import norm_vjp, project_qkv
@@ -44,7 +45,8 @@ def score_graph(
     if broken.any():
         edge = every.edge_names[int(broken.argmax())]
         raise ValueError(
-            f"scores of {method} must be finite, but that of {edge} is not: model or metric is damaged"
+            f"scores of {method} must be finite, but that of {edge} is not: the model or the metric is damaged, or "
+            "the metric with nothing kept is no worse than the model's"
         )
     size = np.abs(scores)
     mean, absolute, square = scores if scores.ndim == 2 else (scores, size, size)
@@ -54,6 +56,7 @@ def score_graph(
 # %% ../../nbs/70_patching.ipynb #70randomc
 def random_graph(model: Model, nodes: str = "head", seed: int = 0) -> Graph:
     "Draw the score of each edge between blocks, layers or heads evenly from (0, 1)."
+    check_arguments(random_graph, locals())
     generator = np.random.default_rng(seed)
     n_edges = len(list_edges(model, nodes))
     scores = generator.random(n_edges)
@@ -73,6 +76,7 @@ def patch_edges(
     Example: `patch_edges(model, task, "layer").top_edges(10).edge_names`.
     Raises ValueError as `evaluate` does.
     """
+    check_arguments(patch_edges, locals())
     every = complete_graph(model, nodes)
     quick = replace(judging, n_boot=2)
     losses = minimality(model, every, data, None, value=value, judging=quick)
@@ -209,10 +213,14 @@ def patch_nodes(
     AtP*, without both it is AtP. Raises ValueError for a metric without gradient and for unknown values.
     Source: @kramar2024atp.
     """
+    check_arguments(patch_nodes, locals())
     if nodes == "block":
         raise ValueError("nodes must be 'layer' or 'head': a block has no ports to tell apart")
     if value not in ("corrupted", "mean"):
         raise ValueError(f"value must be 'corrupted' or 'mean', got {value!r}")
+    check_task(task, model)
+    if value == "corrupted":
+        check_pairs(task.clean, task.corrupted)
     layers = list(range(model.n_layers)) if grad_drop and model.n_layers > 1 else [-1]
     name = _ATP_NAMES[exact_softmax, grad_drop]
     homes = _list_layers(model, nodes)
@@ -243,6 +251,7 @@ def logit_lens(
     run: Run = Run(),
 ) -> pd.DataFrame:  # layer (-1: the embeddings alone), score: the mean metric, share: of the model's own
     "Score a task on the stream after each layer, as if it were the last. Source: @nostalgebraist2020lens."
+    check_arguments(logit_lens, locals())
     # a block reads the stream after the one before
     names = [*(f"b{i}" for i in range(model.n_layers)), "logits"]
     batches = task.clean.split(run.sequences_at_a_time(task.clean))

