@@ -425,7 +425,7 @@ def evaluate(  # noqa: PLR0913
     with _plain_errors(debug):
         from circuitgraph.ablation.judge import ablation_curve
         from circuitgraph.graph.graph import Graph
-        from circuitgraph.files import check_output_file, replace_file
+        from circuitgraph.files import replace_file
         from circuitgraph.model.loading import load_model
         from circuitgraph.options import Budgets, Judging, Run
         from circuitgraph.refusals import check_data, check_folder, check_judging, check_model
@@ -519,6 +519,25 @@ def _patch_once(folder: Path, patch: Callable[..., Any], compare: Callable[..., 
     table = compare({"exact patching": patch_or_load})
     return Graph.load(folder), table
 
+# %% ../nbs/90_cli.ipynb #cli91
+def _compare_all(
+    compare: Callable[..., Any],
+    methods: dict[str, Any],
+    patch: Callable[..., Any] | None,
+    *,
+    comparing: Any,
+    folder: Path | None,
+) -> list[Any]:
+    "The tables of some methods, after that of exact patching if a folder for its graph is given."
+    if folder is None:
+        return [compare(methods, comparing=comparing)]
+    assert patch is not None, "graphs of features refuse exact patching before"
+    graph, rows = _patch_once(folder, patch, partial(compare, comparing=comparing))
+    others = {name: method for name, method in methods.items() if name != "exact patching"}
+    if not others:
+        return [rows]
+    return [rows, compare(others, comparing=replace(comparing, exact=graph))]
+
 # %% ../nbs/90_cli.ipynb #03209154
 @app.command()
 def compare_methods(  # noqa: PLR0913
@@ -567,15 +586,11 @@ def compare_methods(  # noqa: PLR0913
             comparing = Comparing(
                 [number], selection=[rule.strip() for rule in selection.split(";")], out=out
             )
+            folder = None
             if exact is not None:
                 folder = _name_folder(exact, (task, nodes, value, n_prompts, number), loaded, found_on)
-                compare_patching = partial(compare, comparing=comparing)
-                graph, rows = _patch_once(folder, available["exact patching"], compare_patching)
-                tables.append(rows)
-                chosen.pop("exact patching", None)
-                comparing = replace(comparing, exact=graph)
-            if chosen:
-                tables.append(compare(chosen, comparing=comparing))
+            patch = available.get("exact patching")
+            tables += _compare_all(compare, chosen, patch, comparing=comparing, folder=folder)
         typer.echo(_show_rows(tables))
         typer.echo(f"wrote {out}")
 

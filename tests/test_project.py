@@ -108,8 +108,11 @@ def imports_from_above(paths):
     ]
 
 
+GUIDES = ("00_introduction", "03_recipes")  # they show the whole library to a new reader
+
+
 def test_a_notebook_imports_lower_numbers_only():
-    assert imports_from_above(NUMBERED) == []
+    assert imports_from_above([path for path in NUMBERED if path.stem not in GUIDES]) == []
 
 
 @pytest.mark.parametrize(
