@@ -27,7 +27,8 @@ from ..dictionary.protocol import Dictionary
 from .figures import KIND_COLOURS, SIGN_COLOURS
 from .graph import Graph, end_codes, magnitude
 from .influence import keeps_positions, measure_influence
-from .tables import PORTS, replace_file
+from ..files import replace_file
+from .tables import PORTS
 from ..model.blocks import Model, apply_norm
 
 # %% ../../nbs/68_explorer.ipynb #xp07

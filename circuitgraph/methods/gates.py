@@ -215,15 +215,15 @@ def order_by_influence(
     graph: Graph,  # of the same model and grain, with weights
 ) -> Int[np.ndarray, " ranked"]:  # nodes with gates, the best first
     "Order nodes by their influence in a graph. Raises ValueError where a node is missing."
-    names = every.nodes["name"][~every.nodes["kind"].isin(NO_GATE)]
-    influence = pd.Series(measure_influence(graph).nodes, index=graph.nodes["name"])
-    missing = names[~names.isin(influence.index)]
-    if len(missing):
-        raise ValueError(
-            f"start must hold every head and MLP of the model, and lacks {', '.join(missing[:3])}"
-        )
-    order = np.argsort(-influence[names].to_numpy(), kind="stable")
-    return names.index.to_numpy()[order]
+    gated = np.flatnonzero(~np.isin(every.nodes["kind"], NO_GATE))
+    names = every.nodes["name"].to_numpy()[gated]
+    rows = pd.Index(graph.nodes["name"]).get_indexer(names)
+    missing = names[rows < 0].tolist()
+    if missing:
+        some = ", ".join(missing[:3])
+        raise ValueError(f"start must hold every head and MLP of the model, and lacks {some}")
+    influence = measure_influence(graph).nodes[rows]
+    return gated[np.argsort(-influence, kind="stable")]
 
 # %% ../../nbs/76_gates.ipynb #gt15
 def learn_gates(
