@@ -325,6 +325,12 @@ def test_features_only_and_what_they_raise(features, model, dictionaries, open_p
     order = [f"word{token}" for token in (model.W_U @ direction).argsort(descending=True).tolist()]
     raised, lowered = (one.locator("li").all_inner_texts() for one in card.locator("ul.tokens").all())
     assert raised == order[:8] and lowered == order[::-1][:8]
+    page.get_by_role("button", name="Neighbours", exact=True).click()
+    page.locator("#features-around").check()
+    into = between[between["target"] == name].sort_values("share", ascending=False, kind="stable")
+    out = between[between["source"] == name]
+    around = {*into.groupby("port").head(3)["name"], *out.groupby("port").head(3)["name"]}
+    assert around and set(drawn(page)) == around
     assert_nothing_sticks_out(page, size)
 
 

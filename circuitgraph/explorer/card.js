@@ -138,7 +138,7 @@ function drawParents(card, i) {
     const held = d3.sum(edges, (e) => EDGES.share[e]);
     const all =
       edges.length === inGraph ? "" : `; the page holds ${edges.length}, ${showShare(held)} of the port`;
-    const title = `Reads by ${port}: ${showCount(inGraph)} ${inGraph === 1 ? "parent" : "parents"}${all}`;
+    const title = `Parents by port ${port}: ${showCount(inGraph)}${all}`;
     drawEdgeList(card, title, edges, EDGES.source, { direction: "parents", port });
   }
   if (!parentEdges[i].length) element(card, "p", "hint", "It reads nothing in this graph.");
@@ -157,7 +157,7 @@ function drawChildren(card, i) {
       `The page holds ${showCount(held)} of the ${showCount(inGraph)} edges to its readers.`,
     );
   for (const [port, edges] of byPort) {
-    drawEdgeList(card, `Read by ${port} of ${showCount(edges.length)}`, edges, EDGES.target, {
+    drawEdgeList(card, `Children by port ${port}: ${showCount(edges.length)}`, edges, EDGES.target, {
       direction: "children",
       port,
     });

@@ -82,21 +82,24 @@ def choose_edges(
 
 # %% ../../nbs/68_explorer.ipynb #xp16
 def _say_what_is_left_out(
-    graph: Graph, edges: np.ndarray, strength: np.ndarray, rank: np.ndarray
+    edges: Int[np.ndarray, " kept"],
+    strength: Float[np.ndarray, " edge"],
+    rank: Int[np.ndarray, " edge"],
+    by: str,  # what strength is: influence or shares
 ) -> list[str]:
     "What a page holds of a graph, in sentences with numbers."
-    n_edges, n_held = len(graph), len(edges)
+    n_edges, n_held = len(strength), len(edges)
     if n_held == n_edges:
         return [f"The page holds all {n_edges:,} edges of the graph."]
     is_held = np.zeros(n_edges, dtype=bool)
     is_held[edges] = True
     part = strength[is_held].sum() / max(strength.sum(), 1e-300)
+    said = [f"The page holds {n_held:,} of the graph's {n_edges:,} edges, {part:.1%} of all {by}."]
     complete = int(rank[~is_held].min())
-    return [
-        f"The page holds {n_held:,} of the graph's {n_edges:,} edges, {part:.1%} of all influence.",
-        f"Of each node, the {complete:,} parents of largest share by each port are there.",
-        f"{n_edges - n_held:,} weaker edges are left out; shares count them.",
-    ]
+    if complete:
+        said.append(f"Of each node, the {complete:,} parents of largest share by each port are there.")
+    said.append(f"{n_edges - n_held:,} weaker edges are left out; shares count them.")
+    return said
 
 # %% ../../nbs/68_explorer.ipynb #xp18
 def _list_levels(nodes: pd.DataFrame) -> np.ndarray:
@@ -145,7 +148,7 @@ def _place_in_rows(nodes: pd.DataFrame, level: np.ndarray, rank: np.ndarray) -> 
         widest = 9.0 if is_fine.any() else n_siblings.max()
         aside = widest / 2 + 1.5
         x[is_right] += aside
-        x[is_end] += aside / 2
+        x[is_end] += aside / 2 + 0.5  # not above a head
     return x
 
 # %% ../../nbs/68_explorer.ipynb #xp21
@@ -457,7 +460,8 @@ def collect_page(
     places, rows = place_rows(nodes, importance, is_prompt)
     names: list[str] = nodes["name"].tolist()
     held = _limit_cards(cards, names, importance)
-    left_out = _say_what_is_left_out(graph, kept, strength, rank)
+    by = "shares" if of_edges is None else "influence"
+    left_out = _say_what_is_left_out(kept, strength, rank, by)
     if len(held) < len(cards):
         left_out.append(f"Texts are there for {len(held):,} of {len(cards):,} nodes that have any.")
     model_name = meta.get("model", {}).get("name", "a model")
