@@ -11,7 +11,7 @@ import pandas as pd
 from jaxtyping import Int
 
 from .isomorphism import class_vectors, read_shares
-from ..graph.graph import Graph, end_codes
+from ..graph.graph import Graph
 
 # %% ../../nbs/893_quotients.ipynb #qt07
 def inequitability(
