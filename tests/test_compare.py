@@ -20,6 +20,7 @@ from circuitgraph.compare.isomorphism import are_fractionally_isomorphic, class_
 from circuitgraph.compare.isomorphism import compare_colours, permute_weights, read_shares, refine_colours
 from circuitgraph.compare.match import correlate_nodes, cover_words, match_communities, match_nodes
 from circuitgraph.compare.match import read_words, split_passages, verify_edges
+from circuitgraph.compare.quotients import inequitability, match_classes, quotient_distance
 from circuitgraph.data.corpus import load_corpus
 from circuitgraph.graph.graph import Graph
 from circuitgraph.model.loading import load_model, tiny_model
@@ -399,6 +400,49 @@ def test_matches_refuse_what_does_not_fit():
         match_nodes(graph, graph, (silent, silent))
     with pytest.raises(ValueError, match="must have a tokenizer"):
         read_words(replace(tiny_model("llama"), tokenizer=None), graph, ["a b"], run=QUIET)
+
+
+# Quotient graphs
+
+
+def test_inequitability_is_the_part_of_variance_within_classes(graphs):
+    graph = graphs[0]
+    classes = np.arange(len(graph.nodes)) % 3
+    vectors = class_vectors(read_shares(graph), classes, 3)
+    within = sum(((rows - rows.mean(0)) ** 2).sum() for rows in (vectors[classes == c] for c in range(3)))
+    total = ((vectors - vectors.mean(0)) ** 2).sum()
+    assert inequitability(graph, classes) == pytest.approx(within / total)
+    stable = refine_colours(list(read_shares(graph).values()))
+    assert inequitability(graph, stable) == pytest.approx(0, abs=1e-9)
+
+
+def test_partners_have_one_number():
+    matches = pd.DataFrame({"a": [2, 0], "b": [1, 3]})
+    own, other = match_classes(np.array([0, 1, 2]), np.array([3, 1, 0, -1]), matches)
+    assert own[2] == other[1] and own[0] == other[0]
+    assert len({*own.tolist(), *other.tolist()}) == 5  # two partners, one without, and two without
+
+
+def test_quotients_of_a_renamed_copy_are_equal_and_of_unmatched_classes_apart(graphs):
+    graph = graphs[0]
+    classes = np.arange(len(graph.nodes)) % 3
+    renamed = (classes + 1) % 3
+    matches = pd.DataFrame({"a": [0, 1, 2], "b": [1, 2, 0]})
+    assert quotient_distance(graph, graph, match_classes(classes, renamed, matches)) == 0
+    nothing = matches[:0]
+    assert quotient_distance(graph, graph, match_classes(classes, renamed, nothing)) == pytest.approx(1)
+    found = quotient_distance(*graphs, (classes, classes))
+    assert 0 < found < 1 and found == pytest.approx(quotient_distance(*graphs[::-1], (classes, classes)))
+
+
+def test_classes_of_other_nodes_are_refused(graphs):
+    graph = graphs[0]
+    short = np.zeros(2, dtype=int)
+    with pytest.raises(ValueError, match="one for each of"):
+        inequitability(graph, short)
+    whole = np.zeros(len(graph.nodes), dtype=int)
+    with pytest.raises(ValueError, match="classes of the second graph must be whole numbers"):
+        quotient_distance(graph, graph, (whole, whole - 1))
 
 
 # One call

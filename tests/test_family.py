@@ -127,7 +127,7 @@ def test_heads_in_another_order_are_the_same_function(family):
     assert not torch.equal(permuted.model.layers[0].self_attn.q_proj.weight, first)
 
 
-def test_behaviours_of_repetition_are_those_of_their_definition():
+def test_behaviours_of_repetition_are_those_of_their_definition(family):  # noqa: ARG001  (finds scripts)
     from exp_ladder import follows_again, seen_before
 
     tokens = torch.tensor([[5, 6, 7, 5, 6, 9]])
