@@ -710,13 +710,14 @@ def report(
 
 # %% ../nbs/90_cli.ipynb #cli72
 @app.command()
-def view(
+def view(  # noqa: PLR0913
     graph: GraphFolder,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("explorer.html"),
     model: Annotated[str | None, typer.Option(help="The graph's model, for the texts of tokens.")] = None,
     dictionaries: Annotated[Path | None, typer.Option(help="With the model: the graph's.")] = None,
     n_edges: Annotated[int, typer.Option(help="Edges that are shown at first.")] = 100,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Write one page that answers questions about a graph, without a network.
@@ -727,9 +728,10 @@ def view(
         from circuitgraph.graph.graph import Graph
         from circuitgraph.model.loading import load_model
 
-        loaded_graph = Graph.load(graph)
+        _check_file(out, force)
         if dictionaries is not None and model is None:
             raise ValueError("dictionaries need their model: give --model too")
+        loaded_graph = Graph.load(graph)
         loaded = None if model is None else load_model(model)
         opened = _open_dictionaries(dictionaries, loaded, loaded_graph)
         explore(loaded_graph, out, model=loaded, dictionaries=opened, n_edges=n_edges)

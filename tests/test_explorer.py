@@ -571,17 +571,19 @@ def test_the_command_writes_the_page_and_opens_it(prompt, heads, tmp_path, monke
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0 and done.stdout.startswith(f"wrote {page}") and opened == []
     assert page.read_text(encoding="utf-8") == explore(prompt, n_edges=7).html
-    CliRunner().invoke(app, [*command, "--open"])
+    refused = CliRunner().invoke(app, [*command, "--open"])
+    assert refused.exit_code == 2 and "--force" in refused.stderr and opened == []
+    CliRunner().invoke(app, [*command, "--open", "--force"])
     assert opened == [str(page)]
     for wrong, said in (
-        ([*command, "--dictionaries", "folder"], "dictionaries need their model"),
-        (["view", str(tmp_path / "missing")], "is not a saved graph"),
+        ([*command, "--force", "--dictionaries", "folder"], "dictionaries need their model"),
+        (["view", str(tmp_path / "missing"), "--out", str(tmp_path / "new.html")], "is not a saved graph"),
         (["view", str(tmp_path / "graph"), "--out", str(tmp_path / "page.txt")], "path must end in .html"),
     ):
         refused = CliRunner().invoke(app, wrong)
         assert refused.exit_code == 2 and said in refused.stderr and "Traceback" not in refused.stderr
     heads.top_edges(0).save(tmp_path / "empty")
-    refused = CliRunner().invoke(app, ["view", str(tmp_path / "empty"), "--out", str(page)])
+    refused = CliRunner().invoke(app, ["view", str(tmp_path / "empty"), "--force", "--out", str(page)])
     assert refused.exit_code == 2 and "graph must have an edge" in refused.stderr
 
 
