@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HELP', 'app', 'ModelName', 'CorpusName', 'NodesName', 'SeqLen', 'BatchSize', 'BudgetList', 'RuleName', 'Device',
-           'GraphFolder', 'TaskName', 'Force', 'Debug', 'main', 'build', 'prompt', 'train', 'evaluate',
-           'compare_methods', 'communities', 'compare', 'report', 'view']
+           'GraphFolder', 'MethodName', 'BaselineName', 'NCheck', 'Transcode', 'TaskName', 'Force', 'Debug', 'main',
+           'build', 'prompt', 'train', 'evaluate', 'compare_methods', 'communities', 'compare', 'report', 'view']
 
 # %% ../nbs/90_cli.ipynb #5f4f8c90
 import math
@@ -62,6 +62,12 @@ _RULES = "top, greedy, influence, node product, coverage"
 RuleName = Annotated[str | None, typer.Option(help=f"How a budget is spent: {_RULES}; default: top.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
 GraphFolder = Annotated[Path, typer.Argument(help="Folder of a saved graph.")]
+_METHOD = "ig, gradient, lrp, occlusion, ...; by default ig, for a task eap-ig."
+MethodName = Annotated[str | None, typer.Option(help=_METHOD)]
+_BASELINE = "zero or mean; a task's corrupted; by default the method's own."
+BaselineName = Annotated[str | None, typer.Option(help=_BASELINE)]
+NCheck = Annotated[int, typer.Option(help="For features: tokens to judge the whole graph on, or 0.")]
+Transcode = Annotated[bool, typer.Option("--transcode", help="From an MLP's input to its output.")]
 TaskName = Annotated[str | None, typer.Option(help="A task, or a .csv or .jsonl file; else text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -142,11 +148,16 @@ def _say_summary(graph: Any, seconds: float, folder: Path) -> None:
         typer.echo(f"  {math.copysign(size, weight):+.3f}  {name}")
 
 # %% ../nbs/90_cli.ipynb #cli52
-def _say_faithfulness(graph: Any, cut: Any, other: Any, reference: Any) -> None:
-    "Say how faithful a graph of features is with all of its edges on a text."
+def _say_faithfulness(graph: Any, cut: Any, text: Any, reference: Any, *, n_check: int, seed: int) -> None:
+    "Say how faithful a graph of features is with all of its edges, on a fresh draw from the text."
     from circuitgraph.ablation.judge import ablation_curve
     from circuitgraph.ablation.values import Mean
+    from circuitgraph.data.corpus import load_corpus
 
+    if graph.meta["nodes"] != "feature":
+        return
+    n_tokens, seq_len = min(n_check, reference.numel()), min(reference.shape[1], 64)
+    other = load_corpus(text, cut.model, n_tokens, seq_len=seq_len, seed=seed)
     mean = Mean(reference)
     options = {"ablation": "edge", "value": mean, "dictionaries": cut.dictionaries}
     whole = ablation_curve(cut.model, graph, other, [len(graph)], **options).iloc[0]
@@ -175,12 +186,8 @@ def build(  # noqa: PLR0913
     corpus: CorpusName = "default",
     task: TaskName = None,
     nodes: NodesName = "head",
-    attribution: Annotated[
-        str | None, typer.Option(help="ig, gradient, lrp, occlusion, ...; by default ig, for a task eap-ig.")
-    ] = None,
-    baseline: Annotated[
-        str | None, typer.Option(help="zero or mean; a task's corrupted; by default the method's own.")
-    ] = None,
+    attribution: MethodName = None,
+    baseline: BaselineName = None,
     norm: Annotated[str, typer.Option(help="frozen or live.")] = "frozen",
     pattern: Annotated[str, typer.Option(help="live or frozen.")] = "live",
     ports: Annotated[str, typer.Option(help="split or merged.")] = "split",
@@ -197,9 +204,7 @@ def build(  # noqa: PLR0913
     share: Annotated[float, typer.Option(help="For features: least share of a reader's input.")] = 0.0,
     mass: Annotated[float, typer.Option(help="For features: share that a reader's edges hold.")] = 1.0,
     memory: Annotated[float, typer.Option(help="For features: bytes for the sums of one module.")] = 4e9,
-    n_check: Annotated[
-        int, typer.Option(help="For features: tokens to judge the whole graph on, or 0.")
-    ] = 128,
+    n_check: NCheck = 128,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew, not from unfinished work.")] = False,
     force: Force = False,
     debug: Debug = False,
@@ -210,8 +215,7 @@ def build(  # noqa: PLR0913
     Example: circuitgraph build --task ioi --n-prompts 100 --out graphs/smollm2-ioi"""
     with _plain_errors(debug):
         from circuitgraph.build.build import build_graph, clear_checkpoint
-        from circuitgraph.cut import FeatureCut, cut_model
-        from circuitgraph.data.corpus import load_corpus
+        from circuitgraph.cut import cut_model
         from circuitgraph.model.loading import load_model
         from circuitgraph.options import Pruning, Run
         from circuitgraph.refusals import check_data, check_model, check_nodes, read_rule
@@ -234,10 +238,8 @@ def build(  # noqa: PLR0913
         graph.save(out)
         clear_checkpoint(partial)
         _say_summary(graph, time.time() - start, out)
-        if isinstance(cut, FeatureCut) and n_check > 0 and task is None:
-            n_check, seq_len = min(n_check, data.numel()), min(seq_len, 64)
-            other = load_corpus(text, loaded, n_check, seq_len=seq_len, seed=seed + 1)
-            _say_faithfulness(graph, cut, other, reference=data)
+        if task is None and n_check > 0:
+            _say_faithfulness(graph, cut, text, data, n_check=n_check, seed=seed + 1)
 
 # %% ../nbs/90_cli.ipynb #cli82
 def _say_prompt(graph: Any, tokenizer: Any, folder: Path) -> None:
@@ -351,9 +353,7 @@ def train(  # noqa: PLR0913
     held_out: Annotated[str | None, typer.Option(help="A text to measure on, for report.csv.")] = None,
     n_held_out: Annotated[int, typer.Option(help="Tokens of it.")] = 4096,
     seq_len: SeqLen = 128,
-    transcode: Annotated[
-        bool, typer.Option("--transcode", help="From an MLP's input to its output.")
-    ] = False,
+    transcode: Transcode = False,
     skip_connection: Annotated[
         bool, typer.Option("--skip-connection", help="With a linear path around a transcoder.")
     ] = False,

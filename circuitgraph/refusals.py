@@ -67,7 +67,8 @@ def check_nodes(
         return nodes
     if not Path(nodes).exists():
         raise ValueError(
-            f"nodes must be one of {', '.join(GRAINS)}, or a folder of dictionaries that exists, got {nodes!r}"
+            f"nodes must be one of {', '.join(GRAINS)}, or a folder of dictionaries that exists, "
+            f"got {nodes!r}"
         )
     return "feature"
 

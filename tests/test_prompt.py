@@ -670,8 +670,8 @@ def test_more_is_refused(small, tmp_path):
     model, tokens, dictionaries, graph = small
     with pytest.raises(ValueError, match="one sequence"):
         build(model, random_tokens(model, 2, 6), dictionaries)
-    with pytest.raises(ValueError, match="give dictionaries"):
-        build(model, tokens, "head")
+    with pytest.raises(ValueError, match="'layer', 'head' or dictionaries"):
+        build(model, tokens, "block")
     summed = build_graph(model, tokens, dictionaries, progress=False)
     for function in (score_prompt, prune_by_influence):
         pytest.raises(ValueError, function, summed).match("keeps positions")

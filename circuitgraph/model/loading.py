@@ -434,8 +434,8 @@ def check_source(
     closest = difflib.get_close_matches(name, known, n=3)
     advice = f"the closest are {', '.join(closest)}" if closest else f"such as {', '.join(_PACKAGES)}"
     raise ValueError(
-        f"model must be {', '.join(map(repr, _PACKAGES))}, a name that TransformerLens knows, a repository of "
-        f"the hub or a folder that exists, got {name!r}. Check the spelling: {advice}"
+        f"model must be {', '.join(map(repr, _PACKAGES))}, a name that TransformerLens knows, a repository "
+        f"of the hub or a folder that exists, got {name!r}. Check the spelling: {advice}"
     )
 
 # %% ../../nbs/14_loading.ipynb #fae7948c
