@@ -1,8 +1,8 @@
 """A campaign of faults: each argument of a public function is given what it can't be, and refused by name.
 
 The cases follow from the signatures: each argument of a call that works is replaced by values that its
-annotation does not allow, or that no argument of that kind can have. A refusal is a ValueError or TypeError, or
-an OSError for a path. It names the argument, says what it must be, and leaves no file.
+annotation does not allow, or that no argument of that kind can have. A refusal is a ValueError or TypeError,
+or an OSError for a path. It names the argument, says what it must be, and leaves no file.
 """
 
 import inspect
