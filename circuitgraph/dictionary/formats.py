@@ -365,7 +365,7 @@ def load_tensors(
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} can't be read: {error}") from error
 
-# %% ../../nbs/22_formats.ipynb #51fe0063
+
 _FREE = 2**28  # bytes that any file may unpack to
 
 
@@ -385,7 +385,7 @@ _MOST_TEXT = {".json": 10_000_000, ".yaml": 100_000}  # bytes of settings that w
 
 
 def _parse_yaml(text: str) -> Any:
-    "Plain YAML. Raises ValueError for aliases, by which few lines can stand for gigabytes, and for deep nesting."
+    "Plain YAML. Raises ValueError for aliases, which can stand for gigabytes, and for deep nesting."
     depth = 0
     for event in yaml.parse(text):
         if isinstance(event, yaml.AliasEvent):
