@@ -133,10 +133,13 @@ def _load_fits(path: Path | None) -> list[Fit] | None:
     if path is None or not path.exists():
         return None
     fits = []
-    for row in json.loads(path.read_text(encoding="utf-8")):
-        text = row.pop("program")
-        program = load_program(text) if text else None
-        fits.append(Fit(program, **row))
+    try:
+        for row in json.loads(path.read_text(encoding="utf-8")):
+            text = row.pop("program")
+            program = load_program(text) if text else None
+            fits.append(Fit(program, **row))
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise ValueError(f"checkpoint {path} is damaged ({error}); delete it to start anew") from error
     return fits
 
 

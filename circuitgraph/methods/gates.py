@@ -10,10 +10,12 @@ __all__ = ['ablated_stream', 'run_gated', 'GateConfig', 'GateSearch', 'score_str
 # %% ../../nbs/76_gates.ipynb #gt04
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -324,9 +326,21 @@ def _load_state(path: Path | None) -> GateState | None:
     "A state that an earlier call has kept."
     if path is None or not path.exists():
         return None
-    with np.load(path) as arrays:
-        order = arrays["order"]
-        return GateState(order, *(torch.from_numpy(arrays[name]) for name in ("chosen", "kept", "score")))
+    try:
+        with np.load(path) as arrays:
+            tensors = (torch.from_numpy(arrays[name]) for name in ("chosen", "kept", "score"))
+            return GateState(arrays["order"], *tensors)
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        LookupError,
+        EOFError,
+        BadZipFile,
+        zlib.error,
+        MemoryError,
+    ) as error:
+        raise ValueError(f"checkpoint {path} is damaged ({error}); delete it to start anew") from error
 
 
 def _save_state(path: Path | None, state: GateState) -> None:
