@@ -1,7 +1,7 @@
 """Files with edited bytes are loaded, or refused as what they are: no crash, no hang, no other error.
 
-Each kind gets a share of FUZZ_SECONDS, by default 14. FUZZ_SECONDS=600 runs for ten minutes, and FUZZ_SEED names
-another seed.
+Each kind gets a share of FUZZ_SECONDS, by default 14. FUZZ_SECONDS=600 runs for ten minutes, and FUZZ_SEED
+names another seed.
 """
 
 import json

@@ -11,11 +11,10 @@ __all__ = ['HOOKS', 'Site', 'choose_site', 'hook_place', 'find_site', 'saelens_s
 import json
 import pickle
 import re
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile, ZipFile, is_zipfile
+from zipfile import ZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..files import DAMAGED
 from .places import PLACES
 from .protocol import Gate, LinearDictionary, PursuitDictionary
 
@@ -712,16 +712,7 @@ def from_gemma_scope(
         refuse_bomb(path)
         with np.load(path, allow_pickle=False) as arrays:
             state = {re.sub("^w_", "W_", name): torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (
-        ValueError,
-        TypeError,
-        OSError,
-        BadZipFile,
-        AttributeError,
-        MemoryError,
-        KeyError,
-        zlib.error,
-    ) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} can't be read as arrays of numbers: {error}") from error
     _check_names("jumprelu", state, _TENSORS["jumprelu"])
     matrices = (state["W_enc"], state["W_dec"], state["b_enc"], state["b_dec"])

@@ -10,12 +10,10 @@ __all__ = ['ablated_stream', 'run_gated', 'GateConfig', 'GateSearch', 'score_str
 # %% ../../nbs/76_gates.ipynb #gt04
 import hashlib
 import json
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -32,7 +30,7 @@ from ..cut import ModuleCut, cut_model
 from ..data.corpus import Corpus, hash_tokens
 from ..data.task import Task
 from ..graph.graph import Graph, end_codes
-from ..files import replace_file
+from ..files import DAMAGED, replace_file
 from .patching import score_graph
 from ..model.blocks import Model, run_attention, write_heads
 from ..model.modules import embed_tokens, run_reader, sum_biases
@@ -330,16 +328,7 @@ def _load_state(path: Path | None) -> GateState | None:
         with np.load(path) as arrays:
             tensors = (torch.from_numpy(arrays[name]) for name in ("chosen", "kept", "score"))
             return GateState(arrays["order"], *tensors)
-    except (
-        ValueError,
-        TypeError,
-        OSError,
-        LookupError,
-        EOFError,
-        BadZipFile,
-        zlib.error,
-        MemoryError,
-    ) as error:
+    except DAMAGED as error:
         raise ValueError(f"checkpoint {path} is damaged ({error}); delete it to start anew") from error
 
 
