@@ -7,7 +7,7 @@ __all__ = ['LEAST', 'LARGEST_SEED', 'check_arguments', 'check_fields']
 
 # %% ../nbs/09_checks.ipynb #ck04
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from numbers import Integral, Real
@@ -39,13 +39,13 @@ def _is_finite(value: Any) -> bool:
     "Whether a value is a number that is neither NaN nor infinite."
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
-    return abs(value) <= _LARGEST if isinstance(value, Integral) else math.isfinite(value)
+    return _is_whole(value) if isinstance(value, Integral) else math.isfinite(value)
 
 # %% ../nbs/09_checks.ipynb #ck11
 def _has_items(value: Any, kind: Any) -> bool:
     "Whether all items of a container are of the kind that its annotation names."
     arguments = get_args(kind)
-    if not arguments or not isinstance(value, Sized):
+    if not arguments or not isinstance(value, Collection):
         return True
     items = value.values() if isinstance(value, Mapping) else value
     allowed = _list_kinds(arguments[-1])

@@ -498,8 +498,8 @@ def _show_rows(tables: list[Any]) -> str:
     "The faithfulness of rows, a line for each method."
     import pandas as pd
 
-    columns = {"index": ["task", "selection", "method"], "columns": ["ablation", "n_edges"]}
-    wide = pd.concat(tables).pivot_table(**columns, values="faithfulness")
+    by, across = ["task", "selection", "method"], ["ablation", "n_edges"]
+    wide = pd.concat(tables).pivot_table("faithfulness", index=by, columns=across)
     return wide.to_string(float_format="{:.2f}".format)
 
 

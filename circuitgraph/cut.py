@@ -256,8 +256,8 @@ def _check_finite(part: Part, values: Tensor, what: str) -> None:
     "Raise ValueError for NaN or infinite numbers from a dictionary."
     if not values.isfinite().all():
         raise ValueError(
-            f"{what} of the dictionary of {part.module!r} must be finite, but some are NaN or infinite on this "
-            f"text: {part.dictionary!r} is damaged, or its functions are not defined on all inputs"
+            f"{what} of the dictionary of {part.module!r} must be finite, but some are NaN or infinite on "
+            f"this text: {part.dictionary!r} is damaged, or its functions are not defined on all inputs"
         )
 
 

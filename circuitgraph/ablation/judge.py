@@ -471,8 +471,7 @@ def evaluate(
     if faithfulness(own, whole, none).isnan():
         warnings.warn(
             f"faithfulness is undefined: with nothing kept the metric is {none.mean():.4g}, no worse than "
-            f"the model's {whole.mean():.4g}; take another value for ablated edges, another metric or other "
-            "prompts",
+            f"the model's {whole.mean():.4g}; take another value for ablated edges, metric or prompts",
             stacklevel=2,
         )
     statistics: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {

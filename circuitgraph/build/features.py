@@ -732,8 +732,8 @@ def _weigh_groups(
             _add_group(sums, text, group, bar)
             if not sums.table.sum().isfinite():
                 raise ValueError(
-                    f"weights into {group.part.module} must be finite, but some are NaN or infinite: the gradients "
-                    f"of {group.part.dictionary!r} are not defined on all inputs"
+                    f"weights into {group.part.module} must be finite, but some are NaN or infinite: the "
+                    f"gradients of {group.part.dictionary!r} are not defined on all inputs"
                 )
             n_whole = int(group.last == group.part.n_nodes)  # the error node, or a module without dictionary
             edges = sums.prune(pruning, n_whole)

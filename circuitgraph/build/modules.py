@@ -138,7 +138,7 @@ def load_sums(folder: Path, fingerprint: str) -> ModuleSums | None:
             meta = file.metadata() or {}
             if meta.get("fingerprint") == fingerprint:
                 return ModuleSums(file.get_tensor("edges"), file.get_tensor("nodes"), int(meta["batches"]))
-    except SafetensorError as error:
+    except (SafetensorError, LookupError, ValueError) as error:
         raise ValueError(f"checkpoint {path} is damaged ({error}); delete it to start anew") from error
     if "fingerprint" not in meta:
         raise ValueError(

@@ -413,8 +413,8 @@ def _refuse_marks(pair: _Pair, bos: str | None, marks: Sequence[str]) -> None:
         found = [mark for mark in marks if mark in inner]
         if found:
             raise ValueError(
-                f"{text[:40]!r} holds the special token {found[0]!r}, which would not be read as text: write it "
-                "otherwise"
+                f"{text[:40]!r} holds the special token {found[0]!r}, which would not be read as text: "
+                "write it otherwise"
             )
 
 

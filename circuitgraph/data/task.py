@@ -241,8 +241,8 @@ def check_pairs(
         )
     if n_same:
         warnings.warn(
-            f"{n_same} of {len(clean)} corrupted prompts are the same as the clean ones, and their effects are "
-            "zero: leave them out",
+            f"{n_same} of {len(clean)} corrupted prompts are the same as the clean ones, and their effects "
+            "are zero: leave them out",
             stacklevel=3,
         )
 

@@ -11,11 +11,10 @@ __all__ = ['HOOKS', 'Site', 'choose_site', 'hook_place', 'find_site', 'saelens_s
 import json
 import pickle
 import re
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile, ZipFile, is_zipfile
+from zipfile import ZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..files import DAMAGED
 from .places import PLACES
 from .protocol import Gate, LinearDictionary, PursuitDictionary
 
@@ -365,7 +365,7 @@ def load_tensors(
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} can't be read: {error}") from error
 
-# %% ../../nbs/22_formats.ipynb #51fe0063
+
 _FREE = 2**28  # bytes that any file may unpack to
 
 
@@ -385,7 +385,7 @@ _MOST_TEXT = {".json": 10_000_000, ".yaml": 100_000}  # bytes of settings that w
 
 
 def _parse_yaml(text: str) -> Any:
-    "Plain YAML. Raises ValueError for aliases, by which few lines can stand for gigabytes, and for deep nesting."
+    "Plain YAML. Raises ValueError for aliases, which can stand for gigabytes, and for deep nesting."
     depth = 0
     for event in yaml.parse(text):
         if isinstance(event, yaml.AliasEvent):
@@ -712,16 +712,7 @@ def from_gemma_scope(
         refuse_bomb(path)
         with np.load(path, allow_pickle=False) as arrays:
             state = {re.sub("^w_", "W_", name): torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (
-        ValueError,
-        TypeError,
-        OSError,
-        BadZipFile,
-        AttributeError,
-        MemoryError,
-        KeyError,
-        zlib.error,
-    ) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} can't be read as arrays of numbers: {error}") from error
     _check_names("jumprelu", state, _TENSORS["jumprelu"])
     matrices = (state["W_enc"], state["W_dec"], state["b_enc"], state["b_dec"])

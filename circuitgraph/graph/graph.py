@@ -484,13 +484,13 @@ def _check_parts(a: Graph, b: Graph) -> None:
         cuts = [step for step in graph.meta["history"] if _CUTS.match(step)]
         if cuts:
             raise ValueError(
-                f"graphs of features must be merged before they are cut, but one has the step {cuts[0]!r}: an "
-                "edge that was cut from one text would enter the mean as zero"
+                f"graphs of features must be merged before they are cut, but one has the step {cuts[0]!r}: "
+                "an edge that was cut from one text would enter the mean as zero"
             )
     if any((graph.nodes["kept"] < 1 - 1e-6).any() for graph in (a, b) if "kept" in graph.nodes):
         warnings.warn(
-            "these graphs of features were pruned as they were built, and an edge that was pruned in one text "
-            "enters the mean as zero: build one graph over both texts, or build with Pruning(n_edges=None)",
+            "these graphs of features were pruned as they were built, and an edge that was pruned in one "
+            "text enters the mean as zero: build one graph over both texts, or with Pruning(n_edges=None)",
             stacklevel=4,
         )
 

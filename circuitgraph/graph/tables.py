@@ -321,7 +321,7 @@ def _check_unpacked(file: BinaryIO, path: Path) -> None:
         unpacked = _measure_strings(file, limit)
     if unpacked > limit:
         raise GraphError(
-            f"{path} would unpack to more than {limit:,} bytes, a hundred times its size: no graph is like that"
+            f"{path} would unpack to more than {limit:,} bytes, a hundred times its size, as no graph does"
         )
 
 

@@ -35,7 +35,7 @@ from ..data.corpus import Corpus, check_tokens, hash_tokens
 from ..dictionary.places import visit_modules
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph, end_codes
-from ..files import replace_file
+from ..files import DAMAGED, replace_file
 from .fit import Fit, LabelConfig, Reader, fit_program
 from .programs import SELECTORS, Positions, Program, load_program, save_program
 from ..model.blocks import Model
@@ -133,10 +133,13 @@ def _load_fits(path: Path | None) -> list[Fit] | None:
     if path is None or not path.exists():
         return None
     fits = []
-    for row in json.loads(path.read_text(encoding="utf-8")):
-        text = row.pop("program")
-        program = load_program(text) if text else None
-        fits.append(Fit(program, **row))
+    try:
+        for row in json.loads(path.read_text(encoding="utf-8")):
+            text = row.pop("program")
+            program = load_program(text) if text else None
+            fits.append(Fit(program, **row))
+    except DAMAGED as error:
+        raise ValueError(f"checkpoint {path} is damaged ({error}); delete it to start anew") from error
     return fits
 
 

@@ -442,7 +442,7 @@ def _draw_data(model: Model, drawn: Mapping[str, Any], seed: int) -> list[TextOr
     "Data by the name of their argument, drawn for a seed. Raises ValueError for what the model can't read."
     listed = []
     for name, draw in drawn.items():
-        data = draw(seed) if callable(draw) else draw
+        data: Any = draw(seed) if callable(draw) else draw
         tokens = data.clean if isinstance(data, Task) else getattr(data, "tokens", data)
         check_tokens(tokens, model, name)
         listed.append(data)
@@ -484,26 +484,24 @@ def compare_methods(
         complete_graph(model, nodes).keep(list(comparing.truth))
     path = None if comparing.out is None else Path(comparing.out)
     table, wanted = _open_table(path), []
-    grain, dictionaries = _name_nodes(nodes), None if isinstance(nodes, str) else nodes
+    dictionaries = None if isinstance(nodes, str) else nodes
     run, drawn = Run(progress=comparing.progress), {"found_on": found_on, "judged_on": judged_on}
     for seed in comparing.seeds:
         data, test = _draw_data(model, drawn, seed)
-        name = _name_data(data, test, value)
-        judging = Judging(n_boot=comparing.n_boot, seed=seed, run=run)
+        setting = (_name_data(data, test, value), _name_nodes(nodes), value)
         options = {
             "ablation": comparing.ablation,
             "value": value,
             "dictionaries": dictionaries,
-            "judging": judging,
+            "judging": Judging(n_boot=comparing.n_boot, seed=seed, run=run),
         }
         for method, make in methods.items():
             request = _hash_request(model, data, test, make, n_edges, comparing)
-            rows = _list_rows((name, grain, value), comparing.rules, seed, method, request)
+            rows = _list_rows(setting, comparing.rules, seed, method, request)
             wanted += rows
             missing = _list_missing(table, comparing.rules, rows)
-            if not missing:
-                continue
-            tried = _try_method(method, make, model, data, nodes, seed=seed, progress=run.progress)
+            drawing = {"seed": seed, "progress": run.progress}
+            tried = _try_method(method, make, model, data, nodes, **drawing) if missing else None
             if tried is None:
                 continue
             graph, cost = tried
@@ -511,6 +509,5 @@ def compare_methods(
             ranks = score_ranks(graph, n_all, comparing.truth, comparing.exact)
             for rule, row in missing:
                 curve = _judge(model, graph, test, replace(budgets, method=rule), **options)
-                made = curve.assign(**row, **cost, **ranks).round(5)
-                table = _add_rows(table, made, path)
+                table = _add_rows(table, curve.assign(**row, **cost, **ranks).round(5), path)
     return _pick_rows(table, wanted)

@@ -31,7 +31,7 @@ from ..cut import ModuleCut, cut_model
 from ..data.corpus import Corpus, hash_tokens
 from ..data.task import Task
 from ..graph.graph import Graph, end_codes
-from ..files import replace_file
+from ..files import DAMAGED, replace_file
 from ..graph.influence import measure_influence
 from .patching import score_graph
 from ..model.blocks import Model, run_attention, write_heads
@@ -345,9 +345,12 @@ def _load_state(path: Path | None) -> GateState | None:
     "A state that an earlier call has kept."
     if path is None or not path.exists():
         return None
-    with np.load(path) as arrays:
-        order = arrays["order"]
-        return GateState(order, *(torch.from_numpy(arrays[name]) for name in ("chosen", "kept", "score")))
+    try:
+        with np.load(path) as arrays:
+            tensors = (torch.from_numpy(arrays[name]) for name in ("chosen", "kept", "score"))
+            return GateState(arrays["order"], *tensors)
+    except DAMAGED as error:
+        raise ValueError(f"checkpoint {path} is damaged ({error}); delete it to start anew") from error
 
 
 def _save_state(path: Path | None, state: GateState) -> None:

@@ -45,7 +45,7 @@ def score_graph(
     if broken.any():
         edge = every.edge_names[int(broken.argmax())]
         raise ValueError(
-            f"scores of {method} must be finite, but that of {edge} is not: the model or the metric is damaged, or "
+            f"scores of {method} must be finite, but that of {edge} is not: model or metric is damaged, or "
             "the metric with nothing kept is no worse than the model's"
         )
     size = np.abs(scores)
