@@ -6,7 +6,8 @@ python scripts/make_sidebar.py      # rewrites what stands below `contents:`
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = {  # the first number of each section; notebooks below 10 stand before all sections
+SECTIONS = {  # the first number of each section; notebooks below 8 stand before all sections
+    8: "Files and arguments",
     10: "Model and data",
     20: "Dictionaries",
     29: "Graph",
