@@ -519,7 +519,7 @@ def _patch_once(folder: Path, patch: Callable[..., Any], compare: Callable[..., 
     table = compare({"exact patching": patch_or_load})
     return Graph.load(folder), table
 
-# %% ../nbs/90_cli.ipynb #cli91
+
 def _compare_all(
     compare: Callable[..., Any],
     methods: dict[str, Any],
