@@ -678,7 +678,8 @@ def _open_dictionaries(folder: Path | None, model: Any, graph: Any) -> Any:
 
     if folder is None:
         return None
-    return load_dictionaries(folder, model, modules=graph.meta.get("dictionaries"))
+    known = graph.meta.get("dictionaries")
+    return load_dictionaries(folder, model, modules=None if known is None else list(known))
 
 
 def _read_shared_text(text: str, model: Any) -> Any:

@@ -172,7 +172,7 @@ def main() -> None:
 def judge_graphs(model: Model, options: argparse.Namespace) -> None:
     "Add the graphs of features to their table."
     graph = Graph.load(options.graph)
-    dictionaries = load_dictionaries(options.dictionaries, model, modules=graph.meta["dictionaries"])
+    dictionaries = load_dictionaries(options.dictionaries, model, modules=list(graph.meta["dictionaries"]))
     text = load_corpus(options.held_out, model, options.n_tokens, seq_len=64)
     mean = Mean(load_corpus("default", model, 4096, seq_len=128))
     settings = {"value": mean, "dictionaries": dictionaries, "judging": Judging(run=QUIET)}

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -91,7 +92,7 @@ def read_results(folder):
 
 
 def kill_and_go_on(home, name, n_kills, seed):
-    "Do the work once whole, and once killed at random moments: how often it was killed before its end."
+    "Do the work once whole, and once killed at random moments before its end: how often it was killed."
     work, rng = WORK[name], random.Random(seed)
     warm, whole, killed = (home / name / part for part in ("warm", "whole", "killed"))
     for folder in (warm, whole, killed):
@@ -100,17 +101,23 @@ def kill_and_go_on(home, name, n_kills, seed):
     started = time.monotonic()
     assert wait(fork(work, whole)) == 0
     seconds = time.monotonic() - started
-    codes = []
-    for _ in range(n_kills):
+    n_killed, latest = 0, 0.9 * seconds
+    for _ in range(30):
         process = fork(work, killed)
-        time.sleep(rng.uniform(0.1, 0.9) * seconds)
+        time.sleep(rng.uniform(0, latest))
         os.kill(process, signal.SIGKILL)
-        codes.append(wait(process))
+        n_killed += 1
+        if wait(process) == 0:  # it had come to its end: begin anew, and kill sooner
+            shutil.rmtree(killed)
+            killed.mkdir()
+            n_killed, latest = 0, latest / 2
+        if n_killed == n_kills:
+            break
     assert wait(fork(work, killed)) == 0
     expected, found = read_results(whole), read_results(killed)
     assert expected and expected.keys() == found.keys(), (sorted(expected), sorted(found))
     assert [path for path in expected if expected[path] != found[path]] == []
-    return codes.count(-signal.SIGKILL)
+    return n_killed
 
 
 def kill_all(home, n_kills, seed):

@@ -116,6 +116,19 @@ def list_calls(world):
             comparing=Comparing(n_boot=5, progress=False),
         ),
         call_of(cg.list_methods, nodes="head", value="mean"),
+        call_of(cg.rank_edges, graph=graph, by="weight", node="m0", least_count=1, skip_first=0),
+        call_of(cg.explore, graph=graph, model=model, n_edges=10),
+        call_of(cg.cut_edges, model=model, graph=graph, edges=["embed->logits"], tokens=text, value="mean"),
+        call_of(
+            cg.steer,
+            model=model,
+            dictionaries=world.dictionaries,
+            features={"m0/0": 1.0},
+            prompt=text[:1],
+            max_new_tokens=2,
+            temperature=0.0,
+            seed=0,
+        ),
         call_of(
             cg.label_nodes,
             graph=fine,
@@ -271,6 +284,9 @@ ALLOWED = {  # what an argument may be, although another of its kind may not
     ("LinearDictionary", "b_enc", "flat"),  # it is flat
     ("Judging", "metric", "unknown"),  # the data that it is measured on says so
     ("Budgets", "by", "unknown"),  # and the graph
+    ("build_graph", "data", "text"),  # a prompt
+    ("cut_edges", "tokens", "text"),
+    ("steer", "prompt", "text"),
 }
 MATRICES = {"W_enc", "W_dec", "b_enc", "b_dec", "b_in", "W_skip", "threshold", "b_gate", "r_mag", "b_mag"}
 

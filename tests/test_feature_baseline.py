@@ -816,7 +816,7 @@ def test_bad_input_is_refused():
         (lambda: trace_contributions(model, task, {"b0": stream}), "leave out b0"),
         (
             lambda: trace_contributions(model, task, dictionaries, threshold=float("nan")),
-            "threshold must be at least 0",
+            "threshold must be a finite number",
         ),
         (lambda: random_features(model, task, dictionaries, n_edges=0), "n_edges must be at least 1"),
         (lambda: weigh_interactions(model, task.clean, {"m0": dictionaries["m0"]}), "at least two layers"),

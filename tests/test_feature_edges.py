@@ -523,7 +523,7 @@ def test_refusals(change, options, words):
 
 def test_no_text_and_what_a_place_can_not_give_are_refused():
     model, parallel = tiny_model("llama", dtype=torch.float64), tiny_model("gpt-neox", dtype=torch.float64)
-    with pytest.raises(ValueError, match="corpus"):
+    with pytest.raises(ValueError, match="data must not be empty"):
         build(model, random_tokens(model, 2, 6)[:0], all_dictionaries(model))
     nonlinear = FunctionDictionary(
         "m0",

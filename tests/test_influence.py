@@ -372,13 +372,16 @@ def test_rules_have_names_that_find_them():
     assert find_rule() == RULES["default"]
 
 
+TEXT = {"n_sequences": 1, "seq_len": 4}
+
+
 @pytest.mark.parametrize(
     ("meta", "rule"),
     [
-        ({"target": "node", "nodes": "head", "corpus": ["a text"]}, Coverage()),
-        ({"target": "node", "nodes": "feature", "corpus": ["a text"]}, Influence()),
+        ({"target": "node", "nodes": "head", "corpus": [TEXT]}, Coverage()),
+        ({"target": "node", "nodes": "feature", "corpus": [TEXT]}, Influence()),
         ({"target": "node", "nodes": "head", "corpus": []}, Top()),
-        ({"target": "logit_diff", "nodes": "head", "corpus": ["prompts"]}, Top()),
+        ({"target": "logit_diff", "nodes": "head", "corpus": [TEXT]}, Top()),
     ],
 )
 def test_the_default_rule_follows_what_weights_explain(meta, rule):

@@ -652,7 +652,7 @@ def test_labels_and_numbers_of_features(small, tmp_path):
     [
         ({"keep": 0}, "n_edges must be at least 1"),
         ({"share": 1.0}, "share must lie"),
-        ({"n_logits": 0}, "n_logits must lie"),
+        ({"n_logits": 0}, "n_logits must be at least 1"),
         ({"logit_mass": 0.0}, "logit_mass must lie"),
         ({"baseline": "mean"}, "zero baseline"),
         ({"checkpoint": "somewhere"}, "checkpoint goes with"),

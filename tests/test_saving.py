@@ -395,7 +395,7 @@ def test_a_build_leaves_files_beside_its_checkpoint(tmp_path, monkeypatch):
     options = ["--nodes", "block", "--attribution", "gradient", *size, "--fresh", "--out"]
     for out in (tmp_path, Path(".")):
         monkeypatch.chdir(tmp_path)
-        done = CliRunner().invoke(app, ["build", *options, str(out)])
+        done = CliRunner().invoke(app, ["build", "--force", *options, str(out)])
         assert done.exit_code == 0, done.output
         assert Graph.load(tmp_path).meta["nodes"] == "block" and names_in(tmp_path) == OWN
         assert (kept / "thesis.tex").read_text() == "mine" and names_in(kept) == {"thesis.tex"}

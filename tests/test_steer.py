@@ -168,16 +168,22 @@ def test_bad_steering_is_refused_before_the_model_runs(llama, monkeypatch):
         ({"m00/1": 1.0}, {}, "got those of m0, m1; the closest are m0"),
         ({"m0": 1.0}, {}, "named like 'm10/17', got 'm0'"),
         ({"m0/-1": 1.0}, {}, "named like"),
-        ({"m0/1": float("nan")}, {}, "finite number, got nan"),
+        ({"m0/1": float("nan")}, {}, "finite number, got dict"),
         ({"m0/1": 1.0}, {"prompt": tokens[:, :0]}, "must not be empty"),
         ({"m0/1": 1.0}, {"prompt": "hello"}, "has no tokenizer"),
         ({"m0/1": 1.0}, {"prompt": random_tokens(model, 2, 3)}, "must be one sequence"),
-        ({"m0/1": 1.0}, {"n_tokens": 20}, r"n_tokens must lie in \[0, 19\]"),
+        ({"m0/1": 1.0}, {"max_new_tokens": 20}, r"max_new_tokens must lie in \[0, 19\]"),
         ({"m0/1": 1.0}, {"temperature": -1.0}, "temperature must be"),
-        ({"m0/1": 1.0}, {"positions": [7], "n_tokens": 2}, r"positions must lie in \[-5, 7\)"),
+        ({"m0/1": 1.0}, {"positions": [7], "max_new_tokens": 2}, r"positions must lie in \[-5, 7\)"),
     ):
         with pytest.raises(ValueError, match=words):
-            steer(model, dictionaries, features, options.pop("prompt", tokens), **{"n_tokens": 2} | options)
+            steer(
+                model,
+                dictionaries,
+                features,
+                options.pop("prompt", tokens),
+                **{"max_new_tokens": 2} | options,
+            )
 
 
 def test_a_prompt_as_text_is_read_by_the_models_tokenizer():

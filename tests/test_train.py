@@ -225,7 +225,7 @@ def test_interaction_bases_refuse(tmp_path):
         "got none": {"modules": []},
         "got a0.h1": {"modules": ["a0.h1"]},
         "no 'b7'": {"modules": ["b7"]},
-        "d_dict must lie in": {"config": BasisConfig(0)},
+        "d_dict must lie in": {"config": BasisConfig(10_000)},
         "is not of this run .*seed": {"config": BasisConfig(seed=4), "out": tmp_path / "run"},
     }.items():
         with pytest.raises(ValueError, match=words):

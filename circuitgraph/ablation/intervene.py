@@ -21,6 +21,7 @@ from torch import Tensor
 from .judge import choose_value, run_in_batches
 from .selection import select
 from .values import AblatedText, AblatedValue
+from ..checks import check_arguments
 from ..cut import open_cut
 from ..data.prompts import read_prompt
 from ..dictionary.places import check_place, visit_modules
@@ -100,14 +101,15 @@ def cut_edges(
 
     Raises ValueError for edges that the graph lacks, for the graph of a prompt, an empty prompt, and values
     that do not fit, and as `run_ablated` does."""
+    check_arguments(cut_edges, locals())
     if keeps_positions(graph):
         raise ValueError(
             "graph must be one over all positions to cut edges of the model, got the graph of a prompt: "
             "give one of a text, or complete_graph(model)"
         )
     cut = open_cut(model, graph, dictionaries)
-    tokens = read_prompt(model, tokens)
-    other = None if corrupted is None else read_prompt(model, corrupted)
+    tokens = read_prompt(model, tokens, "tokens")
+    other = None if corrupted is None else read_prompt(model, corrupted, "corrupted")
     fixed = choose_value(value, other, reference).fix(
         cut, AblatedText(tokens, other, run=Run(progress=False))
     )
@@ -195,7 +197,7 @@ def _run_steered(
 def _write_on(
     run: Callable[[Tensor], Tensor],  # from tokens to logits
     tokens: Int[Tensor, "one pos"],
-    n_tokens: int,
+    max_new_tokens: int,
     *,
     temperature: float,
     seed: int,
@@ -204,7 +206,7 @@ def _write_on(
     "Tokens that follow a prompt."
     draw = torch.Generator().manual_seed(seed)
     n_prompt = tokens.shape[1]
-    while tokens.shape[1] < n_prompt + n_tokens:
+    while tokens.shape[1] < n_prompt + max_new_tokens:
         logits = run(tokens)[0, -1].float().cpu()
         if temperature == 0:
             following = logits.argmax(-1, keepdim=True)
@@ -266,7 +268,7 @@ def steer(
     dictionaries: Mapping[str, Dictionary],  # by module
     features: Mapping[str, float],  # by name, what is added to the activation: {"m10/17": 3.0}
     prompt: str | Int[Tensor, "one pos"],  # as text, or token ids
-    n_tokens: int = 20,  # written after the prompt, at most; 0 for logits alone
+    max_new_tokens: int = 20,  # written after the prompt, at most; 0 for logits alone
     *,
     positions: Sequence[int] | None = None,  # that are steered; below 0 from the prompt's end; None for all
     temperature: float = 0.0,  # 0 takes the most probable token, above 0 tokens are drawn
@@ -279,21 +281,24 @@ def steer(
 
     Raises ValueError for unknown features, a module without dictionary, an empty prompt, and numbers out of
     range. Source: @turner2023activation."""
+    check_arguments(steer, locals())
     tokens = read_prompt(model, prompt)
     n_prompt = tokens.shape[1]
     if len(tokens) != 1:
         raise ValueError(f"prompt must be one sequence [1 pos], got {len(tokens)}: steer one at a time")
-    if n_tokens < 0 or n_prompt + n_tokens > model.n_ctx:
+    if max_new_tokens < 0 or n_prompt + max_new_tokens > model.n_ctx:
         limit = model.n_ctx - n_prompt
-        raise ValueError(f"n_tokens must lie in [0, {limit}] (the context that is left), got {n_tokens}")
+        raise ValueError(
+            f"max_new_tokens must lie in [0, {limit}] (the context that is left), got {max_new_tokens}"
+        )
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
     pushes = _read_pushes(model, dictionaries, features)
-    is_steered = _mark_positions(positions, n_prompt, n_prompt + n_tokens).to(model.device)
+    is_steered = _mark_positions(positions, n_prompt, n_prompt + max_new_tokens).to(model.device)
     steered = partial(_run_steered, model, pushes, is_steered)
     tokens = tokens.to(model.device)
     stop = getattr(model.tokenizer, "eos_token_id", None)
     options: dict[str, Any] = {"temperature": temperature, "seed": seed, "stop": stop}
-    before, after = (_write_on(run, tokens, n_tokens, **options) for run in (model, steered))
+    before, after = (_write_on(run, tokens, max_new_tokens, **options) for run in (model, steered))
     change = LogitChange(tokens, model(tokens), steered(tokens), model.tokenizer)
     return Steered(before, after, change)

@@ -450,6 +450,7 @@ def _read_pairs(path: Path, tokenizer: Any, n: int, seed: int, multi_token: str)
 def read_prompt(
     model: Model,
     prompt: str | Int[Tensor, "seq pos"],  # a text, or token ids, which are only checked
+    name: str = "prompt",  # of the argument, in errors
 ) -> Int[Tensor, "seq pos"]:  # of a text, one sequence, behind BOS where the tokenizer sets it
     """Read the tokens of a prompt.
 
@@ -457,14 +458,14 @@ def read_prompt(
 
     Raises ValueError for an empty prompt, one that does not fit the model, and a text without a tokenizer."""
     if not isinstance(prompt, str):
-        check_tokens(prompt, model, "prompt")
+        check_tokens(prompt, model, name)
         return prompt
     if model.tokenizer is None:
-        raise ValueError(f"prompt must be token ids [1 pos] for {model.name}, which has no tokenizer")
+        raise ValueError(f"{name} must be token ids [1 pos] for {model.name}, which has no tokenizer")
     if not prompt:
-        raise ValueError("prompt must hold text, got none")
+        raise ValueError(f"{name} must hold text, got none")
     tokens = torch.tensor([_with_bos(model.tokenizer, prompt)])
-    check_tokens(tokens, model, "prompt")
+    check_tokens(tokens, model, name)
     return tokens
 
 

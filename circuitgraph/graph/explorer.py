@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 
+from ..checks import check_arguments
 from ..dictionary.protocol import Dictionary
 from .ask import port_shares
 from .figures import KIND_COLOURS, SIGN_COLOURS
@@ -585,6 +586,7 @@ def explore(
 
     Raises ValueError for a graph without edges, a model of another graph, cards of unknown nodes and a path
     that does not end in .html, and OSError if the page can't be written; an earlier page is then intact."""
+    check_arguments(explore, locals())
     _check_request(graph, model, n_edges)
     if path is not None:
         _check_path(path)

@@ -73,6 +73,7 @@ def rank_edges(
         rank_edges(graph, 10, by="influence", node="m10/512")
 
     Raises ValueError for a node that the graph lacks, numbers below zero, and an unknown order."""
+    check_arguments(rank_edges, locals())
     for name, number in (("n", n), ("least_count", least_count), ("skip_first", skip_first)):
         if number is not None and number < 0:
             raise ValueError(f"{name} must be at least 0, got {number}")
