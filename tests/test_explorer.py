@@ -548,7 +548,7 @@ def test_unfit_input_is_refused(heads, tmp_path):
         explore(heads, n_edges=0)
     with pytest.raises(ValueError, match="each card must be of a node.*got 'nobody'"):
         explore(heads, cards={"nobody": {"a": "b"}})
-    with pytest.raises(ValueError, match="card of embed must be texts by title"):
+    with pytest.raises(ValueError, match="cards must be a DataFrame or a mapping that holds a mapping"):
         explore(heads, cards={"embed": "a text"})
     with pytest.raises(ValueError, match="model must be the one of the graph, llama"):
         explore(heads, model=tiny_model("gpt2"))
