@@ -32,7 +32,10 @@ _LARGEST = 2**63 - 1
 
 def _is_whole(value: Any) -> bool:
     "Whether a value is a whole number of 64 bits, of Python or numpy."
-    return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) <= _LARGEST
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        return False
+    number = int(value)
+    return -_LARGEST <= number <= _LARGEST
 
 
 def _is_finite(value: Any) -> bool:
