@@ -128,6 +128,28 @@ def compare(model, dictionaries, tokens, options, shares, values=None, **build):
     return every
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("value", ["zero", "corrupted"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "llama", "gemma2"])
+def test_a_backbone_is_its_edges_listed_one_by_one(name, value):
+    model, dictionaries = tiny(name), all_dictionaries(tiny(name))
+    del dictionaries["a1"]  # a whole module is part of the backbone
+    tokens = random_tokens(model, 2, 5)
+    ablated = None if value == "zero" else random_tokens(model, 2, 5, seed=2)
+    every = every_edge(model, tokens, dictionaries)
+    kind = every.nodes.set_index("name")["kind"].astype(str)
+    ends = [(every.edges[end].astype(str).map(kind) == "feature").to_numpy() for end in ("source", "target")]
+    fine = ends[0] & ends[1]
+    kept = np.random.default_rng(0).random(len(every)) < 0.2
+    cut = open_cut(model, every, dictionaries)
+    listed = select(cut, every.keep(~fine | kept))
+    short = replace(select(cut, every.keep(kept)), backbone=True)
+    wanted, found, least = run_features(cut, [listed, short, short.none()], tokens, ablated)
+    assert gap(found, wanted) < EXACT < gap(found, least)
+    with pytest.raises(ValueError, match="no complement"):
+        ~short
+
+
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_random_graphs_are_brute_force(name):
     model = tiny(name)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['run_part', 'InputGroup', 'group_inputs', 'plan_run', 'FeatureRun', 'feature_changes', 'mix_input', 'encode_part',
            'evaluate_part', 'write_part', 'AffineMaps', 'find_maps', 'PartRun', 'gate_features', 'ListedSources',
-           'list_sources', 'Rows', 'take_rows', 'run_hidden', 'fill_mlp', 'HeadsOnSequence', 'fill_attention',
-           'fill_groups', 'HeadTangents', 'fill_linearised', 'run_selections']
+           'list_sources', 'Rows', 'take_rows', 'run_hidden', 'run_code', 'fill_rows', 'HeadsOnSequence',
+           'fill_attention', 'fill_groups', 'HeadTangents', 'fill_linearised', 'run_selections']
 
 # %% ../../nbs/62_feature_ablation.ipynb #f0a10003
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cache, singledispatch
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, singledispatch
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from .selection import FeatureSelection
 from .values import FixedValues
 from ..cut import Cut, FeatureCut, FeatureTrace, ModuleCut, Part, node_slots, part_bias
 from ..dictionary.places import encoder_input, visit_modules
+from ..dictionary.protocol import Gate
 from ..model.blocks import Norm, attention_mask, attention_pattern, freeze_block, get_mlp
 from ..model.blocks import norm_scale, rotary_tables, rotate, run_attention, run_mlp, write_heads
 from ..model.modules import embed_tokens, norm_after, norm_before
@@ -89,8 +90,11 @@ def plan_run(
     if selection.nodes is not None:
         return selection.nodes, {}
     cut, order = selection.cut, np.argsort(selection.target, kind="stable")
+    if selection.backbone:
+        is_feature = (cut.nodes["kind"] == "feature").to_numpy()
+        order = order[is_feature[selection.source[order]] & is_feature[selection.target[order]]]
     source, target, port = selection.source[order], selection.target[order], selection.port[order]
-    needed, groups = np.full(len(cut.names), selection.inverted), {}
+    needed, groups = np.full(len(cut.names), selection.inverted or selection.backbone), {}
     needed[-1] = True
     for part in reversed(cut.parts):
         into = slice(*np.searchsorted(target, [part.first, part.first + part.n_nodes]))
@@ -136,6 +140,7 @@ class FeatureRun:
         self.embeddings = {i: self.written[name] for i, name in enumerate(cut.names[: cut.const])}
         self.bases = {} if ablated is None else _sum_before(cut, ablated)
         self.running: dict[int, Tensor] = {}  # sums of changes, where a run needs them
+        self.backbone: dict[int, Tensor] = {}  # the same of nodes that are no features
         self.zero = cut.model.W_U.new_zeros(1, 1, cut.model.d_model)
         self.nothing = self.zero.expand(*tokens.shape, -1)
 
@@ -145,13 +150,16 @@ class FeatureRun:
             return 0
         return getattr(self.ablated, kind)[name]
 
-    def base(self, part: Part, i: int) -> Float[Tensor, "batch pos d_model"]:
-        "What part `i` would read without its listed edges."
+    def base(
+        self, part: Part, i: int, changes: Mapping[int, Tensor] | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        "What part `i` would read without its listed edges, and with some changes: by default `running`."
         x = self.nothing
         if self.ablated is not None:
             x = self.bases[part.n_before] + self.cut.biases[i]
-        if self.running:
-            x = x + self.running[part.n_before]
+        changes = self.running if changes is None else changes
+        if changes:
+            x = x + changes[part.n_before]
             x = x + self.dense[self.cut.const]
         return x.expand_as(self.nothing)
 
@@ -168,8 +176,9 @@ class FeatureRun:
             change = (y - ablated) * float(needed[i])
             self.dense[i] = change
             total = total + change
-        keeps_sum = selection.inverted or selection.nodes is not None
+        keeps_sum = selection.inverted or selection.backbone or selection.nodes is not None
         self.running = {cut.parts[0].n_before: total} if keeps_sum else {}
+        self.backbone = dict(self.running) if selection.backbone else {}
         for i, part in enumerate(cut.parts[:-1]):
             self.dense[cut.const] = self.const_change(i, needed)
             is_needed = needed[part.nodes]
@@ -177,10 +186,15 @@ class FeatureRun:
             if is_needed.any():
                 base = self.base(part, i)
                 listed = groups.get(part.module, [])
-                change = write_part(self, part, base, listed, is_needed)
+                splits = bool(self.backbone) and part.dictionary is not None
+                of_features = self.base(part, i, self.backbone) if splits else base
+                change = write_part(self, part, base, listed, is_needed, of_features)
             if self.running:
                 before = self.running[max(self.running)]
                 self.running[part.nodes.stop] = before + change
+            if self.backbone:
+                before = self.backbone[max(self.backbone)]
+                self.backbone[part.nodes.stop] = before + self.dense[part.nodes.stop - 1]
         last = len(cut.parts) - 1
         self.dense[cut.const] = self.const_change(last, needed)
         into_logits = groups.get("logits")
@@ -267,36 +281,44 @@ def write_part(
     base: Float[Tensor, "batch pos d_model"],
     groups: list[InputGroup],
     needed: Bool[np.ndarray, " node"],  # of the part's nodes
+    of_features: Float[Tensor, "batch pos d_model"] | None = None,  # their base, where it is another
 ) -> Float[Tensor, "batch pos d_model"]:
     "Compute the nodes of a part, keep their changes, and return what they write together."
     last, error_needed = part.first + part.n_nodes - 1, bool(needed[-1])
+    of_features = base if of_features is None else of_features
 
     @cache
-    def on_base() -> tuple[Tensor, Tensor | None]:
-        reader = part.n_nodes - 1 if error_needed else 0
-        slots = node_slots(part, reader)
-        inputs = dict.fromkeys(slots, base)
-        return evaluate_part(run, part, inputs, error=error_needed)
+    def on_base(error: bool) -> tuple[Tensor, Tensor | None]:
+        reader = part.n_nodes - 1 if error else 0
+        x = base if error else of_features
+        inputs = dict.fromkeys(node_slots(part, reader), x)
+        return evaluate_part(run, part, inputs, error=error)
+
+    def base_codes() -> Tensor:
+        with_error = error_needed and of_features is base
+        return on_base(with_error)[0]
 
     def on_group(group: InputGroup, error: bool = False) -> tuple[Tensor, Tensor | None]:
         inputs = {slot: mix_input(run, base, sources) for slot, sources in group.sources.items()}
         return evaluate_part(run, part, inputs, error)
 
     if part.dictionary is None:
-        output = (on_group(groups[0]) if groups else on_base())[0]
+        output = (on_group(groups[0]) if groups else on_base(False))[0]
         run.dense[last] = output - run.ablated_value("dense", part.module)
         return run.dense[last]
     of_error = [group for group in groups if group.readers == [part.dictionary.d_dict]]
-    error = on_group(of_error[0], error=True)[1] if of_error else on_base()[1] if error_needed else None
+    error = None
+    if error_needed:
+        error = on_group(of_error[0], error=True)[1] if of_error else on_base(True)[1]
     run.dense[last] = run.nothing
     if error is not None:
         run.dense[last] = error - run.ablated_value("dense", f"{part.module}/err")
     listed = {reader for group in groups for reader in group.readers}
     all_listed = set(np.flatnonzero(needed[:-1])) <= listed
     shape = *run.tokens.shape, part.dictionary.d_dict
-    acts = base.new_zeros(shape) if all_listed else on_base()[0].clone()
-    of_features = [group for group in groups if group not in of_error]
-    fill_groups(run, part, base, of_features, lambda: on_base()[0], acts)
+    acts = base.new_zeros(shape) if all_listed else base_codes().clone()
+    features = [group for group in groups if group not in of_error]
+    fill_groups(run, part, of_features, features, base_codes, acts)
     change = acts - run.ablated_value("acts", part.module)
     run.acts[part.module] = change * torch.as_tensor(needed[:-1]).to(acts)
     if not run.running:
@@ -308,10 +330,10 @@ def write_part(
 class AffineMaps:
     "The affine maps of a module on both sides of its nonlinearity, the norm's weights folded in."
 
-    norm: Norm  # that the module reads through
-    W: Float[Tensor, "hidden_in d_model"]  # to q, k and v, or to the hidden layer and its gate; norm unscaled
+    norm: Norm  # before W; of kind "none" if the encoder reads the stream itself
+    W: Float[Tensor, "hidden_in d_model"]  # to q, k and v, to the hidden layer and its gate, or to the code
     b: Float[Tensor, " hidden_in"]
-    spans: dict[str, slice]  # rows of W: of q, k and v, or of the hidden layer and its gate
+    spans: dict[str, slice]  # rows of W: of q, k and v, or of the hidden layer and its gate, or of the code
     out: Float[Tensor, "d_model hidden"]
     b_out: Float[Tensor, " d_model"] | None
     T: Float[Tensor, "d_dict hidden"] | None  # to pre-activations; None where the encoder reads before
@@ -328,10 +350,17 @@ def _maps_in(cut: FeatureCut, part: Part) -> dict[str, tuple[Tensor, Tensor | No
             "v": (attn.W_V.flatten(0, 1), attn.b_V),
         }
     mlp = get_mlp(cut.model, part.layer)
-    hidden = {"hidden": (mlp.W_in, mlp.b_in)}
+    hidden: dict[str, tuple[Tensor, Tensor | None]] = {"hidden": (mlp.W_in, mlp.b_in)}
     if mlp.W_gate is None:
         return hidden
     return hidden | {"gate": (mlp.W_gate, mlp.b_gate)}
+
+
+def _norm_of_encoder(norm: Norm, reads: str) -> Norm:
+    "The norm through which an encoder reads that stands before its module."
+    if reads == "input":
+        return Norm("none")
+    return norm if reads == "normed" else replace(norm, weight=None, bias=None)
 
 
 def _map_out(cut: FeatureCut, part: Part) -> tuple[Tensor, Tensor | None]:
@@ -358,6 +387,8 @@ def find_maps(cut: FeatureCut, part: Part) -> AffineMaps | None:
     if through and norm_after(cut.model, part.module).kind != "none":
         return None
     maps, norm = _maps_in(cut, part), norm_before(cut.model, part.module)
+    if part.reads in ("input", "scaled", "normed"):  # the features read past the module
+        maps, norm = {"in": (known.W_enc.mT, known.b_enc)}, _norm_of_encoder(norm, part.reads)
     b = torch.cat([W.new_zeros(len(W)) if b is None else b.flatten() for W, b in maps.values()])
     W = torch.cat([W for W, _ in maps.values()])
     if norm.bias is not None:
@@ -385,34 +416,41 @@ class PartRun:
     base_codes: Callable[[], Float[Tensor, "batch pos d_dict"]]  # computed when it is first asked for
 
 
+def _narrow_gate(gate: Gate, features: list[int]) -> Gate:
+    "The gate of some features, where each is gated by itself."
+    settings = {name: getattr(gate, name) for name in ("threshold", "b_gate", "r_mag", "b_mag")}
+    narrow = {name: t[features] for name, t in settings.items() if t is not None}
+    return replace(gate, **narrow)
+
+
+def _may_be_active(gate: Gate, pre: Float[Tensor, "row feature"]) -> Int[Tensor, " some"]:
+    "Rows where a feature can be active, whatever its rank."
+    may_be = pre > 0 if gate.kind == "topk" else pre != 0
+    return may_be.any(1).nonzero()[:, 0]
+
+
 def gate_features(
     own: PartRun,
     features: list[int],
-    hidden: Float[Tensor, "row hidden"] | None,  # hidden layer or z, where the encoder reads through it
-    x: Float[Tensor, "row d_model"] | None,  # stream before it, where the encoder reads that
+    hidden: Float[Tensor, "row hidden"],  # hidden layer or z
+    x: Float[Tensor, "row d_model"] | None,  # stream before it, where the encoder reads that too
 ) -> Float[Tensor, "row feature"]:
     "Activations of some features. Where a gate ranks them, the whole code is computed if one can be active."
-    part, maps, norm = own.part, own.maps, own.maps.norm
+    part, maps = own.part, own.maps
     known, dictionary = part.structure, part.dictionary
-    assert known is not None and known.W_enc is not None and known.gate is not None and dictionary is not None
-    pre = maps.c[features]
-    if hidden is not None and maps.T is not None:
-        pre = pre + hidden @ maps.T[features].mT
+    assert known is not None and known.W_enc is not None and known.gate is not None
+    assert dictionary is not None and maps.T is not None
+    pre = maps.c[features] + hidden @ maps.T[features].mT
     if x is not None:
-        direct = x if part.reads == "stream" else encoder_input(norm, part.reads, x)
-        pre = pre + direct @ known.W_enc[:, features]
-    if known.gate.k is None:  # each feature is gated by itself
-        settings = {name: getattr(known.gate, name) for name in ("threshold", "b_gate", "r_mag", "b_mag")}
-        narrow = {name: t[features] for name, t in settings.items() if t is not None}
-        return replace(known.gate, **narrow)(pre)
+        pre = pre + x @ known.W_enc[:, features]
+    if known.gate.k is None:
+        return _narrow_gate(known.gate, features)(pre)
     acts = torch.zeros_like(pre)
-    can_be_active = (pre > 0 if known.gate.kind == "topk" else pre != 0).any(1)
-    for rows in can_be_active.nonzero()[:, 0].split(256):
-        z = None if hidden is None else hidden[rows]
-        output = None
-        if z is not None and part.reads != "z":
+    for rows in _may_be_active(known.gate, pre).split(256):
+        z, output = hidden[rows], None
+        if part.reads != "z":
             output = z @ maps.out.mT + (0 if maps.b_out is None else maps.b_out)
-        place = encoder_input(norm, part.reads, None if x is None else x[rows], output, z)
+        place = encoder_input(maps.norm, part.reads, None if x is None else x[rows], output, z)
         acts[rows] = dictionary.encode(place)[:, features]
     return acts
 
@@ -452,11 +490,27 @@ class Rows:
     mapped: Float[Tensor, "row hidden_in"]
     change: Float[Tensor, "row feature"]
     dense: dict[int, tuple[Float[Tensor, "row d_model"], Float[Tensor, "row hidden_in"]]]  # and mapped
+    sums: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)  # of the last nodes
+
+    def with_nodes(self, nodes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        "The base with what some nodes bring, and the same mapped. Many groups list the same nodes."
+        if nodes not in self.sums:
+            x, mapped = self.base, self.mapped
+            for i in nodes:
+                x, mapped = x + self.dense[i][0], mapped + self.dense[i][1]
+            self.sums.clear()
+            self.sums[nodes] = x, mapped
+        return self.sums[nodes]
+
+    @cached_property
+    def moved(self) -> dict[int, Bool[Tensor, " row"]]:
+        "For each node, rows at which it differs from its ablated value."
+        return {i: (x != 0).any(1) for i, (x, _) in self.dense.items()}
 
     def mix(
         self,
         sources: tuple[int, ...],
-        span: slice,  # of the part's maps
+        span: slice | list[int],  # of the part's maps
         rows: Int[Tensor, " some"] | None = None,  # some of the rows; None for all
     ) -> tuple[Float[Tensor, "some d_model"], Float[Tensor, "some mapped"]]:
         "Input of a group, and the same mapped by a span of the part's maps, without the norm's scale."
@@ -467,13 +521,12 @@ class Rows:
             return x[rows]
 
         columns, nodes = self.listed.split(sources)
-        x, mapped = pick(self.base), pick(self.mapped)[:, span]
+        x, mapped = self.with_nodes(tuple(nodes))
+        x, mapped = pick(x), pick(mapped)[:, span]
         if columns:
             change = pick(self.change)[:, columns]
             x = torch.addmm(x, change, self.listed.table[columns])
-            mapped = torch.addmm(mapped, change, self.listed.mapped[columns, span])
-        for i in nodes:
-            x, mapped = x + pick(self.dense[i][0]), mapped + pick(self.dense[i][1])[:, span]
+            mapped = torch.addmm(mapped, change, self.listed.mapped[columns][:, span])
         return x, mapped
 
     def input(self, sources: tuple[int, ...], rows: Int[Tensor, " some"] | None = None) -> Tensor:
@@ -490,7 +543,7 @@ class Rows:
                 change = self.change[:, columns]
                 differs |= (change != 0).any(1)
             for i in nodes:
-                differs |= (self.dense[i][0] != 0).any(1)
+                differs |= self.moved[i]
         return differs
 
 
@@ -517,8 +570,25 @@ def run_hidden(
     return mlp.act(gate).mul_(up)
 
 
-def fill_mlp(own: PartRun, groups: list[InputGroup], listed: ListedSources, acts: Tensor) -> None:
-    "Fill in values of features of an MLP."
+def run_code(
+    own: PartRun, rows: Rows, group: InputGroup, some: Tensor | None
+) -> Float[Tensor, "row reader"]:
+    "Activations of a group's readers at some rows, where the encoder reads before the module."
+    maps, features, known = own.maps, group.readers, own.part.structure
+    assert known is not None and known.gate is not None
+    span = features if known.gate.k is None else slice(None)
+    x, mapped = rows.mix(group.sources["in"], span, some)
+    pre = maps.b[span] + mapped * norm_scale(maps.norm, x).to(x.dtype)
+    if known.gate.k is None:
+        return _narrow_gate(known.gate, features)(pre)
+    acts = pre.new_zeros(len(pre), len(features))
+    active = _may_be_active(known.gate, pre[:, features])
+    acts[active] = known.gate(pre[active])[:, features]
+    return acts
+
+
+def fill_rows(own: PartRun, groups: list[InputGroup], listed: ListedSources, acts: Tensor) -> None:
+    "Fill in values of features that read at their own position: of an MLP, or past their module."
     flat, out = own.base.flatten(0, 1), acts.flatten(0, 1)
     for start in range(0, len(flat), 128):
         block = slice(start, start + 128)
@@ -531,9 +601,11 @@ def fill_mlp(own: PartRun, groups: list[InputGroup], listed: ListedSources, acts
                 continue
             row = changed.nonzero()[:, 0]
             some = None if changed.all() else row
-            hidden = run_hidden(own, rows, group, some) if "mlp" in group.sources else None
-            x = rows.input(group.sources["in"], some) if "in" in group.sources else None
-            values = gate_features(own, group.readers, hidden, x)
+            if "in" in own.maps.spans:
+                values = run_code(own, rows, group, some)
+            else:
+                x = rows.input(group.sources["in"], some) if "in" in group.sources else None
+                values = gate_features(own, group.readers, run_hidden(own, rows, group, some), x)
             out[start + row[:, None], torch.as_tensor(group.readers, device=flat.device)] = values
 
 # %% ../../nbs/62_feature_ablation.ipynb #f0a10022
@@ -593,9 +665,8 @@ def fill_attention(own: PartRun, groups: list[InputGroup], listed: ListedSources
             if not rows.changed(group).any():
                 acts[b][:, group.readers] = own.base_codes()[b][:, group.readers]
                 continue
-            z = heads.mix(group.sources) if "v" in group.sources else None
             x = rows.input(group.sources["in"]) if "in" in group.sources else None
-            acts[b][:, group.readers] = gate_features(own, group.readers, z, x)
+            acts[b][:, group.readers] = gate_features(own, group.readers, heads.mix(group.sources), x)
 
 # %% ../../nbs/62_feature_ablation.ipynb #f0a10023
 def fill_groups(
@@ -614,7 +685,8 @@ def fill_groups(
             inputs = {slot: mix_input(run, base, sources) for slot, sources in group.sources.items()}
             acts[..., group.readers] = evaluate_part(run, part, inputs)[0][..., group.readers]
         return
-    fill = fill_linearised if run.own is not None else fill_mlp if part.kind == "mlp" else fill_attention
+    by_row = part.kind == "mlp" or "in" in maps.spans
+    fill = fill_linearised if run.own is not None else fill_rows if by_row else fill_attention
     own = PartRun(run, part, maps, base, base_codes)
     for start in range(0, len(groups), block):
         members = groups[start : start + block]

@@ -138,9 +138,12 @@ class FeatureSelection:
     port: np.ndarray  # names
     inverted: bool = False
     nodes: Bool[np.ndarray, " node"] | None = None  # then no edges are listed
+    backbone: bool = False  # whether all edges at a node that is no feature are kept, listed or not
 
     def __invert__(self) -> "FeatureSelection":
-        "What is not kept."
+        "What is not kept. Raises ValueError for a selection with a backbone."
+        if self.backbone:
+            raise ValueError("a selection with backbone=True has no complement: list its edges instead")
         if self.nodes is not None:
             return replace(self, nodes=~self.nodes)
         return replace(self, inverted=not self.inverted)
@@ -153,8 +156,8 @@ class FeatureSelection:
         return cls(cut, no_index, no_index, no_port)
 
     def none(self) -> "FeatureSelection":
-        "Nothing kept."
-        return FeatureSelection.nothing(self.cut)
+        "Nothing kept but the backbone, if there is one."
+        return replace(FeatureSelection.nothing(self.cut), backbone=self.backbone)
 
     @property
     def n_edges(self) -> int:
