@@ -4,8 +4,8 @@
 
 SmolLM2's MLPs are cut into features by transcoders of 2,304 features, 32 of them active: those of layers 8 to
 11, then all 30. Attention layers, error nodes and embeddings are the backbone, whose edges are always kept.
-Fine edges, from a feature to a feature, are found on one text and judged on another, by the exact run: those
-that `search_edges` finds, those that bring most to their readers, and random ones among the candidates. Writes
+Fine edges, from a feature to a feature, are found on one text and judged on another by the exact run: those
+that `search_edges` finds, those that bring most to their readers, and random candidates. Writes
 nbs/results/small_edges.csv, a row for each set of modules, rule and budget. A second run goes on after the
 rows that are there. CPU time on one core: 15 minutes for the transcoders, 10 minutes a search in four layers
 and 30 in all of them, 1 to 10 minutes a judged graph.
@@ -63,7 +63,9 @@ def open_judges(model: Model, cut: object, data: str, options: argparse.Namespac
     return tuple(open_judge(cut, task, "corrupted", quiet) for task in (found, judged))
 
 
-def keep_largest(judge: Judge, candidates: dict[str, Candidates], size: torch.Tensor, n: int) -> FeatureSelection:
+def keep_largest(
+    judge: Judge, candidates: dict[str, Candidates], size: torch.Tensor, n: int
+) -> FeatureSelection:
     "The candidates of largest size."
     kept = torch.zeros(len(size), dtype=torch.bool)
     kept[size.topk(n).indices] = True
@@ -86,13 +88,20 @@ def list_rules(
 def judge_selection(judge: Judge, kept: FeatureSelection) -> pd.DataFrame:
     "Faithfulness between the backbone alone (0) and the model (1), by the judge's metric and by divergence."
     scores = measure(judge, [kept.none(), kept])
-    row = {"n_fine": kept.n_edges, "n_readers": len(set(kept.target.tolist())), "n_inputs": len(judge.data.tokens)}
+    row = {
+        "n_fine": kept.n_edges,
+        "n_readers": len(set(kept.target.tolist())),
+        "n_inputs": len(judge.data.tokens),
+    }
     for name, sign in (("metric", 1), ("kl", -1)):
         model, none, found = sign * scores[name]
         low, high = judge.interval(lambda m, n, f: faithfulness(f, m, n), model, none, found)
         row |= {name: float(faithfulness(found, model, none))}
         row |= {f"{name}_low": float(low), f"{name}_high": float(high)}
-        row |= {f"{name}_of_backbone": float(sign * none.mean()), f"{name}_of_graph": float(sign * found.mean())}
+        row |= {
+            f"{name}_of_backbone": float(sign * none.mean()),
+            f"{name}_of_graph": float(sign * found.mean()),
+        }
     return pd.DataFrame([row])
 
 
@@ -127,7 +136,15 @@ def main() -> None:
                     continue
                 row = judge_selection(judged, rules[rule](n))
                 add_row(options.out, row.assign(layers=layers, data=data, rule=rule, budget=n))
-                print(layers, data, rule, n, row["metric"].round(3).item(), row["kl"].round(3).item(), flush=True)
+                print(
+                    layers,
+                    data,
+                    rule,
+                    n,
+                    row["metric"].round(3).item(),
+                    row["kl"].round(3).item(),
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

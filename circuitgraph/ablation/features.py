@@ -181,25 +181,26 @@ class FeatureRun:
         self.backbone = dict(self.running) if selection.backbone else {}
         for i, part in enumerate(cut.parts[:-1]):
             self.dense[cut.const] = self.const_change(i, needed)
-            is_needed = needed[part.nodes]
-            change = 0
-            if is_needed.any():
-                base = self.base(part, i)
-                listed = groups.get(part.module, [])
-                splits = bool(self.backbone) and part.dictionary is not None
-                of_features = self.base(part, i, self.backbone) if splits else base
-                change = write_part(self, part, base, listed, is_needed, of_features)
-            if self.running:
-                before = self.running[max(self.running)]
-                self.running[part.nodes.stop] = before + change
-            if self.backbone:
-                before = self.backbone[max(self.backbone)]
-                self.backbone[part.nodes.stop] = before + self.dense[part.nodes.stop - 1]
+            self.add_part(i, groups.get(part.module, []), needed[part.nodes])
         last = len(cut.parts) - 1
         self.dense[cut.const] = self.const_change(last, needed)
         into_logits = groups.get("logits")
         sources = into_logits[0].sources["logits"] if into_logits else ()
         return mix_input(self, self.base(cut.parts[-1], last), sources)
+
+    def add_part(self, i: int, listed: list[InputGroup], needed: Bool[np.ndarray, " node"]) -> None:
+        "Compute part `i`, and add its changes to the sums that this run keeps."
+        part, change = self.cut.parts[i], self.nothing
+        if needed.any():
+            splits = bool(self.backbone) and part.dictionary is not None
+            of_features = self.base(part, i, self.backbone) if splits else None
+            change = write_part(self, part, self.base(part, i), listed, needed, of_features)
+        if self.running:
+            before = self.running[max(self.running)]
+            self.running[part.nodes.stop] = before + change
+        if self.backbone:
+            before = self.backbone[max(self.backbone)]
+            self.backbone[part.nodes.stop] = before + self.dense[part.nodes.stop - 1]
 
     def const_change(self, i: int, needed: Bool[np.ndarray, " node"]) -> Float[Tensor, "batch pos d_model"]:
         "The change of all biases before part `i`: they change only where ablated edges carry nothing."
@@ -275,6 +276,22 @@ def evaluate_part(
     return encode_part(run, part, {slot: x[slot] for slot in node_slots(part, 0)}, own), rest
 
 # %% ../../nbs/62_feature_ablation.ipynb #fab09
+def _evaluate_group(
+    run: FeatureRun,
+    part: Part,
+    base: Float[Tensor, "batch pos d_model"],
+    group: InputGroup | None,  # None for readers without listed edges
+    error: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    "A part evaluated on the input of a group, or on the base."
+    if group is not None:
+        inputs = {slot: mix_input(run, base, sources) for slot, sources in group.sources.items()}
+    else:
+        reader = part.n_nodes - 1 if error else 0
+        inputs = dict.fromkeys(node_slots(part, reader), base)
+    return evaluate_part(run, part, inputs, error)
+
+
 def write_part(
     run: FeatureRun,
     part: Part,
@@ -284,41 +301,31 @@ def write_part(
     of_features: Float[Tensor, "batch pos d_model"] | None = None,  # their base, where it is another
 ) -> Float[Tensor, "batch pos d_model"]:
     "Compute the nodes of a part, keep their changes, and return what they write together."
-    last, error_needed = part.first + part.n_nodes - 1, bool(needed[-1])
-    of_features = base if of_features is None else of_features
-
-    @cache
-    def on_base(error: bool) -> tuple[Tensor, Tensor | None]:
-        reader = part.n_nodes - 1 if error else 0
-        x = base if error else of_features
-        inputs = dict.fromkeys(node_slots(part, reader), x)
-        return evaluate_part(run, part, inputs, error=error)
-
-    def base_codes() -> Tensor:
-        with_error = error_needed and of_features is base
-        return on_base(with_error)[0]
-
-    def on_group(group: InputGroup, error: bool = False) -> tuple[Tensor, Tensor | None]:
-        inputs = {slot: mix_input(run, base, sources) for slot, sources in group.sources.items()}
-        return evaluate_part(run, part, inputs, error)
-
+    last = part.nodes.stop - 1
     if part.dictionary is None:
-        output = (on_group(groups[0]) if groups else on_base(False))[0]
+        output, _ = _evaluate_group(run, part, base, groups[0] if groups else None)
         run.dense[last] = output - run.ablated_value("dense", part.module)
         return run.dense[last]
-    of_error = [group for group in groups if group.readers == [part.dictionary.d_dict]]
-    error = None
-    if error_needed:
-        error = on_group(of_error[0], error=True)[1] if of_error else on_base(True)[1]
-    run.dense[last] = run.nothing
-    if error is not None:
+    n_features = part.dictionary.d_dict
+    of_error = [group for group in groups if group.readers == [n_features]]
+    listed = [group for group in groups if group not in of_error]
+    run.dense[last], codes = run.nothing, None
+    if needed[-1]:
+        codes, error = _evaluate_group(run, part, base, of_error[0] if of_error else None, error=True)
+        assert error is not None
         run.dense[last] = error - run.ablated_value("dense", f"{part.module}/err")
-    listed = {reader for group in groups for reader in group.readers}
-    all_listed = set(np.flatnonzero(needed[:-1])) <= listed
-    shape = *run.tokens.shape, part.dictionary.d_dict
-    acts = base.new_zeros(shape) if all_listed else base_codes().clone()
-    features = [group for group in groups if group not in of_error]
-    fill_groups(run, part, of_features, features, base_codes, acts)
+    if of_error or of_features is not None:
+        codes = None  # on another input than that of features
+    x = base if of_features is None else of_features
+
+    @cache
+    def base_codes() -> Tensor:
+        return _evaluate_group(run, part, x, None)[0] if codes is None else codes
+
+    have_edges = {reader for group in listed for reader in group.readers}
+    all_listed = set(np.flatnonzero(needed[:-1])) <= have_edges
+    acts = base.new_zeros(*run.tokens.shape, n_features) if all_listed else base_codes().clone()
+    fill_groups(run, part, x, listed, base_codes, acts)
     change = acts - run.ablated_value("acts", part.module)
     run.acts[part.module] = change * torch.as_tensor(needed[:-1]).to(acts)
     if not run.running:
@@ -570,9 +577,7 @@ def run_hidden(
     return mlp.act(gate).mul_(up)
 
 
-def run_code(
-    own: PartRun, rows: Rows, group: InputGroup, some: Tensor | None
-) -> Float[Tensor, "row reader"]:
+def run_code(own: PartRun, rows: Rows, group: InputGroup, some: Tensor | None) -> Float[Tensor, "row reader"]:
     "Activations of a group's readers at some rows, where the encoder reads before the module."
     maps, features, known = own.maps, group.readers, own.part.structure
     assert known is not None and known.gate is not None
