@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEAST_COUNT', 'KIND_COLOURS', 'PORT_COLOURS', 'SIGN_COLOURS', 'MOST_NODES', 'LEVELS', 'edge_sizes', 'node_strength',
-           'rank_edges', 'joins_features', 'rank_shown', 'place_nodes', 'slider_stops', 'draw_layers', 'plot_layers',
-           'use_static_renderer', 'show_figure', 'sum_modules', 'plot_matrix', 'plot_weights', 'plot_strength']
+           'rank_edges', 'least_shown', 'joins_features', 'rank_shown', 'place_nodes', 'slider_stops', 'draw_layers',
+           'plot_layers', 'use_static_renderer', 'show_figure', 'sum_modules', 'plot_matrix', 'plot_weights',
+           'plot_strength']
 
 # %% ../../nbs/32_figures.ipynb #7a289929
 import hashlib
@@ -90,13 +91,19 @@ def rank_edges(
     return edges.iloc[order[shown[order]][:n]]
 
 
+def least_shown(graph: Graph) -> int:
+    "Positions that an edge needs by default to be ranked: some for features over a text, else none."
+    of_features = graph.meta.get("nodes") == "feature" and "position" not in graph.nodes
+    if not of_features:
+        return 0
+    most = int(graph.edges["count"].to_numpy().max(initial=0))
+    return min(LEAST_COUNT, most // 10)
+
+
 def _mark_shown(graph: Graph, least_count: int | None, skip_first: int | None) -> np.ndarray:
     "Which edges are ranked."
     keeps_places, count = "position" in graph.nodes, graph.edges["count"].to_numpy()
-    if least_count is None:
-        of_features = graph.meta.get("nodes") == "feature" and not keeps_places
-        least_count = min(LEAST_COUNT, int(count.max(initial=0)) // 10) if of_features else 0
-    shown = count >= least_count
+    shown = count >= (least_shown(graph) if least_count is None else least_count)
     if keeps_places:
         position = graph.nodes["position"].to_numpy()
         is_first = (position >= 0) & (position < (1 if skip_first is None else skip_first))
