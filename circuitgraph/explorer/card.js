@@ -77,7 +77,7 @@ function drawCard() {
   drawFacts(card, i);
   drawHistogram(card, i);
   drawContexts(card, i);
-  for (const [title, texts] of Object.entries(DATA.cards[NODES.name[i]] ?? {})) drawTexts(card, title, texts);
+  for (const [title, texts] of Object.entries(lookUp(DATA.cards, i) ?? {})) drawTexts(card, title, texts);
   drawNote(card, i);
   drawParents(card, i);
   drawChildren(card, i);
@@ -129,8 +129,8 @@ const FACTS = { mean_activation: "mean activation, where active", kept: "share o
 
 // How large the activation is where the feature is active
 function drawHistogram(card, i) {
-  const histogram = DATA.histograms[NODES.name[i]];
-  if (!histogram || !histogram.counts.length) return;
+  const histogram = lookUp(DATA.histograms, i);
+  if (!histogram?.counts.length) return;
   const { counts, range } = histogram;
   element(card, "h3", "", `Activations where active: ${showCount(d3.sum(counts))} positions`);
   const size = { width: 230, height: 44 };
@@ -158,7 +158,7 @@ function drawHistogram(card, i) {
 
 // Where the feature is most active, with its token marked
 function drawContexts(card, i) {
-  const contexts = DATA.contexts[NODES.name[i]];
+  const contexts = lookUp(DATA.contexts, i);
   if (!contexts) return;
   element(card, "h3", "", "Most active at");
   const list = element(card, "ul", "texts contexts");

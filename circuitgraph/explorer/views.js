@@ -168,7 +168,9 @@ function overviewScene() {
 function edgesOfChosen(skeleton) {
   const i = state.chosen;
   if (i === null || skeleton.some((e) => EDGES.source[e] === i || EDGES.target[e] === i)) return [];
-  return [...firstByPort(parentEdges[i], 2), ...childEdges[i].slice(0, 4)];
+  const parents = parentEdges[i].filter((e) => nodePasses(EDGES.source[e], state.filters));
+  const children = childEdges[i].filter((e) => nodePasses(EDGES.target[e], state.filters));
+  return [...firstByPort(parents, 2), ...children.slice(0, 4)];
 }
 
 function mayStandAround(i) {

@@ -203,10 +203,27 @@ def _average_writes(
     return {name: summed / n_positions for name, summed in total.items()}
 
 # %% ../../nbs/680_cards.ipynb #cd18
+def _read_streams(model: Model, tokens: Int[Tensor, "seq pos"]) -> list[Float[Tensor, "seq pos d_model"]]:
+    "The residual stream before each layer: a cut changes nothing below its node."
+    streams = []
+
+    def visit(kind: str, layer: int, places: dict[str, Tensor]) -> None:
+        if kind == "a":
+            streams.append(places["input"])
+
+    visit_modules(model, tokens, visit)
+    return streams
+
+
 def _run_without(
-    model: Model, tokens: Int[Tensor, "seq pos"], writer: _Writer, mean: Float[Tensor, " d_model"]
+    model: Model,
+    tokens: Int[Tensor, "seq pos"],
+    streams: Sequence[Float[Tensor, "seq pos d_model"]],  # of `_read_streams`
+    writer: _Writer,
+    mean: Float[Tensor, " d_model"],
 ) -> Float[Tensor, "seq pos d_vocab"]:
     "Logits with a mean in place of what a node writes."
+    start = None if writer.layer < 0 else (writer.layer, streams[writer.layer])
     is_cut = torch.ones(tokens.shape[1], 1, dtype=torch.bool, device=tokens.device)
     if writer.position is not None:
         is_cut[:] = False
@@ -218,7 +235,7 @@ def _run_without(
         change = mean - writer.write(places)
         return places["output"] + change * is_cut
 
-    return run_logits(model, visit_modules(model, tokens, visit))
+    return run_logits(model, visit_modules(model, tokens, visit, start=start))
 
 
 def _measure_loss(
@@ -250,15 +267,17 @@ def measure_costs(
     judged, answer = corpus, None
     if keeps_positions(graph):
         judged, answer = _read_prompt(graph, model)
-    batches = judged.split(Run().sequences_at_a_time(judged))
-    own = torch.cat([_measure_loss(model(rows), rows, answer) for rows in batches]).mean()
-    costs = {}
-    for name, writer in tqdm(writers.items(), desc="nodes cut", disable=not run.progress):
-        losses = [
-            _measure_loss(_run_without(model, rows, writer, means[name]), rows, answer) for rows in batches
-        ]
-        costs[name] = float(torch.cat(losses).mean() - own)
-    return costs
+    rises: dict[str, list[Tensor]] = {name: [] for name in writers}
+    batches = judged.split(run.sequences_at_a_time(judged))
+    with tqdm(total=len(batches) * len(writers), desc="nodes cut", disable=not run.progress) as bar:
+        for rows in batches:
+            own = _measure_loss(model(rows), rows, answer)
+            streams = _read_streams(model, rows)
+            for name, writer in writers.items():
+                logits = _run_without(model, rows, streams, writer, means[name])
+                rises[name].append(_measure_loss(logits, rows, answer) - own)
+                bar.update()
+    return {name: float(torch.cat(some).mean()) for name, some in rises.items()}
 
 
 def _read_prompt(graph: Graph, model: Model) -> tuple[Int[Tensor, "one pos"], int]:
@@ -289,7 +308,7 @@ def gather_evidence(
     *,
     n_features: int = 1_000,  # features that get contexts and a histogram
     n_contexts: int = 5,  # of each
-    n_costs: int = 40,  # nodes that are cut, on the first sequences, of about 512 tokens
+    n_costs: int = 24,  # nodes that are cut, on the first sequences, of about 512 tokens
     run: Run = Run(),
 ) -> Evidence:
     "Gather contexts, histograms and costs. Raises ValueError for tokens that the model does not have."

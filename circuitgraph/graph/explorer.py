@@ -165,11 +165,47 @@ def _name_row(level: int, last: int) -> str:
         return "input"
     return "output" if level == last else f"layer {level // 2}"
 
+# %% ../../nbs/68_explorer.ipynb #xp22a
+_SWEEPS = 6
+
+
+def _mean_place(x: np.ndarray, pairs: np.ndarray, node: int) -> float:
+    "The mean place of a node's neighbours."
+    neighbours = np.concatenate([pairs[pairs[:, 0] == node, 1], pairs[pairs[:, 1] == node, 0]])
+    return float(x[neighbours].mean())
+
+
+def _untangle(
+    nodes: pd.DataFrame,
+    level: Int[np.ndarray, " node"],
+    x: Float[np.ndarray, " node"],
+    skeleton: Int[np.ndarray, "edge 2"],
+) -> Float[np.ndarray, " node"]:
+    "Bring the features of a skeleton to the middle of their rows, in an order with few crossings."
+    x = x.copy()
+    is_fine = nodes["kind"].isin(["feature", "error"]).to_numpy()
+    shown = np.unique(skeleton)
+    shown = shown[is_fine[shown]]
+    by_row = {row: shown[level[shown] == row] for row in np.unique(level[shown]).tolist()}
+    for row, members in by_row.items():
+        others = np.setdiff1d(np.flatnonzero(is_fine & (level == row)), members)
+        others = others[np.argsort(np.abs(x[others]), kind="stable")]
+        spread = _count_from_centre(np.arange(len(members) + len(others)))
+        x[members] = spread[: len(members)]
+        x[others] = spread[len(members) :]
+    for sweep in range(_SWEEPS):
+        for row in sorted(by_row, reverse=sweep % 2 == 1):
+            members = by_row[row]
+            wanted = [_mean_place(x, skeleton, int(node)) for node in members]
+            x[members[np.argsort(wanted, kind="stable")]] = np.sort(x[members])
+    return x
+
 # %% ../../nbs/68_explorer.ipynb #xp23
 def place_rows(
     nodes: pd.DataFrame,  # of a graph
     strength: Float[np.ndarray, " node"],  # influence, where it is defined
     by_position: bool,  # whether columns are the tokens of a prompt
+    skeleton: Int[np.ndarray, "edge 2"] | None = None,  # sources and targets of edges that should not cross
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # x, y of each node; y, text of each row
     "Compute where the nodes of a graph stand."
     level = _list_levels(nodes)
@@ -180,6 +216,8 @@ def place_rows(
     else:
         rank = _rank_in_cells(level, line, strength)
         x = _place_in_rows(nodes, level, rank)
+        if skeleton is not None and len(skeleton):
+            x = _untangle(nodes, level, x, skeleton)
     present, row = np.unique(level, return_inverse=True)
     height = np.full(len(present), 1.0 if by_position else 0.5)
     height[row[(nodes["kind"] == "feature").to_numpy()]] = 1.0
@@ -189,8 +227,10 @@ def place_rows(
     base = np.cumsum(height) - height
     places = pd.DataFrame({"x": x, "y": base[row] + 0.3 * line})
     texts = [_name_row(int(one), int(present[-1])) for one in present]
-    rows = pd.DataFrame({"y": base, "text": texts}).drop_duplicates("text")
-    return places, rows
+    has_features = np.isin(np.arange(len(present)), row[(nodes["kind"] == "feature").to_numpy()])
+    rows = pd.DataFrame({"y": base, "text": texts, "other": ~has_features})
+    rows = rows.sort_values(["other", "y"], kind="stable").drop_duplicates("text")  # beside features, if any
+    return places, rows.sort_values("y")[["y", "text"]]
 
 # %% ../../nbs/68_explorer.ipynb #xp27
 def _list_texts(value: Any) -> list[str]:
@@ -398,6 +438,14 @@ def _choose_first(graph: Graph, is_prompt: bool) -> dict[str, Any]:
     }
 
 
+def _list_first(graph: Graph, strength: np.ndarray, n: int) -> Int[np.ndarray, "edge 2"]:
+    "Sources and targets of the edges between features that are shown at first."
+    is_shown = joins_features(graph, graph.edges) & (graph.edges["count"] >= least_shown(graph)).to_numpy()
+    order = np.argsort(-strength, kind="stable")
+    first = order[is_shown[order]][:n]
+    return np.stack(end_codes(graph), 1)[first].astype(np.int64)
+
+
 def _describe_evidence(evidence: Evidence) -> dict[str, Any]:
     "Contexts and histograms as JSON holds them."
     contexts, histograms = {}, {}
@@ -429,7 +477,9 @@ def collect_page(
     strength = share if of_edges is None else of_edges
     kept = choose_edges(strength, rank, MOST_EDGES, joins_features(graph, graph.edges))
     is_prompt = keeps_positions(graph)
-    places, rows = place_rows(nodes, importance, is_prompt)
+    first = _choose_first(graph, is_prompt)
+    skeleton = _list_first(graph, strength, n_edges) if first["features_only"] else None
+    places, rows = place_rows(nodes, importance, is_prompt, skeleton)
     names: list[str] = nodes["name"].tolist()
     held = _limit_cards(cards, names, importance)
     by = "shares" if of_edges is None else "influence"
@@ -446,7 +496,7 @@ def collect_page(
         "left_out": left_out,
         "is_prompt": is_prompt,
         "n_first": n_edges,
-        "first": _choose_first(graph, is_prompt),
+        "first": first,
         "ports": list(PORTS),
         "colours": {"kind": KIND_COLOURS, "sign": SIGN_COLOURS},
         "rows": rows.to_dict("records"),
