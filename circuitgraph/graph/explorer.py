@@ -451,7 +451,8 @@ def _describe_evidence(evidence: Evidence) -> dict[str, Any]:
     contexts, histograms = {}, {}
     for name, listed in evidence.contexts.items():
         contexts[name] = [
-            [_clip(one.before), _clip(one.token), _clip(one.after), *_round([one.activation])] for one in listed
+            [_clip(one.before), _clip(one.token), _clip(one.after), *_round([one.activation])]
+            for one in listed
         ]
     for name, one in evidence.histograms.items():
         histograms[name] = {"range": _round([one.low, one.high]), "counts": one.counts}
@@ -463,7 +464,7 @@ def collect_page(
     *,
     model: Model | None = None,
     cards: Cards,
-    evidence: Evidence = Evidence(),
+    evidence: Evidence,
     n_edges: int,  # of the skeleton that is shown first
 ) -> dict[str, Any]:  # what JSON can hold
     "Prepare the data of a page."
