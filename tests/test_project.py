@@ -229,7 +229,8 @@ def test_the_quickstart_has_at_most_sixteen_lines():
 def test_the_quickstart_prints_what_it_says():
     """Its numbers, as a reader sees them; the notebook itself asserts them whenever it is run."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    row = {name: float(x) for name, x in re.findall(r"^(graph|random edges|nothing kept) .* (-?[\d.]+)$", text, re.M)}
+    rows = re.findall(r"^(graph|random edges|nothing kept) .* (-?[\d.]+)$", text, re.M)
+    row = {name: float(x) for name, x in rows}
     assert 0.94 < row["graph"] < 0.98 and row["nothing kept"] == 0 and abs(row["random edges"]) < 0.05
     budgets = re.findall(r"^\d +(\d+) +\d+ +\d+ +([\d.]+)$", text, re.M)
     assert [int(n) for n, _ in budgets] == [1_000, 10_000, 100_000]
