@@ -116,9 +116,9 @@ class Graph:
         return f"Graph({name}, {grain} grain: {size}, {attribution} over {n_tokens:,} tokens)"
 
     def _repr_html_(self) -> str:
-        from circuitgraph.graph.figures import rank_shown
+        from circuitgraph.graph.figures import edge_sizes
 
-        top = rank_shown(self).head(10)
+        top = self.edges.assign(size=edge_sizes(self)).nlargest(10, "size")
         columns = {"edge": name_edges(top), "size": top["size"], "weight": top["weight"]}
         table = pd.DataFrame(columns).to_html(index=False, float_format="{:.4g}".format, border=0)
         caption = f"{html.escape(repr(self))}<br>The largest edges, by size"
