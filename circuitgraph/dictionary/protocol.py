@@ -229,8 +229,8 @@ class LinearDictionary:
 class FunctionDictionary:
     """Encode and decode by two differentiable functions.
 
-    `W_dec` and `b_dec` state that the decoder is affine; `find_structure` tests the statement, and without one
-    it tries whether the functions are affine. Example:
+    `W_dec` and `b_dec` state that the decoder is affine; `find_structure` tests the statement. Without one it
+    tries whether the functions are affine. Example:
     `FunctionDictionary("m3", "output", d_model, torch.sinh, torch.asinh)`.
     """
 

@@ -142,7 +142,7 @@ class Graph:
         return keep_edges(self, edges)
 
     def top_edges(self, n: int, by: str = "weight") -> "Graph":
-        'The `n` edges of largest magnitude; by="size", the order in which `rank_edges`, reports and views list.'
+        'The `n` edges of largest magnitude; by="size", in the order of `rank_edges`, reports and views.'
         if by != "size":
             return top_edges(self, n, by)
         from circuitgraph.graph.figures import top_by_size

@@ -375,7 +375,8 @@ def select_edges(
     """Select at most `n` edges of a graph by a rule.
 
     Edges on no path from an input to `logits` are then dropped, so the result may have fewer edges than
-    `n`; its `meta["history"]` and its text say how many remain. Raises ValueError for a budget out of range, an unknown rule, and a rule that keeps too many edges.
+    `n`; its `meta["history"]` and its text say how many remain. Raises ValueError for a budget out of range,
+    an unknown rule, and a rule that keeps too many edges.
 
         small = select_edges(graph, 2_000)
         small = select_edges(graph, 2_000, "greedy", by="abs_weight")
