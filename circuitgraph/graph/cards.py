@@ -285,9 +285,9 @@ def _read_prompt(graph: Graph, model: Model) -> tuple[Int[Tensor, "one pos"], in
     nodes = graph.nodes
     inner = nodes[(nodes["position"] >= 0) & (nodes["kind"] != "logits")]
     tokens = inner.groupby("position")["token"].first()
-    outputs = nodes[nodes["kind"] == "logits"]
-    best = outputs["probability"].to_numpy().argmax()
-    return torch.tensor([tokens.tolist()], device=model.device), int(outputs["token"].iloc[best])
+    outputs = nodes.loc[nodes["kind"] == "logits", ["probability", "token"]].to_numpy()
+    best = outputs[:, 0].argmax()
+    return torch.tensor([tokens.tolist()], device=model.device), int(outputs[best, 1])
 
 # %% ../../nbs/680_cards.ipynb #cd25
 MOST_FEATURES = 1_000  # that get contexts and a histogram

@@ -230,7 +230,7 @@ def place_rows(
     has_features = np.isin(np.arange(len(present)), row[(nodes["kind"] == "feature").to_numpy()])
     rows = pd.DataFrame({"y": base, "text": texts, "other": ~has_features})
     rows = rows.sort_values(["other", "y"], kind="stable").drop_duplicates("text")  # beside features, if any
-    return places, rows.sort_values("y")[["y", "text"]]
+    return places, rows.sort_values("y").loc[:, ["y", "text"]]
 
 # %% ../../nbs/68_explorer.ipynb #xp27
 def _list_texts(value: Any) -> list[str]:
@@ -333,7 +333,7 @@ def _describe_nodes(
 ) -> dict[str, Any]:
     "The node table of a page, by column."
     missing = [None] * len(nodes)
-    cost = nodes["name"].map(costs)
+    cost = [costs.get(name, np.nan) for name in nodes["name"]]
     others = [name for name in nodes if name not in (*_OWN, *_HIDDEN)]
     more = {str(name): _list_values(pd.Series(nodes[name])) for name in others}
     return {

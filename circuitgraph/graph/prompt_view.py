@@ -239,10 +239,12 @@ def join_view(
         raise ValueError(f"path must be a file that the explorer saved, got {path}")
     nodes = graph.nodes
     group_of = {member: group["name"] for group in saved["groups"] for member in group["members"]}
-    is_pinned = nodes["name"].isin({*saved["pinned"], *group_of})
+    wanted = {*saved["pinned"], *group_of}
+    names: list[str] = nodes["name"].tolist()
+    is_pinned = np.array([name in wanted for name in names])
     if not is_pinned.any():
         raise ValueError(f"path must pin nodes of this graph, but none of those in {path} is one")
-    supernode = nodes["name"].map(group_of).fillna("")
+    supernode = [group_of.get(name, "") for name in names]
     history = [*graph.meta["history"], "join_view"]
     return Graph(
         nodes.assign(pinned=is_pinned, supernode=supernode), graph.edges, graph.meta | {"history": history}
@@ -252,27 +254,34 @@ def join_view(
 _MOST_PINNED = 40
 
 
-def _name_groups(nodes: pd.DataFrame) -> pd.Series:
+_GROUPED = ("feature", "head", "attn", "mlp")  # kinds that communities group
+
+
+def _name_groups(nodes: pd.DataFrame) -> list[str]:
     "The name of each node's supernode; empty for none."
     if "supernode" in nodes:
-        return nodes["supernode"].fillna("")
+        return [name if isinstance(name, str) else "" for name in nodes["supernode"]]
     if "community" not in nodes:
-        return pd.Series("", index=nodes.index)
-    community = nodes["community"].fillna(-1).astype(int)
-    names = "community " + community.astype(str)
-    is_inner = nodes["kind"].isin(["feature", "head", "attn", "mlp"])
-    return names.where((community >= 0) & is_inner, "")
+        return [""] * len(nodes)
+    names = []
+    for community, kind in zip(nodes["community"].fillna(-1), nodes["kind"], strict=True):
+        is_grouped = community >= 0 and kind in _GROUPED
+        names.append(f"community {int(community)}" if is_grouped else "")
+    return names
 
 
 def _describe_view(nodes: pd.DataFrame, ids: list[str]) -> dict[str, Any]:
     "What a viewer shows at first: pinned nodes, and supernodes as lists of a name and members."
-    table = pd.DataFrame({"id": ids, "group": _name_groups(nodes).tolist()})
-    table["influence"] = nodes["influence"].to_numpy()
-    is_pinned = nodes["pinned"].to_numpy(dtype=bool) if "pinned" in nodes else False
-    table = table[(table["group"] != "") | is_pinned].nlargest(_MOST_PINNED, "influence")
-    pinned = table["id"].tolist()
-    grouped = table[table["group"] != ""].groupby("group", sort=False)["id"]
-    supernodes = [[str(name), *members] for name, members in grouped if len(members) > 1]
+    groups, influence = _name_groups(nodes), nodes["influence"].to_numpy()
+    is_pinned = nodes["pinned"].tolist() if "pinned" in nodes else [False] * len(nodes)
+    order = np.argsort(-influence, kind="stable").tolist()
+    chosen = [i for i in order if groups[i] or is_pinned[i]][:_MOST_PINNED]
+    pinned = [ids[i] for i in chosen]
+    members: dict[str, list[str]] = {}
+    for i in chosen:
+        if groups[i]:
+            members.setdefault(groups[i], []).append(ids[i])
+    supernodes = [[name, *some] for name, some in members.items() if len(some) > 1]
     return {"pinnedIds": pinned, "supernodes": supernodes, "linkType": "both", "clickedId": "", "sg_pos": ""}
 
 # %% ../../nbs/65_prompt_view.ipynb #pg34
