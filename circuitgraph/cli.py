@@ -716,6 +716,8 @@ def view(  # noqa: PLR0913
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("explorer.html"),
     model: Annotated[str | None, typer.Option(help="The graph's model, for the texts of tokens.")] = None,
     dictionaries: Annotated[Path | None, typer.Option(help="With the model: the graph's.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="With the model: default, or a file; for cards.")] = None,
+    n_tokens: Annotated[int, typer.Option(help="Tokens of that text.")] = 4096,
     n_edges: Annotated[int, typer.Option(help="Edges that are shown at first.")] = 100,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     force: Force = False,
@@ -728,14 +730,25 @@ def view(  # noqa: PLR0913
         from circuitgraph.graph.explorer import explore
         from circuitgraph.graph.graph import Graph
         from circuitgraph.model.loading import load_model
+        from circuitgraph.refusals import check_data, check_folder, check_model
 
         _check_file(out, force)
         if dictionaries is not None and model is None:
             raise ValueError("dictionaries need their model: give --model too")
+        if corpus is not None and model is None:
+            raise ValueError("corpus needs the model that reads it: give --model too")
+        if model is not None:
+            check_model(model, "cpu")
+        check_folder("dictionaries", dictionaries)
+        if n_edges < 1:
+            raise ValueError(f"n_edges must be at least 1, got {n_edges}")
+        sizes = {"n_tokens": n_tokens, "seq_len": 128, "seed": 1}
+        text = None if corpus is None else check_data(corpus, None, n_prompts=1, **sizes)
         loaded_graph = Graph.load(graph)
         loaded = None if model is None else load_model(model)
         opened = _open_dictionaries(dictionaries, loaded, loaded_graph)
-        explore(loaded_graph, out, model=loaded, dictionaries=opened, n_edges=n_edges)
+        read = None if text is None else _load_data(None, text, loaded, n_prompts=1, sizes=sizes)
+        explore(loaded_graph, out, model=loaded, dictionaries=opened, corpus=read, n_edges=n_edges)
         typer.echo(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
         if open_page:
             typer.launch(str(out))

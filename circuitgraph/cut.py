@@ -97,7 +97,8 @@ def _check_dictionaries(model: Model, dictionaries: Mapping[str, Dictionary]) ->
         if kind == "b":
             raise ValueError(
                 "dictionaries of a graph must be those of the embedding, attention layers, heads and MLPs, "
-                f"got {name!r}"
+                f"got {name!r}: the residual stream is a sum of what they write and no node of a graph. "
+                f"Give dictionaries of a{layer} and m{layer}"
             )
         if head >= 0 and f"a{layer}" in dictionaries:
             raise ValueError(

@@ -18,7 +18,8 @@ def page_name(notebook: str) -> str:
 
 
 def link_pages(text: str) -> str:
-    """Markdown whose links to notebooks lead to their pages on the site."""
+    """Markdown whose links to notebooks lead to their pages on the site, and pictures to their files."""
+    text = text.replace("](images/", "](nbs/images/")
     return re.sub(r"\]\((\w+\.ipynb)\)", lambda link: f"]({SITE}/{page_name(link[1])})", text)
 
 

@@ -2,6 +2,9 @@
 
 Every reader is computed by itself, each of its inputs put together writer by writer."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import torch
@@ -14,6 +17,24 @@ from short import build_graph
 from oracles import embed_by_hand, head_by_hand, logits_by_hand, mlp_by_hand, norm_by_hand
 
 D_DICT = 6
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A dictionary of which nothing is known but what it does: it is not even tried whether it is affine."""
+
+    of: Any
+
+    module = property(lambda self: self.of.module)
+    reads = property(lambda self: self.of.reads)
+    d_dict = property(lambda self: self.of.d_dict)
+    meta = property(lambda self: self.of.meta)
+
+    def encode(self, x):
+        return self.of.encode(x)
+
+    def decode(self, acts):
+        return self.of.decode(acts.to(self.of.W_dec))
 
 
 def draw(model, module, reads="output", gate="topk", d_dict=D_DICT, k=2, seed=0):

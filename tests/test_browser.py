@@ -11,6 +11,8 @@ import time
 
 import nbformat
 import pytest
+import torch
+import walk
 from playwright.sync_api import sync_playwright
 
 from circuitgraph.ablation.judge import ablation_curve
@@ -19,9 +21,11 @@ from circuitgraph.build.build import build_graph
 from circuitgraph.community.behaviour import Matching, match_behaviours
 from circuitgraph.community.links import leave_out
 from circuitgraph.community.search import find_communities
+from circuitgraph.dictionary.protocol import Gate, LinearDictionary
+from circuitgraph.graph.explorer import explore
 from circuitgraph.graph.select import select_edges
 from circuitgraph.graph.viewer import write_report
-from circuitgraph.model.loading import tiny_model
+from circuitgraph.model.loading import load_model, tiny_model
 from circuitgraph.options import Budgets, Judging, Pruning, Run
 from known_features import two_circuits
 from oracles import random_tokens
@@ -106,7 +110,7 @@ def lab(tmp_path):
         "PYTHONWARNINGS": "ignore",
     }
 
-    def open_notebook(page, *cells):
+    def open_notebook(page, *cells, shown=".jp-OutputArea .js-plotly-plot .main-svg"):
         kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
         nbformat.write(
             nbformat.v4.new_notebook(
@@ -121,7 +125,7 @@ def lab(tmp_path):
         )  # cells that are run before the kernel is there are lost
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
-        page.wait_for_selector(".jp-OutputArea .js-plotly-plot .main-svg", timeout=120_000)
+        page.wait_for_selector(shown, timeout=120_000)
 
     with (
         (tmp_path / "lab.log").open("w") as log,
@@ -156,6 +160,90 @@ def test_widget_draws_anew_when_its_slider_moves(graph, page, lab, tmp_path):
     )
     assert page.locator("table.edges tr").count() == 11
     keep_screenshot(page, "widget")
+
+
+# The explorer, on the three kinds of graphs
+
+
+def random_dictionary(model, module, draw):
+    shapes = ((model.d_model, 24), (24, model.d_model), (24,), (model.d_model,))
+    tensors = [torch.randn(*shape, generator=draw) / 20 for shape in shapes]
+    return LinearDictionary(module, "output", *tensors, Gate("topk", k=6))
+
+
+def keep_low(graph, n_layers=6):
+    """The first layers, input and output: a page of them opens at once."""
+    nodes = graph.nodes
+    return graph.subgraph(modules=nodes.loc[nodes["layer"] < n_layers, "module"].unique())
+
+
+@pytest.fixture(scope="module")
+def walks():
+    """Small graphs of SmolLM2, and what is asked about each."""
+    model, draw = load_model("smollm2-135m"), torch.Generator().manual_seed(0)
+    text = torch.randint(model.d_vocab, (2, 32), generator=draw)
+    dictionaries = {name: random_dictionary(model, name, draw) for name in ("m3", "m4")}
+    heads = keep_low(build_graph(model, text, attribution="gradient", run=QUIET))
+    features = keep_low(build_graph(model, text, dictionaries, attribution="gradient", run=QUIET))
+    prompt = keep_low(build_graph(model, "The capital of France is", dictionaries, run=QUIET))
+    top = features.edges[
+        features.edges["source"].str.startswith("m3/") & features.edges["target"].str.startswith("m4/")
+    ]
+    pins = [*dict.fromkeys([*top["source"], *top["target"]])]
+    is_placed = prompt.nodes["name"].str.match(r"m[34]/\d+@[1-4]$")
+    placed = prompt.nodes.loc[is_placed, "name"].tolist()
+    output = prompt.nodes.loc[prompt.nodes["kind"] == "logits", "name"].iloc[0]
+    return {
+        "heads": (heads, walk.Walk("a3.h2", "embed", "logits", ["m0", "m1", "a2.h1", "a3.h2"])),
+        "features": (features, walk.Walk("a5", "embed", "logits", pins[:4])),
+        "prompt": (prompt, walk.Walk("a5@4", "embed@4", output, placed[:4])),
+    }
+
+
+@pytest.mark.parametrize("size", walk.SIZES, ids=str)
+@pytest.mark.parametrize("name", ["heads", "features", "prompt"])
+def test_a_page_answers_all_questions_offline(page, walks, tmp_path, name, size):
+    graph, steps = walks[name]
+    path = tmp_path / "page.html"
+    explore(graph, path)
+    page.context.set_offline(True)
+    page.set_viewport_size({"width": size[0], "height": size[1]})
+    page.goto(path.as_uri())
+    keep_screenshot(page, f"{name}-{size[0]}")
+    walk.take(page, page, graph, steps, tmp_path)
+    page.reload()
+    assert walk.pinned(page) == ["the three", steps.pinned[3]]
+    assert page.said == []
+    assert [url for url in page.asked if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+def frames_of(page):
+    """The pages in a notebook, in order."""
+    page.wait_for_function("() => document.querySelectorAll('iframe[srcdoc]').length === 3", timeout=60_000)
+    frames = [frame.content_frame() for frame in page.query_selector_all("iframe[srcdoc]")]
+    for frame in frames:
+        frame.wait_for_selector("#drawing path.node")
+    return frames
+
+
+def test_jupyterlab_answers_all_questions(page, walks, lab, tmp_path):
+    for name, (graph, _) in walks.items():
+        graph.save(tmp_path / name)
+    cells = [f"cg.explore(cg.Graph.load({name!r}))" for name in walks]
+    outside = re.compile(r"https?://(?!127\.0\.0\.1[:/])")
+    lab(page, IMPORTS, *cells, shown="iframe[srcdoc]")
+    for size in walk.SIZES:
+        page.set_viewport_size({"width": size[0], "height": size[1]})
+        for frame, (name, (graph, steps)) in zip(frames_of(page), walks.items(), strict=True):
+            frame.frame_element().scroll_into_view_if_needed()
+            keep_screenshot(page, f"lab-{name}-{size[0]}")
+            frame.evaluate("readNotes({format: FORMAT}); notesChanged()")
+            walk.take(frame, page, graph, steps, tmp_path)
+    lab(page, IMPORTS, *cells, shown="iframe[srcdoc]")
+    for frame, (_, steps) in zip(frames_of(page), walks.values(), strict=True):
+        assert walk.pinned(frame) == ["the three", steps.pinned[3]]
+    assert [text for text in page.said if "srcdoc" in text] == []
+    assert [url for url in page.asked if outside.match(url)] == []
 
 
 READING = "() => document.querySelector('.ablation-reading').textContent"

@@ -5,6 +5,7 @@ import shutil
 import sys
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from circuitgraph.build.build import build_graph
 from circuitgraph.dictionary.formats import from_saelens, hook_place
 from circuitgraph.dictionary.look import plot_activations, read_features, show_top, top_activations
 from circuitgraph.dictionary.places import encoder_input, fit_dictionary, identity_dictionary
@@ -765,3 +767,44 @@ def test_views_refuse():
     }.items():
         with pytest.raises(ValueError, match=words):
             view()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_affine_pair_of_functions_is_found_to_be_affine(dtype):
+    """By trying; and its graph is then that of the dictionary with these matrices."""
+    model = tiny_model("llama", dtype=dtype)
+    generator = torch.Generator().manual_seed(3)
+    W_enc, W_dec, b_enc, b_dec = (
+        torch.randn(*shape, generator=generator, dtype=dtype) / 4 for shape in ((16, 9), (9, 16), (9,), (16,))
+    )
+    linear = LinearDictionary("m1", "output", W_enc, W_dec, b_enc, b_dec, Gate("none"))
+    pair = FunctionDictionary("m1", "output", 9, linear.encode, linear.decode)
+    found = find_structure(pair)
+    assert found.gate.kind == "none" and found.W_enc.dtype == dtype
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        assert torch.allclose(getattr(found, name), getattr(linear, name), atol=1e-5)
+    tokens = torch.randint(50, (2, 8), generator=generator)
+    graphs = [build_graph(model, tokens, {"m1": one}, run=Run(progress=False)) for one in (pair, linear)]
+    weights = [graph.edges["weight"].to_numpy() for graph in graphs]
+    assert np.allclose(*weights, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("encode", "decode"),
+    [
+        (torch.relu, torch.asinh),
+        (lambda x: x.clamp(-9, 9), lambda acts: acts.clamp(-9, 9)),
+        (lambda x: x.abs(), lambda acts: acts.abs()),
+        (lambda x: x * x.norm(dim=-1, keepdim=True), lambda acts: acts * acts.sum(-1, keepdim=True)),
+    ],
+    ids=["relu", "clamped", "absolute", "squared"],
+)
+def test_functions_that_bend_are_not_taken_for_affine(encode, decode):
+    found = find_structure(FunctionDictionary("m1", "output", 16, encode, decode))
+    assert found.W_enc is None and found.W_dec is None
+
+
+def test_an_encoder_that_bends_leaves_the_decoder_affine():
+    found = find_structure(FunctionDictionary("m1", "output", 16, torch.relu, lambda acts: 2 * acts + 1))
+    assert found.W_enc is None and found.gate is None
+    assert torch.equal(found.W_dec, 2 * torch.eye(16)) and torch.equal(found.b_dec, torch.ones(16))

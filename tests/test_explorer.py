@@ -10,15 +10,22 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+import torch.nn.functional as F
 from playwright.sync_api import sync_playwright
 from typer.testing import CliRunner
 
 from circuitgraph.build.build import build_graph
 from circuitgraph.build.prompt import Prompt
 from circuitgraph.cli import app
-from circuitgraph.graph.explorer import MOST_EDGES, choose_edges, explore, list_promoted
+from circuitgraph.dictionary.look import read_features
+from circuitgraph.dictionary.places import visit_modules
+from circuitgraph.graph.cards import list_promoted, measure_costs
+from circuitgraph.graph.explorer import MOST_EDGES, choose_edges, explore
+from circuitgraph.graph.figures import least_shown
 from circuitgraph.graph.graph import Graph
 from circuitgraph.graph.influence import add_influence
+from circuitgraph.model.blocks import run_logits
 from circuitgraph.model.loading import tiny_model
 from circuitgraph.options import Pruning, Run
 from feature_oracles import all_dictionaries
@@ -332,6 +339,93 @@ def test_features_only_and_what_they_raise(features, model, dictionaries, open_p
     around = {*into.groupby("port").head(3)["name"], *out.groupby("port").head(3)["name"]}
     assert around and set(drawn(page)) == around
     assert_nothing_sticks_out(page, size)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_card_shows_contexts_a_histogram_and_a_cost(features, model, dictionaries, open_page, size):
+    text = random_tokens(model, 3, 12, seed=5)
+    page = open_page(features, size, model=model, dictionaries=dictionaries, corpus=text)
+    name = most_influential(features, 1, "m1")[0]
+    search(page, name)
+    page.keyboard.press("Enter")
+    card = page.locator("#card")
+    acts = read_features(model, dictionaries["m1"], text, run=QUIET)[:, [int(name.split("/")[1])]].toarray()
+    best = int(acts.argmax())
+    sequence, place = divmod(best, text.shape[1])
+    shown = card.locator("ul.contexts li").first
+    assert shown.locator("mark").inner_text() == f"word{text[sequence, place]}"
+    before = "".join(f"word{token}" for token in text[sequence, max(place - 10, 0) : place].tolist())
+    assert shown.inner_text().startswith(before)
+    assert float(shown.locator(".subtitle").inner_text()) == pytest.approx(acts.max(), rel=5e-3)
+    assert f"{(acts != 0).sum()} positions" in card.locator("h3").first.inner_text()
+    assert card.locator("svg.histogram rect").count() == 16
+    cost = measure_costs(model, features, [name], text, dictionaries, QUIET)[name]
+    facts = dict(zip(card.locator("dt").all_inner_texts(), card.locator("dd").all_inner_texts(), strict=True))
+    told = facts["cost of cutting it"].removesuffix(" nats")
+    assert float(told) == pytest.approx(cost, rel=5e-3)
+    assert_nothing_sticks_out(page, size)
+
+
+@torch.no_grad()
+def test_cutting_a_feature_leaves_its_mean(model, dictionaries):
+    """Cutting is exact: what remains is the model with the feature's activation at its mean."""
+    text, dictionary = random_tokens(model, 2, 9, seed=6), dictionaries["m1"]
+    graph = build_graph(model, text, {"m1": dictionary}, pruning=Pruning(None), run=QUIET)
+    cost = measure_costs(model, graph, ["m1/4"], text, {"m1": dictionary})["m1/4"]
+
+    def change(kind, layer, places):
+        if (kind, layer) != ("m", 1):
+            return None
+        acts = dictionary.encode(places[dictionary.reads])
+        mean = acts[:, 1:, 4].mean()
+        return places["output"] + (mean - acts[..., 4:5]) * dictionary.W_dec[4]
+
+    losses = []
+    for logits in (model(text), run_logits(model, visit_modules(model, text, change))):
+        losses.append(F.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten()))
+    assert cost == pytest.approx(float(losses[1] - losses[0]), rel=1e-6) and cost != 0
+
+
+def test_features_are_shown_first(features, open_page):
+    """Of a graph of features the first edges join two of them, active together often enough."""
+    page, edges = open_page(features), edge_table(features)
+    kind = features.nodes.set_index("name")["kind"]
+    between = edges[edges["source"].map(kind).eq("feature") & edges["target"].map(kind).eq("feature")]
+    enough = between["count"] >= least_shown(features)
+    assert sorted(drawn(page)) == sorted(between["name"][enough][:100])
+    assert "that join two features" in page.locator("#reading").inner_text()
+    page.locator("#features-only").uncheck()
+    assert sorted(drawn(page)) == sorted(edges["name"][edges["count"] >= least_shown(features)][:100])
+
+
+def test_the_first_position_of_a_prompt_is_hidden_until_it_is_asked_for(prompt, model, open_page):
+    page, edges = open_page(prompt, model=model), edge_table(prompt)
+    at = prompt.nodes.set_index("name")["position"]
+    is_sink = edges["source"].map(at).eq(0) | edges["target"].map(at).eq(0)
+    assert sorted(drawn(page)) == sorted(edges["name"][~is_sink][:100])
+    assert "The first position, the attention sink, is hidden" in page.locator("#reading").inner_text()
+    page.locator("#with-first").check()
+    assert sorted(drawn(page)) == sorted(edges["name"][:100])
+    search(page, "embed@0")
+    page.keyboard.press("Enter")
+    assert "first position" in page.locator("#card").inner_text()
+
+
+def test_a_chosen_node_brings_its_strongest_edges(heads, open_page):
+    page, edges = open_page(heads, n_edges=5), edge_table(heads)
+    touched = {*edges["source"][:5], *edges["target"][:5]}
+    name = next(one for one in heads.nodes["name"][::-1] if one not in touched and one.startswith("a"))
+    search(page, name)
+    page.keyboard.press("Enter")
+    into = edges[edges["target"] == name].sort_values("share", ascending=False, kind="stable")
+    out = edges[edges["source"] == name]
+    assert set(drawn(page)) == {*edges["name"][:5], *into.groupby("port").head(2)["name"], *out["name"][:4]}
+    assert page.locator("#reading").inner_text().startswith("5 edges of largest influence")
+
+
+def test_a_text_needs_its_model(heads):
+    with pytest.raises(ValueError, match="corpus goes with the model of the graph"):
+        explore(heads, corpus=torch.zeros(1, 4, dtype=torch.long))
 
 
 def test_promoted_tokens_do_not_depend_on_the_bias(model, dictionaries):

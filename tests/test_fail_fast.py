@@ -295,3 +295,14 @@ def test_a_real_task_can_be_drawn(embedded):
     assert len(load_task("ioi", embedded, 4)) == 4
     with pytest.raises(ValueError, match="source must be one of ioi"):
         load_task("sums", embedded, 4)
+
+
+def test_an_answer_without_its_space_is_told_with_its_tokens(tmp_path, embedded):
+    path = tmp_path / "capitals.csv"
+    head = "clean,corrupted,answers,wrong\n"
+    rows = "The capital of {} is,The capital of {} is,{}Paris,{}Rome\n"
+    path.write_text(head + rows.format("France", "Italy", "", ""))
+    with pytest.warns(UserWarning, match=r"2 answers follow a word .* 'Paris' .* tokens .* write ' Paris'"):
+        load_task(path, embedded)
+    path.write_text(head + rows.format("France", "Italy", " ", " "))
+    assert len(load_task(path, embedded)) == 1  # warnings are errors here

@@ -9,7 +9,7 @@ import torch
 
 from circuitgraph.attribution.method import Attribution
 from circuitgraph.methods.patching import patch_edges
-from circuitgraph.dictionary.protocol import FunctionDictionary, Gate, LinearDictionary
+from circuitgraph.dictionary.protocol import Gate, LinearDictionary
 from circuitgraph.methods.feature_circuits import ablate_circuit_nodes, find_feature_circuit
 from circuitgraph.methods.compare import list_methods
 from circuitgraph.methods.feature_circuits import random_features
@@ -21,7 +21,7 @@ from circuitgraph.model.loading import tiny_model
 from circuitgraph.model.modules import embed_tokens, list_readers
 from circuitgraph.data.task import Task
 from circuitgraph.dictionary.interaction import BasisConfig, train_interaction_bases
-from feature_oracles import all_dictionaries, draw
+from feature_oracles import Hidden, all_dictionaries, draw
 from known import KNOWN
 from known_features import KNOWN_FEATURES
 from circuitgraph.options import Judging, Run
@@ -296,12 +296,7 @@ def test_dictionaries_that_are_functions_give_the_same_circuits():
     """What is known of a dictionary (its directions, its gate) makes circuits faster, not different."""
     model = tiny_model("llama")
     task, dictionaries = make_task(model), all_dictionaries(model, gate="relu")
-    functions = {
-        name: FunctionDictionary(
-            name, d.reads, d.d_dict, d.encode, lambda acts, d=d: d.decode(acts.to(d.W_dec))
-        )
-        for name, d in dictionaries.items()
-    }
+    functions = {name: Hidden(d) for name, d in dictionaries.items()}
     for make in (find_feature_circuit, trace_contributions):
         known, unknown = (
             make(model, task, some, threshold=0.0, run=QUIET) for some in (dictionaries, functions)

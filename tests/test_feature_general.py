@@ -29,6 +29,7 @@ from circuitgraph.model.blocks import run_logits, run_mlp, write_heads
 from circuitgraph.model.loading import TINY_MODELS, tiny_model
 from circuitgraph.model.modules import trace_modules
 from circuitgraph.data.task import Task, score_answers
+from feature_oracles import Hidden
 from oracles import random_tokens, with_act
 from test_feature_edges import all_dictionaries, draw
 
@@ -481,9 +482,7 @@ def test_contributions_of_affine_decoders_are_directions():
     assert torch.equal(written, acts.gather(1, index)[..., None] * dictionary.W_dec[index]) and torch.equal(
         constant, dictionary.b_dec
     )
-    unknown = FunctionDictionary(
-        "m0", "output", 11, dictionary.encode, dictionary.decode
-    )  # nothing told of the decoder
+    unknown = Hidden(dictionary)  # nothing is known of the decoder
     assert torch.allclose(contributions(unknown, acts, index, 1)[0], written, atol=1e-14)
 
 

@@ -1,5 +1,6 @@
 """Graphs on random small tables: what merging, cutting and saving must keep, and what must be refused."""
 
+import html
 import re
 import subprocess
 import sys
@@ -18,8 +19,12 @@ from hypothesis import strategies as st
 from circuitgraph.graph.graph import Graph, density, save_gexf, save_graphml
 from circuitgraph.graph.figures import plot_layers, rank_edges, sum_modules, use_static_renderer
 from circuitgraph.graph.select import prune_dangling, select_edges
-from circuitgraph.graph.tables import FORMAT_VERSION, PORTS, GraphError
-from circuitgraph.graph.viewer import plot_curve, view_ablation, write_report
+from circuitgraph.graph.tables import FORMAT_VERSION, PORTS, GraphError, name_edges
+from circuitgraph.graph.viewer import plot_curve, view, view_ablation, write_report
+from circuitgraph.build.build import build_graph
+from circuitgraph.model.loading import tiny_model
+from circuitgraph.options import Run
+from oracles import random_tokens
 
 PATIENT = settings(deadline=None, max_examples=40, derandomize=True)
 WEIGHTS = ("weight", "abs_weight", "rms_weight")
@@ -356,8 +361,12 @@ def test_subgraphs_by_budget_are_those_of_a_plain_search(seed):
                 and len(pruned) <= n
                 and ends(prune_dangling(pruned)) == ends(pruned)
             )
-    history = ["select_edges(2, Greedy(by='weight', signed=False))", "prune_dangling()"]
-    assert select_edges(graph, 2, "greedy").meta["history"] == history
+    pruned = select_edges(graph, 2, "greedy")
+    chosen, dropped = pruned.meta["history"]
+    assert chosen == "select_edges(2, Greedy(by='weight', signed=False))"
+    assert dropped.startswith("prune_dangling()")
+    if dropped != "prune_dangling()":
+        assert dropped.startswith(f"prune_dangling(): {len(pruned)} of ")
 
 
 def test_budgets_are_refused_out_of_range():
@@ -490,3 +499,21 @@ def test_a_flow_diagram_is_stored_as_a_page_only(monkeypatch):
     assert set(render(flow.to_dict())) == {"text/html"}
     both = render(go.Figure(go.Scatter(y=[1])).to_dict())
     assert set(both) == {"text/html", "application/vnd.plotly.v1+json"}
+
+
+def test_one_order_of_the_largest_edges():
+    """A selection by size, the ranking, the table of a graph and the first rows of a report agree."""
+    model = tiny_model("llama")
+    graph = build_graph(model, random_tokens(model), run=Run(progress=False))
+    ranked = rank_edges(graph, 12)
+    assert sorted(graph.top_edges(12, by="size").edge_names) == sorted(name_edges(ranked))
+    assert graph.top_edges(12, by="size").meta["history"] == ["top_edges(12, by='size')"]
+    page, listed = graph._repr_html_(), view(graph, 20).children[-1].value
+    cells = [html.unescape(cell) for cell in re.findall("<td>(.*?)</td>", page)]
+    assert cells[::3] == name_edges(ranked)[:10] and "by size" in page
+    sizes = [float(cell) for cell in cells[1::3]]
+    assert sizes == sorted(sizes, reverse=True)
+    writers = re.findall("<tr>\\s*<td>(.*?)</td>", listed)
+    assert writers == ranked["source"].tolist()[:10] and "by size" in listed
+    with pytest.raises(ValueError, match="n must lie in"):
+        graph.top_edges(len(graph) + 1, by="size")

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jsonschema
 import numpy as np
@@ -20,7 +21,7 @@ from circuitgraph.model.blocks import norm_scale, run_logits
 from circuitgraph.model.loading import TINY_MODELS, tiny_model
 from circuitgraph.model.modules import embed_tokens
 from circuitgraph.graph.influence import add_influence
-from circuitgraph.graph.prompt_view import prune_by_influence, save_attribution_graph, score_prompt
+from circuitgraph.graph.prompt_view import join_view, prune_by_influence, save_attribution_graph, score_prompt
 from circuitgraph.options import Pruning, Run
 from oracles import random_tokens
 from short import build_graph
@@ -478,6 +479,8 @@ def test_pruned_nodes_hold_the_share_and_are_connected(small, node_share, edge_s
 # The file
 
 
+# What Neuronpedia publishes, and below it what we promise beyond it.
+PUBLISHED = json.loads((Path(__file__).parent / "neuronpedia_schema.json").read_text(encoding="utf-8"))
 NUMBER, TEXT = {"type": "number"}, {"type": "string"}
 SCHEMA = {
     "type": "object",
@@ -577,6 +580,7 @@ def test_the_file_fits_both_viewers(name, pruned, tmp_path):
     )
     content = json.loads(file.read_text(encoding="utf-8"))
     jsonschema.validate(content, SCHEMA)
+    jsonschema.validate(content, PUBLISHED)
     nodes, links = {node["node_id"]: node for node in content["nodes"]}, content["links"]
     assert (
         len(nodes) == len(content["nodes"]) == len({node["jsNodeId"] for node in content["nodes"]})
@@ -617,6 +621,74 @@ def test_the_file_fits_both_viewers(name, pruned, tmp_path):
     )
     assert np.isclose(left, pairs.loc["const"].sum() / pairs.sum())
     assert ("pruning_settings" in content["metadata"]) == pruned
+
+
+def write_file(graph, model, folder):
+    """The content of a graph's file, which must fit the published schema."""
+    file = save_attribution_graph(graph, model, folder / "graph.json", slug="x")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    jsonschema.validate(content, PUBLISHED)
+    return content
+
+
+def test_the_published_schema_refuses_what_is_wrong(small, tmp_path):
+    model, _, _, graph = small
+    content = write_file(graph, model, tmp_path)
+    for part, key in (("nodes", "clerp"), ("nodes", "feature_type"), ("links", "weight")):
+        broken = json.loads(json.dumps(content))
+        del broken[part][0][key]
+        with pytest.raises(jsonschema.ValidationError, match=key):
+            jsonschema.validate(broken, PUBLISHED)
+
+
+def test_communities_become_supernodes(small, tmp_path):
+    model, _, _, graph = small
+    assert write_file(graph, model, tmp_path)["qParams"]["supernodes"] == []
+    nodes = graph.nodes
+    is_feature = nodes["kind"] == "feature"
+    community = np.where(is_feature, np.arange(len(nodes)) % 3, -1)
+    grouped = Graph(nodes.assign(community=community), graph.edges, graph.meta)
+    content = write_file(grouped, model, tmp_path)
+    view, shown = content["qParams"], {node["node_id"] for node in content["nodes"]}
+    assert {name for name, *_ in view["supernodes"]} <= {f"community {c}" for c in range(3)}
+    members = [one for _, *some in view["supernodes"] for one in some]
+    assert members and len(set(members)) == len(members) and set(members) <= set(view["pinnedIds"]) <= shown
+    assert len(view["pinnedIds"]) == min(40, int(is_feature.sum()))
+    influence = add_influence(graph).nodes["influence"][is_feature]
+    weakest = influence.nlargest(len(view["pinnedIds"])).iloc[-1]
+    number = dict(zip((node["node_id"] for node in content["nodes"]), content["nodes"], strict=True))
+    assert all(number[one]["feature_type"] in ("cross layer transcoder", "lorsa") for one in members)
+    assert weakest >= 0
+
+
+def test_groups_of_the_explorer_become_supernodes(small, tmp_path):
+    model, _, _, graph = small
+    features = graph.nodes.loc[graph.nodes["kind"] == "feature", "name"].tolist()
+    saved = {"format": "circuitgraph-view", "version": 1, "pinned": features[:4]}
+    saved["groups"] = [{"name": "the three", "members": features[:3], "note": ""}]
+    path = tmp_path / "view.json"
+    path.write_text(json.dumps(saved), encoding="utf-8")
+    view = write_file(join_view(graph, path), model, tmp_path)["qParams"]
+    ((name, *members),) = view["supernodes"]
+    assert name == "the three" and len(members) == 3 and set(members) < set(view["pinnedIds"])
+    assert len(view["pinnedIds"]) == 4
+    path.write_text(json.dumps(saved | {"pinned": ["nobody"], "groups": []}), encoding="utf-8")
+    with pytest.raises(ValueError, match="must pin nodes of this graph"):
+        join_view(graph, path)
+    path.write_text("[]", encoding="utf-8")
+    with pytest.raises(ValueError, match="must be a file that the explorer saved"):
+        join_view(graph, path)
+
+
+def test_short_names_come_before_labels_and_an_empty_text_is_none(small, tmp_path):
+    model, _, _, graph = small
+    nodes = graph.nodes
+    named = nodes.assign(label="max(0, 2 m0/1)", short_name=np.where(nodes["index"] % 2 == 0, '"the"', ""))
+    content = write_file(Graph(named, graph.edges, graph.meta), model, tmp_path)
+    texts = {node["clerp"] for node in content["nodes"] if "transcoder" in node["feature_type"]}
+    assert texts == {'"the"', "max(0, 2 m0/1)"}
+    blank = write_file(Graph(nodes.assign(label=""), graph.edges, graph.meta), model, tmp_path)
+    assert all(node["clerp"] for node in blank["nodes"])
 
 
 def test_labels_and_numbers_of_features(small, tmp_path):

@@ -416,6 +416,14 @@ class Evaluation:
     intervals: dict[str, tuple[float, float]]  # of faithfulness, completeness, skill, kl, ce, accuracy
     inputs: pd.DataFrame  # the metric for each input: model, graph, complement, none, and random edges
 
+    def compare(self) -> pd.DataFrame:
+        "The graph beside the model, beside as many random edges among its nodes, and beside no edges."
+        runs = {"model": "model", "graph": "graph", "random": "random edges", "none": "nothing kept"}
+        means = self.inputs.mean().reindex(list(runs)).dropna()
+        reached = (means - means["none"]) / (means["model"] - means["none"])
+        table = pd.DataFrame({self.metric: means, "faithfulness": reached})
+        return table.rename(index=runs).round(3)
+
     def __repr__(self) -> str:
         low, high = self.intervals["faithfulness"]
         skill = "" if np.isnan(self.skill) else f"edge skill {self.skill:.3f}, "

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -418,26 +419,48 @@ def _refuse_marks(pair: _Pair, bos: str | None, marks: Sequence[str]) -> None:
             )
 
 
+_JOINED = re.compile(r"[A-Za-z0-9]\Z")
+
+
+def _list_doubts(pairs: Sequence[_Pair], tokenizer: Any) -> list[str]:
+    "What may be meant otherwise in a file: prompts with a BOS of their own, answers without their space."
+    doubts = []
+    bos = tokenizer.bos_token
+    n_with_bos = sum(bool(bos) and pair.clean.startswith(bos) for pair in pairs)
+    if n_with_bos:
+        doubts.append(f"{n_with_bos} prompts begin with {bos} themselves; no other is set before them")
+    joined = []
+    for pair in pairs:
+        answers = (*pair.answers, *pair.wrong)
+        if _JOINED.search(pair.clean):
+            joined += [(pair.clean, answer) for answer in answers if _JOINED.match(answer[:1])]
+    if joined:
+        prompt, answer = joined[0]
+        tokens = [tokenizer.decode([token]) for token in _following(tokenizer, prompt, answer)]
+        spaced = " " + answer
+        doubts.append(
+            f"{len(joined)} answers follow a word without a space, such as {answer!r} after "
+            f"{prompt[-20:]!r}, read as the tokens {tokens}: write {spaced!r} if a new word is meant"
+        )
+    return doubts
+
+
 def _read_pairs(path: Path, tokenizer: Any, n: int, seed: int, multi_token: str) -> list[_Encoded]:
     "Pairs of a user's file; a seeded sample where it has more than n."
-    is_csv, pairs, n_with_bos = path.suffix == ".csv", [], 0
+    is_csv, pairs, texts = path.suffix == ".csv", [], []
     marks = _list_marks(tokenizer)
     for line, row in _read_csv(path) if is_csv else _read_jsonl(path):
         try:
             pair = _read_pair(row, is_csv)
             _refuse_marks(pair, tokenizer.bos_token, marks)
-            n_with_bos += bool(tokenizer.bos_token) and pair.clean.startswith(tokenizer.bos_token)
+            texts.append(pair)
             pairs.append(_encode(tokenizer, pair, multi_token))
         except ValueError as error:
             raise ValueError(f"{path.name}, line {line}: {error}") from None
     if not pairs:
         raise ValueError(f"{path.name} must hold at least one pair of prompts, but is empty")
-    if n_with_bos:
-        message = (
-            f"{path.name}: {n_with_bos} prompts begin with {tokenizer.bos_token} themselves; "
-            "no other is set before them"
-        )
-        warnings.warn(message, stacklevel=4)
+    for message in _list_doubts(texts, tokenizer):
+        warnings.warn(f"{path.name}: {message}", stacklevel=4)
     n_without = sum(not pair.wrong for pair in pairs)
     if 0 < n_without < len(pairs):
         raise ValueError(

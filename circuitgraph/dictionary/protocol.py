@@ -229,7 +229,8 @@ class LinearDictionary:
 class FunctionDictionary:
     """Encode and decode by two differentiable functions.
 
-    `W_dec` and `b_dec` state that the decoder is affine; `find_structure` tests the statement. Example:
+    `W_dec` and `b_dec` state that the decoder is affine; `find_structure` tests the statement. Without one it
+    tries whether the functions are affine. Example:
     `FunctionDictionary("m3", "output", d_model, torch.sinh, torch.asinh)`.
     """
 
@@ -350,6 +351,52 @@ def _check_structure(dictionary: Dictionary, structure: Structure) -> None:
                 "leave W_enc out if the encoder is not affine before its gate"
             )
 
+# %% ../../nbs/20_protocol.ipynb #pr29a
+_STRETCH = 30  # an affine function stays so on inputs that are much larger and of the other sign
+
+
+def _find_affine(
+    function: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype
+) -> tuple[Float[Tensor, "width out"], Float[Tensor, " out"]] | None:
+    "The matrix and the bias of a function; None if it is not affine on random inputs."
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, width, generator=generator, dtype=torch.float64).to(dtype)
+    bias = function(torch.zeros_like(x))[:1]
+    change = function(x) - bias
+    stretched = function(-_STRETCH * x) - bias
+    if not torch.allclose(stretched, -_STRETCH * change, rtol=1e-3, atol=1e-3):
+        return None
+    rows = torch.eye(width, dtype=dtype).split(1_024)
+    matrix = torch.cat([function(some) - bias for some in rows])
+    if not torch.allclose(change, x @ matrix, rtol=1e-3, atol=1e-3):
+        return None
+    return matrix, bias[0]
+
+
+def _try_affine(function: Callable[[Tensor], Tensor], width: int) -> tuple[Tensor, Tensor] | None:
+    "Probe a function in single and in double precision."
+    for dtype in (torch.float32, torch.float64):
+        try:
+            return _find_affine(function, width, dtype)
+        except RuntimeError:  # its weights have another dtype, or lie on another device
+            continue
+    return None
+
+
+def _probe_functions(dictionary: FunctionDictionary, claims: dict[str, Any]) -> dict[str, Any]:
+    "The matrices of functions that are affine, beside what is claimed."
+    if claims["W_dec"] is None:
+        decoder = _try_affine(dictionary.decode, dictionary.d_dict)
+        if decoder is None:
+            return claims
+        claims = claims | {"W_dec": decoder[0], "b_dec": decoder[1]}
+    encoder = None
+    if dictionary.reads != "z":  # whose width is not that of the stream
+        encoder = _try_affine(dictionary.encode, claims["W_dec"].shape[1])
+    if encoder is None:
+        return claims
+    return claims | {"W_enc": encoder[0], "b_enc": encoder[1], "gate": Gate("none")}
+
 # %% ../../nbs/20_protocol.ipynb #69913d8d
 @torch.no_grad()
 def find_structure(dictionary: Dictionary) -> Structure:
@@ -358,6 +405,8 @@ def find_structure(dictionary: Dictionary) -> Structure:
     for group in (("W_dec", "b_dec"), ("W_enc", "b_enc", "gate")):
         if any(claims[name] is None for name in group):
             claims |= dict.fromkeys(group)
+    if isinstance(dictionary, FunctionDictionary):
+        claims = _probe_functions(dictionary, claims)
     b_in = getattr(dictionary, "b_in", None)
     if b_in is not None and claims["W_enc"] is not None:
         claims["b_enc"] = claims["b_enc"] - b_in @ claims["W_enc"]

@@ -75,7 +75,9 @@ function drawCard() {
   const i = state.chosen;
   drawHead(card, i);
   drawFacts(card, i);
-  for (const [title, texts] of Object.entries(DATA.cards[NODES.name[i]] ?? {})) drawTexts(card, title, texts);
+  drawHistogram(card, i);
+  drawContexts(card, i);
+  for (const [title, texts] of Object.entries(lookUp(DATA.cards, i) ?? {})) drawTexts(card, title, texts);
   drawNote(card, i);
   drawParents(card, i);
   drawChildren(card, i);
@@ -88,6 +90,8 @@ function drawHead(card, i) {
   button(head, "×", () => chooseNode(null), "Close (Escape)").className = "close";
   if (NODES.short_name[i]) element(card, "p", "short", NODES.short_name[i]);
   if (NODES.label[i]) element(card, "p", "label", NODES.label[i]);
+  if (NODES.position[i] === 0)
+    element(card, "p", "hint", "At the first position, where attention gathers whatever the text says (a sink).");
   const actions = element(card, "div", "actions");
   button(actions, "Neighbours", () => centreOn(i), "Put it in the middle of its neighbours");
   button(
@@ -107,6 +111,7 @@ function drawFacts(card, i) {
   if (NODES.position[i] >= 0) facts.position = NODES.position[i];
   if (NODES.token[i]) facts.token = showToken(NODES.token[i]);
   if (NODES.influence[i] !== null) facts.influence = showNumber(NODES.influence[i]);
+  if (NODES.cost[i] !== null) facts["cost of cutting it"] = `${showNumber(NODES.cost[i])} nats`;
   if (NODES.community[i] >= 0) facts.community = NODES.community[i];
   for (const [name, values] of Object.entries(NODES.more)) {
     const value = values[i];
@@ -121,6 +126,49 @@ function drawFacts(card, i) {
 }
 
 const FACTS = { mean_activation: "mean activation, where active", kept: "share of its input that is kept" };
+
+// How large the activation is where the feature is active
+function drawHistogram(card, i) {
+  const histogram = lookUp(DATA.histograms, i);
+  if (!histogram?.counts.length) return;
+  const { counts, range } = histogram;
+  element(card, "h3", "", `Activations where active: ${showCount(d3.sum(counts))} positions`);
+  const size = { width: 230, height: 44 };
+  const step = size.width / counts.length;
+  const tallest = d3.max(counts);
+  const box = d3.select(card).append("svg").attr("class", "histogram").attr("role", "img");
+  box.attr("width", size.width).attr("height", size.height + 14).attr("font-size", 10).attr("fill", "#666");
+  const bars = box.selectAll("rect").data(counts).join("rect");
+  bars
+    .attr("x", (_, place) => place * step)
+    .attr("width", step - 1)
+    .attr("y", (count) => size.height * (1 - count / tallest))
+    .attr("height", (count) => size.height * (count / tallest))
+    .attr("fill", DATA.colours.kind.feature);
+  const ends = [
+    { x: 0, anchor: "start", text: showNumber(range[0]) },
+    { x: size.width, anchor: "end", text: showNumber(range[1]) },
+  ];
+  const texts = box.selectAll("text").data(ends).join("text").attr("y", size.height + 11);
+  texts
+    .attr("x", (end) => end.x)
+    .attr("text-anchor", (end) => end.anchor)
+    .text((end) => end.text);
+}
+
+// Where the feature is most active, with its token marked
+function drawContexts(card, i) {
+  const contexts = lookUp(DATA.contexts, i);
+  if (!contexts) return;
+  element(card, "h3", "", "Most active at");
+  const list = element(card, "ul", "texts contexts");
+  for (const [before, token, after, activation] of contexts) {
+    const item = element(list, "li", "", before.replace(/\n/g, "⏎"));
+    element(item, "mark", "", token.replace(/\n/g, "⏎"));
+    item.append(after.replace(/\n/g, "⏎"));
+    element(item, "span", "subtitle", showNumber(activation));
+  }
+}
 
 function drawTexts(card, title, texts) {
   element(card, "h3", "", title);
@@ -138,8 +186,8 @@ function drawParents(card, i) {
     const held = d3.sum(edges, (e) => EDGES.share[e]);
     const all =
       edges.length === inGraph ? "" : `; the page holds ${edges.length}, ${showShare(held)} of the port`;
-    const title = `Parents by port ${port}: ${showCount(inGraph)}${all}`;
-    drawEdgeList(card, title, edges, EDGES.source, { direction: "parents", port });
+    const title = `Parents by port ${port}, by share: ${showCount(inGraph)}${all}`;
+    drawEdgeList(card, title, edges, EDGES.source, { direction: "parents", port }, PARENT_COLUMNS);
   }
   if (!parentEdges[i].length) element(card, "p", "hint", "It reads nothing in this graph.");
 }
@@ -157,21 +205,28 @@ function drawChildren(card, i) {
       `The page holds ${showCount(held)} of the ${showCount(inGraph)} edges to its readers.`,
     );
   for (const [port, edges] of byPort) {
-    drawEdgeList(card, `Children by port ${port}: ${showCount(edges.length)}`, edges, EDGES.target, {
-      direction: "children",
-      port,
-    });
+    const by = HAS_INFLUENCE ? "influence" : "share";
+    const title = `Children by port ${port}, by ${by}: ${showCount(edges.length)}`;
+    const columns = HAS_INFLUENCE ? CHILD_COLUMNS : PARENT_COLUMNS;
+    drawEdgeList(card, title, edges, EDGES.target, { direction: "children", port }, columns);
   }
 }
 
-function drawEdgeList(card, title, edges, ends, data) {
+// A table shows the column that it is ordered by: the last.
+const PARENT_COLUMNS = [
+  ["weight", (e) => showNumber(EDGES.weight[e])],
+  ["share", (e) => showShare(EDGES.share[e])],
+];
+const CHILD_COLUMNS = [PARENT_COLUMNS[0], ["influence", (e) => showNumber(EDGES.influence[e])]];
+
+function drawEdgeList(card, title, edges, ends, data, columns) {
   element(card, "h3", "", title);
   if (!edges.length) return;
   const table = element(card, "table", "edges");
   Object.assign(table.dataset, data);
   const head = element(table, "tr");
-  for (const name of ["node", "weight", "share"]) element(head, "th", "", name);
-  const addRows = (from, to) => edges.slice(from, to).forEach((e) => drawEdgeRow(table, e, ends[e]));
+  for (const name of ["node", ...columns.map(([name]) => name)]) element(head, "th", "", name);
+  const addRows = (from, to) => edges.slice(from, to).forEach((e) => drawEdgeRow(table, e, ends[e], columns));
   addRows(0, FIRST_ROWS);
   if (edges.length <= FIRST_ROWS) return;
   const more = button(card, `${showCount(edges.length - FIRST_ROWS)} more`, () => {
@@ -181,15 +236,16 @@ function drawEdgeList(card, title, edges, ends, data) {
   more.className = "more";
 }
 
-function drawEdgeRow(table, e, i) {
+function drawEdgeRow(table, e, i, columns) {
   const row = element(table, "tr");
   row.title = describeEdge(e);
   const name = element(row, "td");
   button(name, NODES.name[i], () => goTo(i)).className = "node";
   const subtitle = subtitleOf(i);
   if (subtitle) element(name, "span", "subtitle", subtitle);
-  const weight = element(row, "td", "number", showNumber(EDGES.weight[e]));
-  weight.style.color = signColour(EDGES.weight[e]);
-  const share = element(row, "td", "number share", showShare(EDGES.share[e]));
-  share.style.setProperty("--share", `${100 * EDGES.share[e]}%`);
+  for (const [column, show] of columns) {
+    const cell = element(row, "td", `number ${column}`, show(e));
+    if (column === "weight") cell.style.color = signColour(EDGES.weight[e]);
+    if (column === "share") cell.style.setProperty("--share", `${100 * EDGES.share[e]}%`);
+  }
 }

@@ -102,6 +102,11 @@ function productOfShares(path) {
   return path.reduce((product, e) => product * EDGES.share[e], 1);
 }
 
+// What a table holds under the name of a node, which may be any string.
+function lookUp(table, i) {
+  return Object.hasOwn(table, NODES.name[i]) ? table[NODES.name[i]] : undefined;
+}
+
 // Numbers as texts.
 function showNumber(x) {
   if (x === null || x === undefined) return "–";

@@ -108,6 +108,7 @@ function drawNodes() {
   added.on("pointerenter", (event, node) => hoverNode(event, node)).on("pointerleave", hideHover);
   added
     .merge(marks)
+    .order()
     .attr("data-name", (node) => node.name)
     .attr("d", shapeOf)
     .attr("fill", colourOf)

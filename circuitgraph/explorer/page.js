@@ -109,6 +109,7 @@ function drawFilters() {
   byId("n-edges").value = stepOf(filters.nEdges);
   byId("n-edges-number").value = filters.nEdges;
   byId("features-only").checked = filters.featuresOnly;
+  byId("with-first").checked = filters.withFirst;
   byId("layer-from").value = filters.layers[0];
   byId("layer-to").value = filters.layers[1];
   byId("least-count").value = filters.leastCount;
@@ -146,6 +147,10 @@ function bindFilters() {
   bindNumber("per-port", (n) => (state.perPort = Math.max(1, Math.round(n))));
   byId("features-only").addEventListener("change", (event) => {
     state.filters.featuresOnly = event.target.checked;
+    show(true);
+  });
+  byId("with-first").addEventListener("change", (event) => {
+    state.filters.withFirst = event.target.checked;
     show(true);
   });
   byId("features-around").addEventListener("change", (event) => {
@@ -352,6 +357,7 @@ function start() {
   state.colour = byId("colour").value;
   for (const id of ["features-only", "features-around"])
     byId(id).parentElement.hidden = !NODES.kind.includes("feature");
+  byId("with-first").parentElement.hidden = !DATA.is_prompt;
   byId("colour").parentElement.hidden = !hasCommunities;
   byId("filters").open = window.innerWidth >= 1000 && window.innerHeight >= 700;
   recallNotes();

@@ -27,11 +27,12 @@ function presentPorts() {
 function firstFilters() {
   return {
     nEdges: Math.min(DATA.n_first, N_EDGES),
-    featuresOnly: false,
+    featuresOnly: DATA.first.features_only,
+    withFirst: !DATA.first.skip_first, // whether the first position of a prompt is shown
     kinds: new Set(presentKinds()),
     ports: new Set(presentPorts()),
     layers: [0, d3.max(NODES.layer)],
-    leastCount: 0,
+    leastCount: DATA.first.least_count,
     leastInfluence: 0,
   };
 }
@@ -41,6 +42,7 @@ function nodePasses(i, filters) {
   const layer = NODES.layer[i];
   if (layer >= 0 && (layer < filters.layers[0] || layer > filters.layers[1])) return false;
   if (filters.featuresOnly && NODES.kind[i] !== "feature") return false;
+  if (!filters.withFirst && NODES.position[i] === 0) return false;
   return filters.kinds.has(NODES.kind[i]);
 }
 
@@ -97,7 +99,8 @@ function setUnit(nodes) {
 }
 
 function firstNodes() {
-  return d3.range(Math.min(DATA.n_first, N_EDGES)).flatMap((e) => [EDGES.source[e], EDGES.target[e]]);
+  const edges = edgesThatPass(state.filters).slice(0, DATA.n_first);
+  return edges.flatMap((e) => [EDGES.source[e], EDGES.target[e]]);
 }
 
 function placeOf(i) {
@@ -135,15 +138,18 @@ function axes() {
 
 function overviewScene() {
   const passing = edgesThatPass(state.filters);
-  const edges = passing.slice(0, Math.min(state.filters.nEdges, MOST_DRAWN));
+  const skeleton = passing.slice(0, Math.min(state.filters.nEdges, MOST_DRAWN));
+  const edges = [...skeleton, ...edgesOfChosen(skeleton)];
   const shown = new Set(edges.flatMap((e) => [EDGES.source[e], EDGES.target[e]]));
   if (state.chosen !== null) shown.add(state.chosen);
   const drawn = edges.map((e) => makeEdge(e, widthOfStrength(strengthOf(e))));
   const size = HAS_INFLUENCE ? "influence" : "share";
-  const part = d3.sum(edges, strengthOf) / (d3.sum(passing, strengthOf) || 1);
-  const reading = edges.length
-    ? `${showCount(edges.length)} edges of largest ${size}: ${showShare(part)} of that of the ` +
-      `${showCount(passing.length)} that pass the filters. ${DATA.left_out[0]}`
+  const part = d3.sum(skeleton, strengthOf) / (d3.sum(passing, strengthOf) || 1);
+  const only = state.filters.featuresOnly ? " that join two features" : "";
+  const sink = DATA.is_prompt && !state.filters.withFirst ? " The first position, the attention sink, is hidden." : "";
+  const reading = skeleton.length
+    ? `${showCount(skeleton.length)} edges of largest ${size}${only}: ${showShare(part)} of that of the ` +
+      `${showCount(passing.length)} that pass the filters.${sink} ${DATA.left_out[0]}`
     : "";
   const empty = "No edge passes these filters. Reset brings all edges back.";
   return {
@@ -156,6 +162,15 @@ function overviewScene() {
     beside: !DATA.is_prompt && !NODES.kind.includes("feature"),
     largest: 2,
   };
+}
+
+// A chosen node that the skeleton lacks comes with its strongest edges.
+function edgesOfChosen(skeleton) {
+  const i = state.chosen;
+  if (i === null || skeleton.some((e) => EDGES.source[e] === i || EDGES.target[e] === i)) return [];
+  const parents = parentEdges[i].filter((e) => nodePasses(EDGES.source[e], state.filters));
+  const children = childEdges[i].filter((e) => nodePasses(EDGES.target[e], state.filters));
+  return [...firstByPort(parents, 2), ...children.slice(0, 4)];
 }
 
 function mayStandAround(i) {

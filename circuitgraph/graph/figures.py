@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEAST_COUNT', 'KIND_COLOURS', 'PORT_COLOURS', 'SIGN_COLOURS', 'MOST_NODES', 'LEVELS', 'edge_sizes', 'node_strength',
-           'rank_edges', 'joins_features', 'rank_shown', 'place_nodes', 'slider_stops', 'draw_layers', 'plot_layers',
-           'use_static_renderer', 'show_figure', 'sum_modules', 'plot_matrix', 'plot_weights', 'plot_strength']
+           'rank_edges', 'top_by_size', 'least_shown', 'joins_features', 'rank_shown', 'place_nodes', 'slider_stops',
+           'draw_layers', 'plot_layers', 'use_static_renderer', 'show_figure', 'sum_modules', 'plot_matrix',
+           'plot_weights', 'plot_strength']
 
 # %% ../../nbs/32_figures.ipynb #7a289929
 import hashlib
@@ -21,7 +22,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from ..checks import check_arguments
-from .graph import Graph, end_codes, list_closest, magnitude
+from .graph import Graph, end_codes, keep_mask, list_closest, magnitude
 from .influence import measure_influence
 from .tables import PORTS, name_edges
 
@@ -90,13 +91,32 @@ def rank_edges(
     return edges.iloc[order[shown[order]][:n]]
 
 
+def top_by_size(
+    graph: Graph,
+    n: int,  # how many, between 0 and the number of edges
+) -> Graph:
+    "Keep the `n` largest edges on the common scale, features that are rarely active among them."
+    if not 0 <= n <= len(graph):
+        raise ValueError(f"n must lie in [0, {len(graph)}] (edges in the graph), got {n}")
+    order = np.argsort(-edge_sizes(graph), kind="stable")
+    mask = np.zeros(len(graph), dtype=bool)
+    mask[order[:n]] = True
+    return keep_mask(graph, mask, f"top_edges({n}, by='size')")
+
+
+def least_shown(graph: Graph) -> int:
+    "Positions that an edge needs by default to be ranked: some for features over a text, else none."
+    of_features = graph.meta.get("nodes") == "feature" and "position" not in graph.nodes
+    if not of_features:
+        return 0
+    most = int(graph.edges["count"].to_numpy().max(initial=0))
+    return min(LEAST_COUNT, most // 10)
+
+
 def _mark_shown(graph: Graph, least_count: int | None, skip_first: int | None) -> np.ndarray:
     "Which edges are ranked."
     keeps_places, count = "position" in graph.nodes, graph.edges["count"].to_numpy()
-    if least_count is None:
-        of_features = graph.meta.get("nodes") == "feature" and not keeps_places
-        least_count = min(LEAST_COUNT, int(count.max(initial=0)) // 10) if of_features else 0
-    shown = count >= least_count
+    shown = count >= (least_shown(graph) if least_count is None else least_count)
     if keeps_places:
         position = graph.nodes["position"].to_numpy()
         is_first = (position >= 0) & (position < (1 if skip_first is None else skip_first))

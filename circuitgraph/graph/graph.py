@@ -116,10 +116,13 @@ class Graph:
         return f"Graph({name}, {grain} grain: {size}, {attribution} over {n_tokens:,} tokens)"
 
     def _repr_html_(self) -> str:
-        top = self.top_edges(min(10, len(self))).edges
-        columns = {"edge": name_edges(top), "weight": top["weight"], "mean |w|": top["abs_weight"]}
+        from circuitgraph.graph.figures import edge_sizes
+
+        top = self.edges.assign(size=edge_sizes(self)).nlargest(10, "size")
+        columns = {"edge": name_edges(top), "size": top["size"], "weight": top["weight"]}
         table = pd.DataFrame(columns).to_html(index=False, float_format="{:.4g}".format, border=0)
-        return f"<p>{html.escape(repr(self))}</p>{table}"
+        caption = f"{html.escape(repr(self))}<br>The largest edges, by size"
+        return f"<p>{caption}</p>{table}"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Graph):
@@ -139,8 +142,12 @@ class Graph:
         return keep_edges(self, edges)
 
     def top_edges(self, n: int, by: str = "weight") -> "Graph":
-        "The `n` edges of largest magnitude."
-        return top_edges(self, n, by)
+        'The `n` edges of largest magnitude; by="size", in the order of `rank_edges`, reports and views.'
+        if by != "size":
+            return top_edges(self, n, by)
+        from circuitgraph.graph.figures import top_by_size
+
+        return top_by_size(self, n)
 
     def threshold(self, minimum: float, by: str = "weight") -> "Graph":
         "The edges whose magnitude is at least `minimum`."

@@ -46,7 +46,11 @@ def prune_dangling(graph: Graph) -> Graph:
     is_input = module.isin(["embed", "pos_embed", "const"]).to_numpy()
     is_output = (module == "logits").to_numpy()
     is_on_path = _reach(is_input, source, target)[source] & _reach(is_output, target, source)[target]
-    return keep_mask(graph, is_on_path, "prune_dangling()")
+    n_kept = int(is_on_path.sum())
+    step = "prune_dangling()"
+    if n_kept < len(graph):
+        step += f": {n_kept:,} of {len(graph):,} edges remain"
+    return keep_mask(graph, is_on_path, step)
 
 # %% ../../nbs/34_select.ipynb #34rule02
 @dataclass(frozen=True, kw_only=True)
@@ -371,7 +375,8 @@ def select_edges(
     """Select at most `n` edges of a graph by a rule.
 
     Edges on no path from an input to `logits` are then dropped, so the result may have fewer edges than
-    `n`. Raises ValueError for a budget out of range, an unknown rule, and a rule that keeps too many edges.
+    `n`; its `meta["history"]` and its text say how many remain. Raises ValueError for a budget out of range,
+    an unknown rule, and a rule that keeps too many edges.
 
         small = select_edges(graph, 2_000)
         small = select_edges(graph, 2_000, "greedy", by="abs_weight")

@@ -48,7 +48,8 @@ def _list_edges(ranked: pd.DataFrame, n: int) -> str:
         "count": "positions",
     }
     table = pd.DataFrame(ranked[:n], columns=list(titles)).rename(columns=titles)
-    return table.to_html(index=False, border=0, float_format="{:.4g}".format, classes="edges")
+    written = table.to_html(index=False, border=0, float_format="{:.4g}".format, classes="edges")
+    return f"<p>The largest edges, by size</p>{written}"
 
 # %% ../../nbs/64_viewer.ipynb #bffb3568
 def _select_stop(stops: Sequence[int], value: int) -> ipywidgets.SelectionSlider:
