@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import psutil
+import torch
 from jaxtyping import Int
 from scipy.stats import rankdata
 from torch import Tensor
@@ -38,7 +39,7 @@ from ..data.task import Task, text_task
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph, magnitude, merge_graphs
 from ..graph.select import SelectionRule, find_rule
-from ..files import check_output_file, replace_file
+from ..files import check_output_file, hold_folder, replace_file
 from ..graph.tables import WEIGHTS
 from .feature_circuits import find_feature_circuit, random_features
 from .flow import trace_flow, trace_routes
@@ -348,13 +349,23 @@ def _name_nodes(nodes: Nodes) -> str:
 SETTING = ("task", "nodes", "value", "selection", "seed")
 
 
-def _hash_data(data: TextOrTask) -> list[str]:
+def _hash_data(model: Model, data: TextOrTask) -> list[str]:
     "What identifies data: hashes of its tokens, and the metric of a task."
     if not isinstance(data, Task):
         return [hash_tokens(_tokens_of(data))]
     tensors = (data.clean, data.corrupted, data.answers, data.wrong, data.lengths)
     hashes = ["" if tensor is None else hash_tokens(tensor) for tensor in tensors]
-    return [data.metric_name, *hashes]
+    return [data.metric_name, _hash_metric(model, data), *hashes]
+
+
+def _hash_metric(model: Model, task: Task) -> str:
+    "What identifies a metric of one's own, beside its name: what it gives for random logits."
+    if isinstance(task.metric, str):
+        return ""
+    shape = (*task.clean.shape, model.d_vocab)
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = task.metric(logits.to(model.device, model.dtype))
+    return hashlib.sha256(values.detach().cpu().double().numpy().round(4).tobytes()).hexdigest()
 
 
 def _hash_edges(graph: Graph | None) -> str:
@@ -367,8 +378,7 @@ def _hash_edges(graph: Graph | None) -> str:
 
 def _hash_request(
     model: Model,
-    data: TextOrTask,
-    test: TextOrTask,
+    hashes: Sequence[list[str]],  # of the data that graphs are found on, and of those that they are judged on
     make: GraphMethod,
     n_edges: Sequence[int],
     how: Comparing,
@@ -376,7 +386,7 @@ def _hash_request(
     "A hash of everything that rows of a method depend on and that their other columns do not say."
     request = {
         "weights": model.weights_hash,
-        "data": [_hash_data(data), _hash_data(test)],
+        "data": hashes,
         "method": repr(getattr(make, "options", None)),
         "n_edges": sorted({int(n) for n in n_edges}),
         "judging": [repr(how.ablation), how.n_boot],
@@ -406,12 +416,24 @@ def _open_table(path: Path | None) -> pd.DataFrame:
 
 
 def _add_rows(table: pd.DataFrame, rows: pd.DataFrame, path: Path | None) -> pd.DataFrame:
-    "A table with more rows, which is also written to a file."
-    table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
-    if path is not None:
+    "A table with more rows, which is also written to a file, beside rows that another process wrote there."
+    if path is None:
+        return _join_rows(table, rows)
+    with hold_folder(path.parent):
+        table = _join_rows(_open_table(path), table)
+        table = _join_rows(table, rows)
         with replace_file(path) as partial_table:
             table.to_csv(partial_table, index=False)
     return table
+
+
+def _join_rows(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    "A table with those of the rows whose request it lacks."
+    if not len(table) or not len(rows):
+        return table if len(table) else rows
+    key = [*SETTING, "method", "request"]
+    is_known = pd.MultiIndex.from_frame(rows[key]).isin(pd.MultiIndex.from_frame(table[key]))
+    return pd.concat([table, rows[~is_known]], ignore_index=True)
 
 
 def _list_rows(
@@ -495,8 +517,9 @@ def compare_methods(
             "dictionaries": dictionaries,
             "judging": Judging(n_boot=comparing.n_boot, seed=seed, run=run),
         }
+        hashes = [_hash_data(model, one) for one in (data, test)]
         for method, make in methods.items():
-            request = _hash_request(model, data, test, make, n_edges, comparing)
+            request = _hash_request(model, hashes, make, n_edges, comparing)
             rows = _list_rows(setting, comparing.rules, seed, method, request)
             wanted += rows
             missing = _list_missing(table, comparing.rules, rows)
