@@ -103,9 +103,11 @@ def _check_parent(out: Path | None) -> None:
 
 def _check_file(out: Path | None, force: bool) -> None:
     "Refuse a file that can't be written or, unless forced, exists."
+    from circuitgraph.files import check_output_file
     from circuitgraph.refusals import refuse_existing
 
-    _check_parent(out)
+    if out is not None:
+        check_output_file(out)
     refuse_existing(out, force)
 
 # %% ../nbs/90_cli.ipynb #c7eb3ed6
@@ -218,9 +220,12 @@ def build(  # noqa: PLR0913
         from circuitgraph.cut import cut_model
         from circuitgraph.model.loading import load_model
         from circuitgraph.options import Pruning, Run
-        from circuitgraph.refusals import check_data, check_model, check_nodes, read_rule
+        from circuitgraph.refusals import check_data, check_model, check_nodes, check_options, read_rule
 
+        check_options(locals())
         partial = _check_graph_folder(out, force)
+        if others not in ("layer", "head"):
+            raise ValueError(f"others must be layer or head, got {others!r}")
         target = "node" if task is None else "metric"
         options = {"norm": norm, "pattern": pattern, "ports": ports, "skip_first": skip_first}
         rule = read_rule(attribution, n_steps, baseline, target=target, grain=check_nodes(nodes), **options)
@@ -285,8 +290,9 @@ def prompt(  # noqa: PLR0913
         from circuitgraph.dictionary.store import load_dictionaries
         from circuitgraph.model.loading import load_model
         from circuitgraph.options import Pruning
-        from circuitgraph.refusals import check_folder, check_model
+        from circuitgraph.refusals import check_folder, check_model, check_options
 
+        check_options(locals())
         _check_graph_folder(out, force)
         check_folder("dictionaries", dictionaries)
         if nodes not in ("layer", "head"):
@@ -323,11 +329,18 @@ def _train(model: Any, tokens: Any, modules: str, out: Path, *, kind: str, setti
     return train_interaction_bases(model, tokens, list_modules(model, modules), config, out=out)
 
 # %% ../nbs/90_cli.ipynb #cli55
-def _check_training(kind: str, preset: str | None, given: dict[str, Any]) -> None:
-    "Refuse options that no dictionary can be trained with, before there is a model."
+def _check_training(
+    kind: str, preset: str | None, given: dict[str, Any], *, out: Path, held_out: str | None
+) -> None:
+    "Refuse places and options that no dictionary can be trained with, before there is a model."
     from circuitgraph.dictionary.train import PRESETS
     from circuitgraph.dictionary.trainer import TrainConfig
+    from circuitgraph.files import check_new_folder
+    from circuitgraph.refusals import check_data
 
+    check_new_folder(out)
+    if held_out is not None:
+        check_data(held_out)
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     options = {name: value for name, value in given.items() if value is not None and name != "n_tokens"}
@@ -371,10 +384,13 @@ def train(  # noqa: PLR0913
         from circuitgraph.dictionary.train import choose_settings
         from circuitgraph.files import replace_file
         from circuitgraph.model.loading import load_model
-        from circuitgraph.refusals import check_data, check_model
+        from circuitgraph.refusals import check_data, check_model, check_options
 
+        check_options(locals())
         given = {"k": k, "n_steps": n_steps, "batch_size": batch_size, "lr": lr, "n_tokens": n_tokens}
-        _check_training(kind, preset, given | {"d_dict": d_dict, "sparsity": sparsity})
+        _check_training(
+            kind, preset, given | {"d_dict": d_dict, "sparsity": sparsity}, out=out, held_out=held_out
+        )
         text = check_data(corpus, n_tokens=1 if n_tokens is None else n_tokens, seq_len=seq_len, seed=seed)
         check_model(model, device)
         loaded = load_model(model, device=device)
@@ -382,8 +398,13 @@ def train(  # noqa: PLR0913
         read = partial(load_corpus, model=loaded, seq_len=seq_len)
         tokens = read(text, n_tokens=settings.pop("n_tokens"), seed=seed)
         test = None if held_out is None else read(held_out, n_tokens=n_held_out, seed=seed + 1)
-        settings |= {"sparsity": sparsity, "skip_first": skip_first, "seed": seed}
-        settings |= {"transcode": transcode, "skip": skip_connection}
+        settings |= {
+            "sparsity": sparsity,
+            "skip_first": skip_first,
+            "seed": seed,
+            "transcode": transcode,
+            "skip": skip_connection,
+        }
         if kind == "lib":
             settings["d_dict"] = d_dict
         with _say_where_it_stopped(out, "the same command goes on from there"):
@@ -428,8 +449,9 @@ def evaluate(  # noqa: PLR0913
         from circuitgraph.files import replace_file
         from circuitgraph.model.loading import load_model
         from circuitgraph.options import Budgets, Judging, Run
-        from circuitgraph.refusals import check_data, check_folder, check_judging, check_model
+        from circuitgraph.refusals import check_data, check_folder, check_judging, check_model, check_options
 
+        check_options(locals())
         _check_file(out, force)
         judged = Graph.load(graph)
         check_judging(judged, n_edges, method, by, value=value, has_task=task is not None)
@@ -473,6 +495,20 @@ def _check_tasks(tasks: str, corpus: str, **sizes: int) -> list[str]:
     for name in names:
         check_data(corpus, None if name == "text" else name, **sizes)
     return names
+
+
+def _check_comparison(out: Path, exact: Path | None, selection: str, *, of_features: bool) -> list[str]:
+    "Rules by name, with semicolons. Refuses unknown ones, and places that can't be written."
+    from circuitgraph.files import check_new_folder, check_output_file
+    from circuitgraph.methods.compare import Comparing
+
+    check_output_file(out)
+    if of_features and exact:
+        raise ValueError("exact goes with block, layer or head: leave it out for graphs of features")
+    if exact is not None:
+        check_new_folder(exact, "exact")
+    rules = [rule.strip() for rule in selection.split(";")]
+    return [rule.name for rule in Comparing(selection=rules).rules]
 
 
 def _draw(task: str, model: Any, *, corpus: str, n_prompts: int, seq_len: int, seed: int) -> Any:
@@ -562,17 +598,15 @@ def compare_methods(  # noqa: PLR0913
 
     Example: circuitgraph compare-methods --tasks ioi,text --methods "EAP;random" --out methods.csv"""
     with _plain_errors(debug):
-        from circuitgraph.files import check_output_file
         from circuitgraph.methods.compare import Comparing, compare_methods, list_methods
         from circuitgraph.model.loading import load_model
-        from circuitgraph.refusals import check_model, check_nodes
+        from circuitgraph.refusals import check_model, check_nodes, check_options
 
+        check_options(locals())
         of_features = check_nodes(nodes) == "feature"
         available = list_methods("feature" if of_features else nodes, value)
         chosen = _choose_methods(methods, available)
-        check_output_file(out)
-        if of_features and exact:
-            raise ValueError("exact goes with block, layer or head: leave it out for graphs of features")
+        rules = _check_comparison(out, exact, selection, of_features=of_features)
         names = _check_tasks(tasks, corpus, n_prompts=n_prompts, seq_len=seq_len, seed=seed)
         check_model(model, device)
         loaded = load_model(model, device=device)
@@ -583,9 +617,7 @@ def compare_methods(  # noqa: PLR0913
             found_on, judged_on = (_draw(task, loaded, seed=2 * number + half, **sizes) for half in (0, 1))
             options = {"n_edges": budgets, "nodes": grain, "value": value}
             compare = partial(compare_methods, loaded, found_on, judged_on, **options)
-            comparing = Comparing(
-                [number], selection=[rule.strip() for rule in selection.split(";")], out=out
-            )
+            comparing = Comparing([number], selection=rules, out=out)
             folder = None
             if exact is not None:
                 folder = _name_folder(exact, (task, nodes, value, n_prompts, number), loaded, found_on)
@@ -613,7 +645,9 @@ def communities(
         from circuitgraph.community.nulls import judge_communities
         from circuitgraph.community.search import find_communities
         from circuitgraph.graph.graph import Graph
+        from circuitgraph.refusals import check_options
 
+        check_options(locals())
         _check_parent(out)
         if out is not None:
             _check_graph_folder(out, force)
@@ -652,11 +686,13 @@ def compare(  # noqa: PLR0913
         from circuitgraph.graph.graph import Graph
         from circuitgraph.files import replace_file
         from circuitgraph.model.loading import load_model
-        from circuitgraph.refusals import check_folder
+        from circuitgraph.refusals import check_data, check_folder, check_options
 
+        check_options(locals())
         _check_file(out, force)
         check_folder("dictionaries", dictionaries)
         check_folder("other_dictionaries", other_dictionaries)
+        check_data(text)
         graphs = [Graph.load(folder) for folder in (graph, other)]
         models = [load_model(one.meta["model"]["name"]) for one in graphs]
         folders = (dictionaries, other_dictionaries or dictionaries)
@@ -728,8 +764,13 @@ def view(  # noqa: PLR0913
         from circuitgraph.graph.explorer import explore
         from circuitgraph.graph.graph import Graph
         from circuitgraph.model.loading import load_model
+        from circuitgraph.refusals import check_folder, check_model, check_options
 
+        check_options(locals())
         _check_file(out, force)
+        check_folder("dictionaries", dictionaries)
+        if model is not None:
+            check_model(model, "cpu")
         if dictionaries is not None and model is None:
             raise ValueError("dictionaries need their model: give --model too")
         loaded_graph = Graph.load(graph)

@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -21,6 +22,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 
@@ -197,6 +199,7 @@ def start(work, folder, before=lambda: None):
     said = os.open(folder.parent / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
+    tqdm.set_lock(threading.RLock())  # the usual one is shared, and a process that is killed never returns it
     before()
     return do(work, folder)
 
@@ -382,4 +385,5 @@ def try_all(home, names, n_kills, seed):
             said[name] = try_work(Path(home), name, n_kills, seed)
         except Exception:
             said[name] = traceback.format_exc()
+        sys.stderr.write(f"{name}: {said[name]}\n")
     os.write(printed, json.dumps(said).encode())

@@ -1,4 +1,4 @@
-"""Properties that hold for any graph, any choice of edges and any padding; hypothesis looks for an exception."""
+"""Properties that hold for any graph, any choice of edges and any padding, looked for by hypothesis."""
 
 import numpy as np
 import pytest
