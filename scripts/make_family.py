@@ -180,10 +180,12 @@ def save_model(model: LlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
 
 
 def train_member(member: Member, tokenizer: Any, documents: list[Tensor], out: Path, n_steps: int) -> None:
-    "Train a model, or go on with it, and save it."
+    "Train a model, or go on with it, and save it and its start, unless they are there."
     model = member.create()
     if not (out / f"{member.name}-untrained").exists():
         save_model(model, tokenizer, out / f"{member.name}-untrained")
+    if (out / member.name).exists():
+        return
     tokens = draw_sequences(documents, n_steps * BATCH, member.seed, member.is_shuffled)
     checkpoints = out / "checkpoints" / member.name
     arguments = TrainingArguments(
@@ -295,10 +297,9 @@ def main() -> None:
     sequences = cut_sequences(encode(tokenizer, held_out))
     bigram = bigram_loss(documents, sequences)
     for member in list_members(args.sizes):
-        if not (args.out / member.name).exists():
-            began = time.process_time()
-            train_member(member, tokenizer, documents, args.out, args.n_steps)
-            print(f"{member.name}: {time.process_time() - began:.0f} CPU-seconds", flush=True)
+        began = time.process_time()
+        train_member(member, tokenizer, documents, args.out, args.n_steps)
+        print(f"{member.name}: {time.process_time() - began:.0f} CPU-seconds", flush=True)
         add_rows(member, args.out, sequences, bigram, args.table)
 
 

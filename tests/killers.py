@@ -180,6 +180,7 @@ def do(work, folder):
     try:
         work(folder)
     except (ValueError, OSError, SafetensorError) as error:  # the last one says that a disk is full
+        os.write(1, f"Error: {error}\n".encode())
         os._exit(2 if str(error) else OBSCURE)
     except SystemExit as error:
         os._exit(error.code if isinstance(error.code, int) else 2)
