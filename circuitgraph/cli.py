@@ -78,11 +78,20 @@ def _plain_errors(debug: bool) -> Iterator[None]:
     "Turn what a user can mend into one line and exit code 2; with `debug`, let the traceback through."
     try:
         yield
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        if debug:
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
+        line = _say_error(error)
+        if debug or not line:
             raise
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"Error: {line}", err=True)
         raise typer.Exit(2) from None
+
+
+def _say_error(error: Exception) -> str:
+    "An error in one line; empty for a fault of this program."
+    words = ("can't allocate memory", "out of memory")  # torch's, of the processor and of a GPU
+    if isinstance(error, MemoryError) or any(part in str(error) for part in words):
+        return "memory is full: take a smaller --batch-size, fewer tokens or shorter sequences"
+    return "" if isinstance(error, RuntimeError | MemoryError) else str(error)
 
 # %% ../nbs/90_cli.ipynb #ea37310b
 @contextmanager

@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from circuitgraph.community.behaviour import next_loss
 from circuitgraph.data.corpus import Document, open_texts
+from circuitgraph.files import replace_file
 from exp_small_features import add_row, has_row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -272,7 +273,8 @@ def keep_settings(out: Path, settings: dict[str, Any]) -> None:
     file = out / "family.json"
     if file.exists() and json.loads(file.read_text()) != settings:
         raise SystemExit(f"{out} holds models with other settings ({file.read_text()}): give another --out")
-    file.write_text(json.dumps(settings))
+    with replace_file(file) as partial:
+        partial.write_text(json.dumps(settings))
 
 
 def main() -> None:
