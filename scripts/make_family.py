@@ -20,6 +20,8 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
@@ -180,6 +183,20 @@ def save_model(model: LlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
     os.replace(partial, folder)
 
 
+@contextmanager
+def name_full_disk(folder: Path) -> Iterator[None]:
+    "Say which folder can't be written, where torch and safetensors say which of their lines has failed."
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        said = str(error).partition("\n")[0]
+        if isinstance(error, RuntimeError) and "inline_container" not in said:
+            raise
+        raise OSError(
+            f"{folder} can't be written ({said}); make room, and the same command goes on"
+        ) from error
+
+
 def train_member(member: Member, tokenizer: Any, documents: list[Tensor], out: Path, n_steps: int) -> None:
     "Train a model, or go on with it, and save it and its start, unless they are there."
     model = member.create()
@@ -210,7 +227,8 @@ def train_member(member: Member, tokenizer: Any, documents: list[Tensor], out: P
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     trainer = Trainer(model=model, args=arguments, train_dataset=rows)
     checkpoint = find_checkpoint(checkpoints)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with name_full_disk(checkpoints):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     save_model(model, tokenizer, out / member.name)
     shutil.rmtree(checkpoints)
 
