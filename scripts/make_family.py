@@ -36,7 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from circuitgraph.community.behaviour import next_loss
 from circuitgraph.data.corpus import Document, open_texts
-from circuitgraph.files import replace_file
+from circuitgraph.files import hold_folder, replace_file
 from exp_small_features import add_row, has_row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -316,11 +316,12 @@ def main() -> None:
     documents = encode(tokenizer, known)
     sequences = cut_sequences(encode(tokenizer, held_out))
     bigram = bigram_loss(documents, sequences)
-    for member in list_members(args.sizes):
-        began = time.process_time()
-        train_member(member, tokenizer, documents, args.out, args.n_steps)
-        print(f"{member.name}: {time.process_time() - began:.0f} CPU-seconds", flush=True)
-        add_rows(member, args.out, sequences, bigram, args.table)
+    with hold_folder(args.out):  # a second process waits, and finds what this one has made
+        for member in list_members(args.sizes):
+            began = time.process_time()
+            train_member(member, tokenizer, documents, args.out, args.n_steps)
+            print(f"{member.name}: {time.process_time() - began:.0f} CPU-seconds", flush=True)
+            add_rows(member, args.out, sequences, bigram, args.table)
 
 
 if __name__ == "__main__":
