@@ -432,8 +432,9 @@ def _join_rows(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     if not len(table) or not len(rows):
         return table if len(table) else rows
     key = [*SETTING, "method", "request"]
-    is_known = pd.MultiIndex.from_frame(rows[key]).isin(pd.MultiIndex.from_frame(table[key]))
-    return pd.concat([table, rows[~is_known]], ignore_index=True)
+    known, wanted = (pd.MultiIndex.from_frame(pd.DataFrame(one[key])) for one in (table, rows))
+    new = pd.DataFrame(rows[~wanted.isin(known)])
+    return pd.concat([table, new], ignore_index=True)
 
 
 def _list_rows(
