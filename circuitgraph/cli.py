@@ -231,11 +231,8 @@ def build(  # noqa: PLR0913
         from circuitgraph.options import Pruning, Run
         from circuitgraph.refusals import check_data, check_model, check_nodes, check_options, read_rule
 
-        check_options(locals())
-        partial = _check_graph_folder(out, force)
-        if others not in ("layer", "head"):
-            raise ValueError(f"others must be layer or head, got {others!r}")
-        target = "node" if task is None else "metric"
+        check_options(locals(), others=("layer", "head"))
+        partial, target = _check_graph_folder(out, force), "node" if task is None else "metric"
         options = {"norm": norm, "pattern": pattern, "ports": ports, "skip_first": skip_first}
         rule = read_rule(attribution, n_steps, baseline, target=target, grain=check_nodes(nodes), **options)
         pruning, run = Pruning(keep, share, mass), Run(batch_size, memory, partial if task is None else None)
@@ -301,11 +298,9 @@ def prompt(  # noqa: PLR0913
         from circuitgraph.options import Pruning
         from circuitgraph.refusals import check_folder, check_model, check_options
 
-        check_options(locals())
+        check_options(locals(), nodes=("layer", "head"))
         _check_graph_folder(out, force)
         check_folder("dictionaries", dictionaries)
-        if nodes not in ("layer", "head"):
-            raise ValueError(f"nodes must be layer or head, got {nodes!r}")
         rule = Attribution(attribution, n_steps, pattern=pattern, skip_first=0)
         rule.method.check("node", "feature", positions_kept=True)
         pruning = Pruning(keep)
@@ -339,7 +334,7 @@ def _train(model: Any, tokens: Any, modules: str, out: Path, *, kind: str, setti
 
 # %% ../nbs/90_cli.ipynb #cli55
 def _check_training(
-    kind: str, preset: str | None, given: dict[str, Any], *, out: Path, held_out: str | None
+    kind: str, preset: str | None, given: dict[str, Any], out: Path, held_out: str | None
 ) -> None:
     "Refuse places and options that no dictionary can be trained with, before there is a model."
     from circuitgraph.dictionary.train import PRESETS
@@ -397,9 +392,7 @@ def train(  # noqa: PLR0913
 
         check_options(locals())
         given = {"k": k, "n_steps": n_steps, "batch_size": batch_size, "lr": lr, "n_tokens": n_tokens}
-        _check_training(
-            kind, preset, given | {"d_dict": d_dict, "sparsity": sparsity}, out=out, held_out=held_out
-        )
+        _check_training(kind, preset, given | {"d_dict": d_dict, "sparsity": sparsity}, out, held_out)
         text = check_data(corpus, n_tokens=1 if n_tokens is None else n_tokens, seq_len=seq_len, seed=seed)
         check_model(model, device)
         loaded = load_model(model, device=device)
@@ -407,15 +400,9 @@ def train(  # noqa: PLR0913
         read = partial(load_corpus, model=loaded, seq_len=seq_len)
         tokens = read(text, n_tokens=settings.pop("n_tokens"), seed=seed)
         test = None if held_out is None else read(held_out, n_tokens=n_held_out, seed=seed + 1)
-        settings |= {
-            "sparsity": sparsity,
-            "skip_first": skip_first,
-            "seed": seed,
-            "transcode": transcode,
-            "skip": skip_connection,
-        }
-        if kind == "lib":
-            settings["d_dict"] = d_dict
+        settings |= {"sparsity": sparsity, "skip_first": skip_first, "seed": seed}
+        settings |= {"transcode": transcode, "skip": skip_connection}
+        settings["d_dict"] = d_dict if kind == "lib" else settings["d_dict"]
         with _say_where_it_stopped(out, "the same command goes on from there"):
             trained = _train(loaded, tokens, modules, out, kind=kind, settings=settings)
         for dictionary in trained.values():

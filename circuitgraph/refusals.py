@@ -36,8 +36,12 @@ def refuse_existing(
 # %% ../nbs/900_refusals.ipynb #rf10
 def check_options(
     given: Mapping[str, Any],  # the options of a command: `locals()` in its first line
+    **choices: Sequence[str],  # the values that an option may have
 ) -> None:
-    "Refuse numbers that are out of range. Raises ValueError."
+    "Refuse numbers that are out of range, and what is none of the choices. Raises ValueError."
+    for name, allowed in choices.items():
+        if given[name] not in allowed:
+            raise ValueError(f"{name} must be {' or '.join(allowed)}, got {given[name]!r}")
     for name, value in given.items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not isinstance(number, bool):

@@ -395,11 +395,12 @@ def _hash_request(
     return hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
 
 
-def _open_table(path: Path | None) -> pd.DataFrame:
+def _open_table(out: str | Path | None) -> pd.DataFrame:
     "The rows that are known. Raises ValueError for another table, and for a place that can't be written."
     key = [*SETTING, "method", "request"]
-    if path is None:
+    if out is None:
         return pd.DataFrame(columns=key)
+    path = Path(out)
     check_output_file(path)
     try:
         table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=key)
@@ -415,10 +416,11 @@ def _open_table(path: Path | None) -> pd.DataFrame:
     return table
 
 
-def _add_rows(table: pd.DataFrame, rows: pd.DataFrame, path: Path | None) -> pd.DataFrame:
+def _add_rows(table: pd.DataFrame, rows: pd.DataFrame, out: str | Path | None) -> pd.DataFrame:
     "A table with more rows, which is also written to a file, beside rows that another process wrote there."
-    if path is None:
+    if out is None:
         return _join_rows(table, rows)
+    path = Path(out)
     with hold_folder(path.parent):
         table = _join_rows(_open_table(path), table)
         table = _join_rows(table, rows)
@@ -505,8 +507,7 @@ def compare_methods(
     budgets = Budgets(sorted(set(n_edges)), clip=True)
     if comparing.truth is not None and isinstance(nodes, str):
         complete_graph(model, nodes).keep(list(comparing.truth))
-    path = None if comparing.out is None else Path(comparing.out)
-    table, wanted = _open_table(path), []
+    table, wanted = _open_table(comparing.out), []
     dictionaries = None if isinstance(nodes, str) else nodes
     run, drawn = Run(progress=comparing.progress), {"found_on": found_on, "judged_on": judged_on}
     for seed in comparing.seeds:
@@ -533,5 +534,5 @@ def compare_methods(
             ranks = score_ranks(graph, n_all, comparing.truth, comparing.exact)
             for rule, row in missing:
                 curve = _judge(model, graph, test, replace(budgets, method=rule), **options)
-                table = _add_rows(table, curve.assign(**row, **cost, **ranks).round(5), path)
+                table = _add_rows(table, curve.assign(**row, **cost, **ranks).round(5), comparing.out)
     return _pick_rows(table, wanted)
