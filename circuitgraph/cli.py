@@ -78,11 +78,20 @@ def _plain_errors(debug: bool) -> Iterator[None]:
     "Turn what a user can mend into one line and exit code 2; with `debug`, let the traceback through."
     try:
         yield
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        if debug:
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
+        line = _say_error(error)
+        if debug or not line:
             raise
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"Error: {line}", err=True)
         raise typer.Exit(2) from None
+
+
+def _say_error(error: Exception) -> str:
+    "An error in one line; empty for a fault of this program."
+    words = ("can't allocate memory", "out of memory")  # torch's, of the processor and of a GPU
+    if isinstance(error, MemoryError) or any(part in str(error) for part in words):
+        return "memory is full: take a smaller --batch-size, fewer tokens or shorter sequences"
+    return "" if isinstance(error, RuntimeError | MemoryError) else str(error)
 
 # %% ../nbs/90_cli.ipynb #ea37310b
 @contextmanager
@@ -103,9 +112,11 @@ def _check_parent(out: Path | None) -> None:
 
 def _check_file(out: Path | None, force: bool) -> None:
     "Refuse a file that can't be written or, unless forced, exists."
+    from circuitgraph.files import check_output_file
     from circuitgraph.refusals import refuse_existing
 
-    _check_parent(out)
+    if out is not None:
+        check_output_file(out)
     refuse_existing(out, force)
 
 # %% ../nbs/90_cli.ipynb #c7eb3ed6
@@ -218,10 +229,10 @@ def build(  # noqa: PLR0913
         from circuitgraph.cut import cut_model
         from circuitgraph.model.loading import load_model
         from circuitgraph.options import Pruning, Run
-        from circuitgraph.refusals import check_data, check_model, check_nodes, read_rule
+        from circuitgraph.refusals import check_data, check_model, check_nodes, check_options, read_rule
 
-        partial = _check_graph_folder(out, force)
-        target = "node" if task is None else "metric"
+        check_options(locals(), others=("layer", "head"))
+        partial, target = _check_graph_folder(out, force), "node" if task is None else "metric"
         options = {"norm": norm, "pattern": pattern, "ports": ports, "skip_first": skip_first}
         rule = read_rule(attribution, n_steps, baseline, target=target, grain=check_nodes(nodes), **options)
         pruning, run = Pruning(keep, share, mass), Run(batch_size, memory, partial if task is None else None)
@@ -285,12 +296,11 @@ def prompt(  # noqa: PLR0913
         from circuitgraph.dictionary.store import load_dictionaries
         from circuitgraph.model.loading import load_model
         from circuitgraph.options import Pruning
-        from circuitgraph.refusals import check_folder, check_model
+        from circuitgraph.refusals import check_folder, check_model, check_options
 
+        check_options(locals(), nodes=("layer", "head"))
         _check_graph_folder(out, force)
         check_folder("dictionaries", dictionaries)
-        if nodes not in ("layer", "head"):
-            raise ValueError(f"nodes must be layer or head, got {nodes!r}")
         rule = Attribution(attribution, n_steps, pattern=pattern, skip_first=0)
         rule.method.check("node", "feature", positions_kept=True)
         pruning = Pruning(keep)
@@ -323,11 +333,18 @@ def _train(model: Any, tokens: Any, modules: str, out: Path, *, kind: str, setti
     return train_interaction_bases(model, tokens, list_modules(model, modules), config, out=out)
 
 # %% ../nbs/90_cli.ipynb #cli55
-def _check_training(kind: str, preset: str | None, given: dict[str, Any]) -> None:
-    "Refuse options that no dictionary can be trained with, before there is a model."
+def _check_training(
+    kind: str, preset: str | None, given: dict[str, Any], out: Path, held_out: str | None
+) -> None:
+    "Refuse places and options that no dictionary can be trained with, before there is a model."
     from circuitgraph.dictionary.train import PRESETS
     from circuitgraph.dictionary.trainer import TrainConfig
+    from circuitgraph.files import check_new_folder
+    from circuitgraph.refusals import check_data
 
+    check_new_folder(out)
+    if held_out is not None:
+        check_data(held_out)
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     options = {name: value for name, value in given.items() if value is not None and name != "n_tokens"}
@@ -371,10 +388,11 @@ def train(  # noqa: PLR0913
         from circuitgraph.dictionary.train import choose_settings
         from circuitgraph.files import replace_file
         from circuitgraph.model.loading import load_model
-        from circuitgraph.refusals import check_data, check_model
+        from circuitgraph.refusals import check_data, check_model, check_options
 
+        check_options(locals())
         given = {"k": k, "n_steps": n_steps, "batch_size": batch_size, "lr": lr, "n_tokens": n_tokens}
-        _check_training(kind, preset, given | {"d_dict": d_dict, "sparsity": sparsity})
+        _check_training(kind, preset, given | {"d_dict": d_dict, "sparsity": sparsity}, out, held_out)
         text = check_data(corpus, n_tokens=1 if n_tokens is None else n_tokens, seq_len=seq_len, seed=seed)
         check_model(model, device)
         loaded = load_model(model, device=device)
@@ -384,8 +402,7 @@ def train(  # noqa: PLR0913
         test = None if held_out is None else read(held_out, n_tokens=n_held_out, seed=seed + 1)
         settings |= {"sparsity": sparsity, "skip_first": skip_first, "seed": seed}
         settings |= {"transcode": transcode, "skip": skip_connection}
-        if kind == "lib":
-            settings["d_dict"] = d_dict
+        settings["d_dict"] = d_dict if kind == "lib" else settings["d_dict"]
         with _say_where_it_stopped(out, "the same command goes on from there"):
             trained = _train(loaded, tokens, modules, out, kind=kind, settings=settings)
         for dictionary in trained.values():
@@ -428,8 +445,9 @@ def evaluate(  # noqa: PLR0913
         from circuitgraph.files import replace_file
         from circuitgraph.model.loading import load_model
         from circuitgraph.options import Budgets, Judging, Run
-        from circuitgraph.refusals import check_data, check_folder, check_judging, check_model
+        from circuitgraph.refusals import check_data, check_folder, check_judging, check_model, check_options
 
+        check_options(locals())
         _check_file(out, force)
         judged = Graph.load(graph)
         check_judging(judged, n_edges, method, by, value=value, has_task=task is not None)
@@ -473,6 +491,20 @@ def _check_tasks(tasks: str, corpus: str, **sizes: int) -> list[str]:
     for name in names:
         check_data(corpus, None if name == "text" else name, **sizes)
     return names
+
+
+def _check_comparison(out: Path, exact: Path | None, selection: str, *, of_features: bool) -> list[str]:
+    "Rules by name, with semicolons. Refuses unknown ones, and places that can't be written."
+    from circuitgraph.files import check_new_folder, check_output_file
+    from circuitgraph.methods.compare import Comparing
+
+    check_output_file(out)
+    if of_features and exact:
+        raise ValueError("exact goes with block, layer or head: leave it out for graphs of features")
+    if exact is not None:
+        check_new_folder(exact, "exact")
+    rules = [rule.strip() for rule in selection.split(";")]
+    return [rule.name for rule in Comparing(selection=rules).rules]
 
 
 def _draw(task: str, model: Any, *, corpus: str, n_prompts: int, seq_len: int, seed: int) -> Any:
@@ -562,17 +594,15 @@ def compare_methods(  # noqa: PLR0913
 
     Example: circuitgraph compare-methods --tasks ioi,text --methods "EAP;random" --out methods.csv"""
     with _plain_errors(debug):
-        from circuitgraph.files import check_output_file
         from circuitgraph.methods.compare import Comparing, compare_methods, list_methods
         from circuitgraph.model.loading import load_model
-        from circuitgraph.refusals import check_model, check_nodes
+        from circuitgraph.refusals import check_model, check_nodes, check_options
 
+        check_options(locals())
         of_features = check_nodes(nodes) == "feature"
         available = list_methods("feature" if of_features else nodes, value)
         chosen = _choose_methods(methods, available)
-        check_output_file(out)
-        if of_features and exact:
-            raise ValueError("exact goes with block, layer or head: leave it out for graphs of features")
+        rules = _check_comparison(out, exact, selection, of_features=of_features)
         names = _check_tasks(tasks, corpus, n_prompts=n_prompts, seq_len=seq_len, seed=seed)
         check_model(model, device)
         loaded = load_model(model, device=device)
@@ -583,9 +613,7 @@ def compare_methods(  # noqa: PLR0913
             found_on, judged_on = (_draw(task, loaded, seed=2 * number + half, **sizes) for half in (0, 1))
             options = {"n_edges": budgets, "nodes": grain, "value": value}
             compare = partial(compare_methods, loaded, found_on, judged_on, **options)
-            comparing = Comparing(
-                [number], selection=[rule.strip() for rule in selection.split(";")], out=out
-            )
+            comparing = Comparing([number], selection=rules, out=out)
             folder = None
             if exact is not None:
                 folder = _name_folder(exact, (task, nodes, value, n_prompts, number), loaded, found_on)
@@ -613,7 +641,9 @@ def communities(
         from circuitgraph.community.nulls import judge_communities
         from circuitgraph.community.search import find_communities
         from circuitgraph.graph.graph import Graph
+        from circuitgraph.refusals import check_options
 
+        check_options(locals())
         _check_parent(out)
         if out is not None:
             _check_graph_folder(out, force)
@@ -652,11 +682,13 @@ def compare(  # noqa: PLR0913
         from circuitgraph.graph.graph import Graph
         from circuitgraph.files import replace_file
         from circuitgraph.model.loading import load_model
-        from circuitgraph.refusals import check_folder
+        from circuitgraph.refusals import check_data, check_folder, check_options
 
+        check_options(locals())
         _check_file(out, force)
         check_folder("dictionaries", dictionaries)
         check_folder("other_dictionaries", other_dictionaries)
+        check_data(text)
         graphs = [Graph.load(folder) for folder in (graph, other)]
         models = [load_model(one.meta["model"]["name"]) for one in graphs]
         folders = (dictionaries, other_dictionaries or dictionaries)
@@ -730,18 +762,17 @@ def view(  # noqa: PLR0913
         from circuitgraph.graph.explorer import explore
         from circuitgraph.graph.graph import Graph
         from circuitgraph.model.loading import load_model
-        from circuitgraph.refusals import check_data, check_folder, check_model
+        from circuitgraph.refusals import check_data, check_folder, check_model, check_options
 
+        check_options(locals())
         _check_file(out, force)
+        check_folder("dictionaries", dictionaries)
+        if model is not None:
+            check_model(model, "cpu")
         if dictionaries is not None and model is None:
             raise ValueError("dictionaries need their model: give --model too")
         if corpus is not None and model is None:
             raise ValueError("corpus needs the model that reads it: give --model too")
-        if model is not None:
-            check_model(model, "cpu")
-        check_folder("dictionaries", dictionaries)
-        if n_edges < 1:
-            raise ValueError(f"n_edges must be at least 1, got {n_edges}")
         sizes = {"n_tokens": n_tokens, "seq_len": 128, "seed": 1}
         text = None if corpus is None else check_data(corpus, None, n_prompts=1, **sizes)
         loaded_graph = Graph.load(graph)

@@ -37,7 +37,7 @@ from circuitgraph.dictionary.train import train_dictionaries
 from circuitgraph.dictionary.trainer import TrainConfig
 from circuitgraph.graph.graph import Graph
 from circuitgraph.graph.influence import add_influence
-from circuitgraph.files import replace_file
+from circuitgraph.files import hold_folder, replace_file
 from circuitgraph.model.blocks import Model
 from circuitgraph.model.loading import load_model
 from circuitgraph.options import Budgets, Judging, Pruning, Run
@@ -80,10 +80,13 @@ def list_graphs(graph: Graph, budgets: list[int], seed: int = 0) -> dict[tuple[s
 
 
 def add_row(file: Path, row: pd.DataFrame) -> None:
-    "Append to a table, which is written whole."
-    table = pd.concat([pd.read_csv(file), row]) if file.exists() else row
-    with replace_file(file) as partial:
-        table.to_csv(partial, index=False)
+    "Append to a table, which is written whole. Of rows that two processes have made, one is kept."
+    with hold_folder(file.parent):
+        known = [pd.read_csv(file)] if file.exists() else []
+        text = pd.concat([*known, row]).to_csv(index=False)
+        lines = dict.fromkeys(text.splitlines())
+        with replace_file(file) as partial:
+            partial.write_text("\n".join(lines) + "\n")
 
 
 def has_row(file: Path, **values: object) -> bool:

@@ -20,6 +20,8 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from circuitgraph.community.behaviour import next_loss
 from circuitgraph.data.corpus import Document, open_texts
+from circuitgraph.files import hold_folder, replace_file
 from exp_small_features import add_row, has_row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,11 +183,27 @@ def save_model(model: LlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
     os.replace(partial, folder)
 
 
+@contextmanager
+def name_full_disk(folder: Path) -> Iterator[None]:
+    "Say which folder can't be written, where torch and safetensors say which of their lines has failed."
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        said = str(error).partition("\n")[0]
+        if isinstance(error, RuntimeError) and "inline_container" not in said:
+            raise
+        raise OSError(
+            f"{folder} can't be written ({said}); make room, and the same command goes on"
+        ) from error
+
+
 def train_member(member: Member, tokenizer: Any, documents: list[Tensor], out: Path, n_steps: int) -> None:
-    "Train a model, or go on with it, and save it."
+    "Train a model, or go on with it, and save it and its start, unless they are there."
     model = member.create()
     if not (out / f"{member.name}-untrained").exists():
         save_model(model, tokenizer, out / f"{member.name}-untrained")
+    if (out / member.name).exists():
+        return
     tokens = draw_sequences(documents, n_steps * BATCH, member.seed, member.is_shuffled)
     checkpoints = out / "checkpoints" / member.name
     arguments = TrainingArguments(
@@ -207,7 +227,8 @@ def train_member(member: Member, tokenizer: Any, documents: list[Tensor], out: P
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     trainer = Trainer(model=model, args=arguments, train_dataset=rows)
     checkpoint = find_checkpoint(checkpoints)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with name_full_disk(checkpoints):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     save_model(model, tokenizer, out / member.name)
     shutil.rmtree(checkpoints)
 
@@ -270,7 +291,8 @@ def keep_settings(out: Path, settings: dict[str, Any]) -> None:
     file = out / "family.json"
     if file.exists() and json.loads(file.read_text()) != settings:
         raise SystemExit(f"{out} holds models with other settings ({file.read_text()}): give another --out")
-    file.write_text(json.dumps(settings))
+    with replace_file(file) as partial:
+        partial.write_text(json.dumps(settings))
 
 
 def main() -> None:
@@ -294,12 +316,12 @@ def main() -> None:
     documents = encode(tokenizer, known)
     sequences = cut_sequences(encode(tokenizer, held_out))
     bigram = bigram_loss(documents, sequences)
-    for member in list_members(args.sizes):
-        if not (args.out / member.name).exists():
+    with hold_folder(args.out):  # a second process waits, and finds what this one has made
+        for member in list_members(args.sizes):
             began = time.process_time()
             train_member(member, tokenizer, documents, args.out, args.n_steps)
             print(f"{member.name}: {time.process_time() - began:.0f} CPU-seconds", flush=True)
-        add_rows(member, args.out, sequences, bigram, args.table)
+            add_rows(member, args.out, sequences, bigram, args.table)
 
 
 if __name__ == "__main__":

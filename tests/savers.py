@@ -122,9 +122,10 @@ def try_every_step(home, kill):
     sys.stdout.write(str(total))
 
 
-def save_in_turns(folder, sizes, seconds):
-    end, graphs, n = time.monotonic() + seconds, [chain(size) for size in sizes], 0
-    while time.monotonic() < end:
+def save_in_turns(folder, sizes):
+    "Save graphs in turns until a file says that it is enough."
+    stop, graphs, n = folder.parent / "stop", [chain(size) for size in sizes], 0
+    while not stop.exists():
         graphs[n % len(graphs)].save(folder)
         n += 1
     (folder.parent / f"saves-{os.getpid()}").write_text(str(n))
@@ -135,7 +136,7 @@ def kill_at_random(home, n_kills, seed):
     assert wait(fork(chain(SIZES[0]).save, folder)) == 0
     rng = random.Random(seed)
     for _ in range(n_kills):
-        process = fork(save_in_turns, folder, SIZES, 60)
+        process = fork(save_in_turns, folder, SIZES)
         time.sleep(rng.uniform(0.05, 0.3))
         os.kill(process, signal.SIGKILL)
         assert wait(process) == -signal.SIGKILL
@@ -144,25 +145,26 @@ def kill_at_random(home, n_kills, seed):
     assert wait(fork(check, folder, (7,), OWN)) == 0
 
 
-def read_on(folder, seconds):
-    end, found = time.monotonic() + seconds, []
-    while time.monotonic() < end:
-        found.append(size_of_whole(folder))
-    (folder.parent / "reads").write_text(json.dumps(found))
+def read_on(folder, n_loads):
+    try:
+        found = [size_of_whole(folder) for _ in range(n_loads)]
+        (folder.parent / "reads").write_text(json.dumps(found))
+    finally:
+        (folder.parent / "stop").touch()
 
 
-def save_and_read_at_once(home, seconds):
+def save_and_read_at_once(home, n_loads):
     folder = Path(home) / "g"
     assert wait(fork(chain(5).save, folder)) == 0
-    work = [(save_in_turns, folder, (5, 40), seconds), (save_in_turns, folder, (6, 300), seconds)]
-    processes = [fork(*task) for task in (*work, (read_on, folder, seconds))]
+    work = [(save_in_turns, folder, (5, 40)), (save_in_turns, folder, (6, 300)), (read_on, folder, n_loads)]
+    processes = [fork(*task) for task in work]
     assert [wait(process) for process in processes] == [0, 0, 0]
     assert wait(fork(check, folder, (5, 40, 6, 300), OWN)) == 0
 
 
 def save_first_at_once(home):
     """Several processes make the same new folder."""
-    for turn in range(5):
+    for turn in range(8):
         folder = Path(home) / str(turn)
         processes = [fork(chain(n).save, folder) for n in (5, 6, 7)]
         assert [wait(process) for process in processes] == [0, 0, 0]

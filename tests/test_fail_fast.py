@@ -78,7 +78,7 @@ BAD_BUILD = {
     ("--attribution", "eap-ig"): ("attribution must be one of", "'eap-ig'"),
     ("--baseline", "one"): ("'zero', 'mean'", "'one'"),
     ("--batch-size", -1): ("batch_size must be at least 1, got -1",),
-    ("--keep", 0): ("n_edges must be at least 1",),
+    ("--keep", 0): ("keep must be at least 1",),
     ("--nodes", "dictionaries/none"): ("block, layer, head", "folder of dictionaries", "'dictionaries/none'"),
     ("--task", "sums"): ("source must be one of ioi", "'sums'"),
     ("--task", "ioi", "--n-prompts", 0): ("n_prompts must be at least 1, got 0",),
@@ -146,7 +146,7 @@ def test_other_commands_refuse_before_a_model_is_loaded(tmp_path, saved):
         ("a prompt", "--nodes", "block"): ("nodes must be layer or head, got 'block'",),
         ("a prompt", "--attribution", "lrp"): ("goes with attribution='ig'", "'lrp'"),
         ("a prompt", "--dictionaries", "none"): ("dictionaries must be a folder that exists",),
-        ("a prompt", "--keep", 0): ("n_edges must be at least 1",),
+        ("a prompt", "--keep", 0): ("keep must be at least 1",),
         ("",): ("text must hold a prompt",),
     }
     with_text = {("a prompt", *options): words for options, words in BAD_MODEL.items()}

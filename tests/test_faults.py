@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import circuitgraph as cg
-from circuitgraph.checks import _list_kinds
+from circuitgraph.checks import LEAST, _list_kinds
 from circuitgraph.community.behaviour import Matching
 from circuitgraph.community.search import find_communities
 from circuitgraph.dictionary.interaction import BasisConfig
@@ -251,6 +251,7 @@ BAD = {  # by the kind of an argument: what it can't be
         "negative": torch.full((4, 8), -1),
         "too long": torch.zeros(1, 10_000, dtype=torch.long),
         "array": np.zeros((4, 8)),
+        "on a device without numbers": torch.zeros(4, 8, dtype=torch.long, device="meta"),
         "text": "a text",
     },
     "matrix": {
@@ -330,6 +331,12 @@ def list_cases():
             for case in BAD.get(kind, {}):
                 if (function, name, case) not in ALLOWED:
                     cases.append((function, name, case, kind))
+            kinds = _list_kinds(parameter.annotation)
+            is_checked = kind is not None and type(None) not in kinds
+            if is_checked and (function, name, "none") not in ALLOWED:
+                cases.append((function, name, "none", kind))
+            if LEAST.get(name, 0) > 0 and int in kinds:
+                cases.append((function, name, "zero", kind))
     return cases
 
 
@@ -343,7 +350,7 @@ def test_a_fault_is_refused_by_name(tmp_path, monkeypatch, function, name, case,
     monkeypatch.chdir(tmp_path)
     call, arguments = CALLS[function]
     with pytest.raises((ValueError, TypeError, OSError)) as refused:
-        call(**arguments | {name: BAD[kind][case]})
+        call(**arguments | {name: ({"none": None, "zero": 0} | BAD[kind])[case]})
     said = str(refused.value)
     assert re.search(rf"\b{name}\b", said), said
     assert re.search(r"must|needs|takes|has no|can't|goes with|is no|unknown", said), said

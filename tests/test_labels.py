@@ -13,6 +13,7 @@ from scipy.optimize import nnls
 from circuitgraph.build.build import build_graph
 from circuitgraph.community.links import add_history
 from circuitgraph.cut import cut_model
+from circuitgraph.files import hash_content
 from circuitgraph.graph.figures import plot_layers
 from circuitgraph.graph.viewer import list_choices
 from circuitgraph.label.evidence import find_evidence, join_descriptions, name_features, quoted_tokens
@@ -283,9 +284,9 @@ def test_a_stopped_search_goes_on_to_the_same_labels(logic, tmp_path):
     run = Run(progress=False, checkpoint=tmp_path)
     label_nodes(graph, known.model, text, known.dictionaries, run=run)
     (path,) = tmp_path.glob("labels-*.json")
-    rows = json.loads(path.read_text())
+    rows = json.loads(path.read_text())["fits"]
     rows[0]["bits_none"] += 100  # a mark, to see that the file is read
-    path.write_text(json.dumps(rows))
+    path.write_text(json.dumps({"sha256": hash_content(json.dumps(rows)), "fits": rows}))
     again = label_nodes(graph, known.model, text, known.dictionaries, run=run)
     assert (again.nodes["bits"] - whole.nodes["bits"]).abs().max() == 100
     assert again.nodes["program"].equals(whole.nodes["program"])

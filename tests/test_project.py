@@ -108,7 +108,7 @@ def imports_from_above(paths):
     ]
 
 
-GUIDES = ("00_introduction", "03_recipes", "04_gallery")  # they show the whole library to a new reader
+GUIDES = ("00_introduction", "03_recipes", "04_gallery", "06_promises")  # they show the whole library
 
 
 def test_a_notebook_imports_lower_numbers_only():

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import zipfile
 
 import numpy as np
@@ -14,9 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import circuitgraph as cg
+import circuitgraph.dictionary.train
 import circuitgraph.model.loading as loading
+from circuitgraph.cli import app
 from circuitgraph.data.task import check_pairs
 from circuitgraph.dictionary.formats import read_settings
 from circuitgraph.dictionary.protocol import PursuitDictionary
@@ -227,6 +231,74 @@ def test_rows_of_another_request_are_not_used_again(tmp_path):
     assert compare().equals(first) and len(calls) == len(others) + 1
     kept = pd.read_csv(tmp_path / "rows.csv")
     assert kept["request"].nunique() == len(others) + 1
+
+
+def test_metrics_of_one_name_are_told_apart(tmp_path):
+    found = {}
+    for token in (3, 4, 3):
+        task = cg.Task(TEXT, OTHER, metric=lambda logits, token=token: logits[:, -1, token], name="mine")
+        how = Comparing(n_boot=5, out=tmp_path / "rows.csv", progress=False)
+        methods = {"EAP": list_methods("layer")["EAP"]}
+        rows = compare_methods(MODEL, task, task, methods, [5], nodes="layer", comparing=how)
+        found.setdefault(token, []).append(rows)
+    assert found[3][0].equals(found[3][1]) and not found[3][0].equals(found[4][0])
+    assert len(pd.read_csv(tmp_path / "rows.csv")) == 2 * len(found[3][0])
+
+
+def test_rows_that_another_process_writes_meanwhile_stay(tmp_path):
+    out = tmp_path / "rows.csv"
+    random = list_methods("layer")["random"]
+
+    def compare(text, method):
+        how = Comparing(n_boot=5, out=out, progress=False)
+        return compare_methods(MODEL, text, text, {"random": method}, [5], nodes="layer", comparing=how)
+
+    def interrupted(model, data, nodes, seed=0, **_):
+        compare(OTHER, random)  # as another process would, after this one has read the table
+        return random(model, data, nodes, seed=seed)
+
+    ours, others = compare(TEXT, interrupted), compare(OTHER, random)
+    known = pd.read_csv(out)
+    assert set(known["request"]) == {ours["request"][0], others["request"][0]}
+    assert len(known) == len(ours) + len(others)
+
+
+def test_a_run_whose_folder_is_deleted_meanwhile_can_be_given_again(tmp_path, monkeypatch):
+    out, whole = tmp_path / "run", circuitgraph.dictionary.train._train
+    config = cg.TrainConfig(n_steps=2, d_dict=32, k=2, batch_size=4)
+
+    def train_and_lose(*args):
+        trained = whole(*args)
+        shutil.rmtree(out)
+        return trained
+
+    with monkeypatch.context() as patch:
+        patch.setattr("circuitgraph.dictionary.train._train", train_and_lose)
+        cg.train_dictionaries(MODEL, TEXT, ["m0"], config, out=out, n_workers=1, run=QUIET)
+    assert names_in(out) == {"m0", "train.json"}
+    again = cg.train_dictionaries(MODEL, TEXT, ["m0", "m1"], config, out=out, n_workers=1, run=QUIET)
+    assert list(again) == ["m0", "m1"]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[x] DefaultCPUAllocator: can't allocate memory"), "CUDA"]
+)
+def test_full_memory_is_said_in_one_line(tmp_path, monkeypatch, error):
+    if error == "CUDA":
+        error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("circuitgraph.model.loading.load_model", fail)
+    done = CliRunner().invoke(app, ["build", "--out", str(tmp_path / "g")])
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and "--batch-size" in done.stderr
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr("circuitgraph.model.loading.load_model", lambda *_, **__: next(iter([])) / 0)
+    done = CliRunner().invoke(app, ["build", "--out", str(tmp_path / "g")])
+    assert isinstance(done.exception, StopIteration)
 
 
 def test_a_bad_place_is_noticed_before_any_work(tmp_path):

@@ -186,6 +186,11 @@ def test_a_file_of_ones_own_is_a_task(model, tmp_path, suffix):
             ".jsonl",
             "line 2: must hold texts",
         ),
+        (
+            '{"clean": ["a", "b"], "corrupted": "c", "answers": "d"}\n',
+            ".jsonl",
+            "line 1: clean must be one text",
+        ),
     ],
 )
 def test_files_that_do_not_fit_are_refused_by_line(model, tmp_path, text, suffix, words):

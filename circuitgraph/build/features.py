@@ -34,7 +34,7 @@ from .sums import Occurrences, Sums, add_features, add_keys, is_compiled, list_m
 from .sums import order_occurrences, run_on_threads, select_readers
 from ..cut import Activity, FeatureCut, Part, part_ports, read_activity
 from ..data.task import Task
-from ..files import replace_file
+from ..files import DAMAGED, check_content, hash_content, replace_file
 from ..model.blocks import Model, attention_mask, norm_scale, rotary_tables, rotate
 from ..model.modules import Trace, list_readers, norm_before
 from ..options import Pruning, Run
@@ -708,6 +708,24 @@ def _measure_nodes(text: _Text, real: Bool[Tensor, "seq pos"]) -> dict[str, np.n
     return {"frequency": count.numpy() / n_read, "mean_activation": size.numpy() / n_read}
 
 # %% ../../nbs/56_feature_graph.ipynb #fg37
+def _save_edges(file: Path, edges: pd.DataFrame) -> None:
+    "Keep the edges of a group; a file that exists is complete."
+    edges = edges.copy(deep=False)
+    edges.attrs = {"sha256": hash_content(edges)}
+    with replace_file(file) as partial:
+        edges.to_parquet(partial)
+
+
+def _load_edges(file: Path) -> pd.DataFrame:
+    "The edges of a group that an earlier call has kept. Raises ValueError for a damaged file."
+    try:
+        edges = pd.read_parquet(file)
+        check_content(edges.attrs.pop("sha256", None), edges)
+    except DAMAGED as error:
+        raise ValueError(f"checkpoint {file} is damaged ({error}); delete it to start anew") from error
+    return edges
+
+
 def _weigh_groups(
     text: _Text, groups: list[ReaderGroup], pruning: Pruning, run: Run
 ) -> Iterator[tuple[ReaderGroup, pd.DataFrame]]:
@@ -722,7 +740,7 @@ def _weigh_groups(
                 file = Path(run.checkpoint) / f"edges-{i}.parquet"
             if file is not None and file.exists():
                 bar.update(len(text.batches))
-                yield group, pd.read_parquet(file)
+                yield group, _load_edges(file)
                 continue
             if storage is None:
                 sizes = [len(g.ports) * g.part.n_before * (g.last - g.first) * 4 for g in groups]
@@ -738,8 +756,7 @@ def _weigh_groups(
             n_whole = int(group.last == group.part.n_nodes)  # the error node, or a module without dictionary
             edges = sums.prune(pruning, n_whole)
             if file is not None:
-                with replace_file(file) as partial:  # a file that exists is complete
-                    edges.to_parquet(partial)
+                _save_edges(file, edges)
             yield group, edges
 
 

@@ -26,7 +26,7 @@ from ..attribution.method import Attribution
 from ..data.corpus import hash_tokens
 from ..data.task import Task
 from ..graph.graph import Graph
-from ..files import replace_file
+from ..files import check_content, hash_content, replace_file
 from ..graph.tables import PORTS
 from ..model.blocks import Model
 from ..model.modules import Reader, Trace, list_nodes, list_readers, trace_modules
@@ -116,10 +116,12 @@ _CHECKPOINT = "partial.safetensors"
 
 def save_sums(folder: Path, sums: ModuleSums, fingerprint: str) -> None:
     "Write a checkpoint beside the old one, then take its place: a full disk leaves the old one whole."
+    tensors = {"edges": sums.edges, "nodes": sums.nodes}
     meta = {"fingerprint": fingerprint, "batches": str(sums.batches)}
+    meta["sha256"] = hash_content([tensors, sums.batches])
     try:
         with replace_file(folder / _CHECKPOINT) as partial:
-            save_file({"edges": sums.edges, "nodes": sums.nodes}, partial, meta)
+            save_file(tensors, partial, meta)
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"checkpoint in {folder} could not be written after batch {sums.batches} ({error}); "
@@ -137,7 +139,10 @@ def load_sums(folder: Path, fingerprint: str) -> ModuleSums | None:
         with safe_open(path, "pt") as file:
             meta = file.metadata() or {}
             if meta.get("fingerprint") == fingerprint:
-                return ModuleSums(file.get_tensor("edges"), file.get_tensor("nodes"), int(meta["batches"]))
+                tensors = {name: file.get_tensor(name) for name in ("edges", "nodes")}
+                batches = int(meta["batches"])
+                check_content(meta.get("sha256"), [tensors, batches])
+                return ModuleSums(tensors["edges"], tensors["nodes"], batches)
     except (SafetensorError, LookupError, ValueError) as error:
         raise ValueError(f"checkpoint {path} is damaged ({error}); delete it to start anew") from error
     if "fingerprint" not in meta:

@@ -42,7 +42,7 @@ from ..data.task import Task
 from ..dictionary.places import visit_modules
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph
-from ..files import replace_file
+from ..files import DAMAGED, replace_file
 from ..model.blocks import Model, run_logits
 from ..options import Run
 
@@ -339,8 +339,17 @@ def ablation_losses(
             rise = _measure_rise(ablator, tokens, ablated[chunk], run, bar)
             for i, one in zip(chunk, rise, strict=True):
                 with replace_file(files[i]) as partial:
-                    np.save(partial, one)
-        return np.where(has_next, np.stack([np.load(file) for file in files]), np.nan)
+                    np.savez(partial, rise=one)
+        return np.where(has_next, np.stack([_load_rise(file) for file in files]), np.nan)
+
+
+def _load_rise(file: Path) -> np.ndarray:
+    "The rise of the loss that an earlier call has kept. Raises ValueError for a damaged file."
+    try:
+        with np.load(file) as arrays:  # a zip file, which checks its content by itself
+            return arrays["rise"]
+    except DAMAGED as error:
+        raise ValueError(f"checkpoint {file} is damaged ({error}); delete it to start anew") from error
 
 
 def _measure_rise(
@@ -372,7 +381,7 @@ def _checkpoint_files(
     digest = _digest(text.encode(), pickle.dumps(value), *(array.tobytes() for array in arrays))
     home = Path(folder) / digest
     home.mkdir(parents=True, exist_ok=True)
-    return [home / f"{_digest(np.packbits(row).tobytes())}.npy" for row in ablated]
+    return [home / f"{_digest(np.packbits(row).tobytes())}.npz" for row in ablated]
 
 
 def _digest(*parts: bytes) -> str:

@@ -453,6 +453,8 @@ def check_matrix(
     "Make sure that something is a matrix of whole numbers that is not empty. Raises ValueError."
     if not isinstance(tokens, Tensor):
         got = type(tokens).__name__
+    elif tokens.is_meta:
+        got = "one on the device meta, which holds no numbers"
     elif tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
         got = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
     elif tokens.numel() == 0:

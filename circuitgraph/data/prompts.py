@@ -395,9 +395,11 @@ def _read_pair(row: dict[str, Any], separated: bool) -> _Pair:
     if missing:
         given = ", ".join(key for key, value in row.items() if key and value) or "nothing"
         raise ValueError(f"must have {', '.join(missing)}, got {given}")
-    (clean,), (corrupted,) = _list_texts(row["clean"], False), _list_texts(row["corrupted"], False)
+    for key in ("clean", "corrupted"):
+        if not isinstance(row[key], str):
+            raise ValueError(f"{key} must be one text, got {row[key]!r}")
     answers, wrong = (_list_texts(row.get(key), separated) for key in ("answers", "wrong"))
-    return _Pair(clean, corrupted, answers, wrong)
+    return _Pair(row["clean"], row["corrupted"], answers, wrong)
 
 
 def _list_marks(tokenizer: Any) -> list[str]:

@@ -35,8 +35,8 @@ def _check_choices(tokens: Tensor | None, name: str, n_prompts: int) -> None:
     "Refuse answers or wrong tokens that are not a row for each prompt."
     if tokens is None:
         return
-    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
-        got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+    if not isinstance(tokens, Tensor) or tokens.is_meta or tokens.dtype not in (torch.int64, torch.int32):
+        got = f"{tokens.dtype} on {tokens.device}" if isinstance(tokens, Tensor) else type(tokens).__name__
         raise ValueError(
             f"{name} must be an integer tensor of shape [{n_prompts} prompts, tokens], padded with -1, "
             f"got {got}: torch.tensor([[token], ...])"

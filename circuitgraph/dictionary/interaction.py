@@ -21,7 +21,7 @@ from ..data.corpus import check_tokens, hash_tokens
 from .places import check_place, read_places, visit_modules
 from .protocol import Dictionary, Gate, LinearDictionary
 from .store import save_dictionary
-from .train import load_finished, open_run
+from .train import load_finished, open_run, write_request
 from ..model.blocks import Model
 from ..options import Run
 
@@ -226,6 +226,7 @@ def train_interaction_bases(
                 influence = _collect_influence(model, corpus, (module, reads), following, config, run)
                 basis = interaction_basis(mean, covariance, influence, module, reads, d_dict=d_dict, tol=tol)
             if folder is not None:
+                write_request(folder, settings)
                 save_dictionary(basis, folder / module, weights_hash=model.weights_hash)
             bases[module] = basis
         following = bases[module]

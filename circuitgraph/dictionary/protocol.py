@@ -158,7 +158,7 @@ def _check_tensors(dictionary: Any) -> None:
     for name in ("threshold", "b_gate", "r_mag", "b_mag"):
         tensors[f"gate.{name}"] = (getattr(gate, name), (d_dict,))
     for name, (tensor, shape) in tensors.items():
-        if tensor is None:
+        if tensor is None and name not in ("b_enc", "b_dec"):
             continue
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor of the shape {shape}, got {type(tensor).__name__}")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'collect_places', 'collect_activations', 'collect_gradients', 'standardise', 'rescale_input',
            'rescale_output', 'check_trainable', 'train_dictionary', 'list_modules', 'choose_settings', 'open_run',
-           'load_finished', 'train_dictionaries']
+           'write_request', 'load_finished', 'train_dictionaries']
 
 # %% ../../nbs/25_train.ipynb #670c8a42
 import json
@@ -408,15 +408,20 @@ def open_run(
                 f"{folder} is not of this run ({'; '.join(differences)}): "
                 "choose another folder, or the same settings to go on"
             )
+    write_request(folder, request)
+    return folder
+
+
+def write_request(folder: Path, request: Mapping[str, Any]) -> None:
+    "Note in the folder of a run what was asked for; the folder is made if somebody has removed it."
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with replace_file(path) as partial_file:
+        with replace_file(folder / "train.json") as partial_file:
             partial_file.write_text(json.dumps(request, indent=1))
     except OSError as error:
         raise OSError(
-            f"out must be a folder that can be written, got {out} ({error}); name another"
+            f"out must be a folder that can be written, got {folder} ({error}); name another"
         ) from error
-    return folder
 
 # %% ../../nbs/25_train.ipynb #1e96f904
 def load_finished(
@@ -458,6 +463,11 @@ def _train_at_once(
             raise
 
 # %% ../../nbs/25_train.ipynb #fb62b197
+def _describe_run(model: Model, corpus: Tensor, config: TrainConfig) -> dict[str, Any]:
+    "Everything that a trained dictionary depends on."
+    return asdict(config) | {"weights_hash": model.weights_hash, "corpus": hash_tokens(corpus)}
+
+
 def _train_group(
     model: Model,
     corpus: Tensor,
@@ -485,6 +495,7 @@ def _train_group(
         trained = _train(examples, name, config, on_step, checkpoint, checkpoint_every, device)
         trained = rescale_output(rescale_input(trained, scale_in), scale)
         if folder is not None and checkpoint is not None:
+            write_request(folder, _describe_run(model, corpus, config))
             save_dictionary(trained, folder / name, weights_hash=model.weights_hash)
             checkpoint.unlink(missing_ok=True)
         return trained
@@ -522,8 +533,7 @@ def train_dictionaries(
         n_workers = torch.get_num_threads() if model.device.type == "cpu" else 1
     if n_workers < 1:
         raise ValueError(f"n_workers must be at least 1, got {n_workers}")
-    hashes = {"weights_hash": model.weights_hash, "corpus": hash_tokens(corpus)}
-    folder = open_run(out, asdict(config) | hashes)
+    folder = open_run(out, _describe_run(model, corpus, config))
     finished = load_finished(folder, names, model)
     remaining = [name for name in names if name not in finished]
     n_copies = 1 + (config.kind == "gradient") + config.transcode

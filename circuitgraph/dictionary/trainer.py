@@ -21,7 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..checks import check_fields
-from ..files import replace_file
+from ..files import check_content, hash_content, replace_file
 
 # %% ../../nbs/24_trainer.ipynb #4ca79c56
 KINDS = {  # name here -> SAELens' architecture
@@ -430,6 +430,7 @@ def save_state(trainer: Any, path: Path) -> None:
         "coefficients": {name: s.state_dict() for name, s in trainer.coefficient_schedulers.items()},
         "counts": {name: getattr(trainer, name) for name in _COUNTS},
     }
+    state["sha256"] = hash_content(state)
     with replace_file(path) as partial_file:
         try:
             torch.save(state, partial_file)
@@ -441,6 +442,7 @@ def load_state(trainer: Any, path: Path) -> None:
     "Set a trainer to its checkpoint. Raises ValueError for a file that can't be read."
     try:
         state = torch.load(path, weights_only=True)
+        check_content(state.pop("sha256", None), state)
         trainer.sae.load_state_dict(state["sae"])
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.lr_scheduler.load_state_dict(state["lr_scheduler"])

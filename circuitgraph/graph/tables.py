@@ -152,11 +152,11 @@ _UNFINISHED = re.compile(r"\.(nodes\.parquet|edges\.parquet|meta\.json)-(new|[0-
 
 def _refuse_other_files(folder: Path) -> None:
     "Raises ValueError if a folder holds files, and none of them says that they are a graph's."
-    if not folder.is_dir() or _read_own_record(folder):
+    if not folder.is_dir():
         return
     names = sorted(path.name for path in folder.iterdir())
     others = [name for name in names if name != _LOCK and not _UNFINISHED.fullmatch(name)]
-    if not others:
+    if not others or _read_own_record(folder):  # read last: another process may have saved since we listed
         return
     shown = ", ".join(others[:3])
     more = f" and {len(others) - 3} more" if len(others) > 3 else ""

@@ -35,7 +35,7 @@ from ..data.corpus import Corpus, check_tokens, hash_tokens
 from ..dictionary.places import visit_modules
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph, end_codes
-from ..files import DAMAGED, replace_file
+from ..files import DAMAGED, check_content, hash_content, replace_file
 from .fit import Fit, LabelConfig, Reader, fit_program
 from .programs import SELECTORS, Positions, Program, load_program, save_program
 from ..model.blocks import Model
@@ -134,7 +134,9 @@ def _load_fits(path: Path | None) -> list[Fit] | None:
         return None
     fits = []
     try:
-        for row in json.loads(path.read_text(encoding="utf-8")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        check_content(content["sha256"], json.dumps(content["fits"]))
+        for row in content["fits"]:
             text = row.pop("program")
             program = load_program(text) if text else None
             fits.append(Fit(program, **row))
@@ -152,7 +154,8 @@ def _save_fits(path: Path | None, fits: Sequence[Fit]) -> None:
         program = "" if fit.program is None else save_program(fit.program)
         rows.append({**vars(fit), "program": program})
     with replace_file(path) as partial:
-        partial.write_text(json.dumps(rows), encoding="utf-8")
+        content = {"sha256": hash_content(json.dumps(rows)), "fits": rows}
+        partial.write_text(json.dumps(content), encoding="utf-8")
 
 # %% ../../nbs/882_labels.ipynb #lb14
 def _chunk_paths(folder: str | Path | None, request: dict[str, Any], n: int) -> list[Path | None]:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import psutil
+import torch
 from jaxtyping import Int
 from scipy.stats import rankdata
 from torch import Tensor
@@ -38,7 +39,7 @@ from ..data.task import Task, text_task
 from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph, magnitude, merge_graphs
 from ..graph.select import SelectionRule, find_rule
-from ..files import check_output_file, replace_file
+from ..files import check_output_file, hold_folder, replace_file
 from ..graph.tables import WEIGHTS
 from .feature_circuits import find_feature_circuit, random_features
 from .flow import trace_flow, trace_routes
@@ -348,13 +349,23 @@ def _name_nodes(nodes: Nodes) -> str:
 SETTING = ("task", "nodes", "value", "selection", "seed")
 
 
-def _hash_data(data: TextOrTask) -> list[str]:
+def _hash_data(model: Model, data: TextOrTask) -> list[str]:
     "What identifies data: hashes of its tokens, and the metric of a task."
     if not isinstance(data, Task):
         return [hash_tokens(_tokens_of(data))]
     tensors = (data.clean, data.corrupted, data.answers, data.wrong, data.lengths)
     hashes = ["" if tensor is None else hash_tokens(tensor) for tensor in tensors]
-    return [data.metric_name, *hashes]
+    return [data.metric_name, _hash_metric(model, data), *hashes]
+
+
+def _hash_metric(model: Model, task: Task) -> str:
+    "What identifies a metric of one's own, beside its name: what it gives for random logits."
+    if isinstance(task.metric, str):
+        return ""
+    shape = (*task.clean.shape, model.d_vocab)
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = task.metric(logits.to(model.device, model.dtype))
+    return hashlib.sha256(values.detach().cpu().double().numpy().round(4).tobytes()).hexdigest()
 
 
 def _hash_edges(graph: Graph | None) -> str:
@@ -367,8 +378,7 @@ def _hash_edges(graph: Graph | None) -> str:
 
 def _hash_request(
     model: Model,
-    data: TextOrTask,
-    test: TextOrTask,
+    hashes: Sequence[list[str]],  # of the data that graphs are found on, and of those that they are judged on
     make: GraphMethod,
     n_edges: Sequence[int],
     how: Comparing,
@@ -376,7 +386,7 @@ def _hash_request(
     "A hash of everything that rows of a method depend on and that their other columns do not say."
     request = {
         "weights": model.weights_hash,
-        "data": [_hash_data(data), _hash_data(test)],
+        "data": hashes,
         "method": repr(getattr(make, "options", None)),
         "n_edges": sorted({int(n) for n in n_edges}),
         "judging": [repr(how.ablation), how.n_boot],
@@ -385,11 +395,12 @@ def _hash_request(
     return hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
 
 
-def _open_table(path: Path | None) -> pd.DataFrame:
+def _open_table(out: str | Path | None) -> pd.DataFrame:
     "The rows that are known. Raises ValueError for another table, and for a place that can't be written."
     key = [*SETTING, "method", "request"]
-    if path is None:
+    if out is None:
         return pd.DataFrame(columns=key)
+    path = Path(out)
     check_output_file(path)
     try:
         table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=key)
@@ -405,13 +416,27 @@ def _open_table(path: Path | None) -> pd.DataFrame:
     return table
 
 
-def _add_rows(table: pd.DataFrame, rows: pd.DataFrame, path: Path | None) -> pd.DataFrame:
-    "A table with more rows, which is also written to a file."
-    table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
-    if path is not None:
+def _add_rows(table: pd.DataFrame, rows: pd.DataFrame, out: str | Path | None) -> pd.DataFrame:
+    "A table with more rows, which is also written to a file, beside rows that another process wrote there."
+    if out is None:
+        return _join_rows(table, rows)
+    path = Path(out)
+    with hold_folder(path.parent):
+        table = _join_rows(_open_table(path), table)
+        table = _join_rows(table, rows)
         with replace_file(path) as partial_table:
             table.to_csv(partial_table, index=False)
     return table
+
+
+def _join_rows(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    "A table with those of the rows whose request it lacks."
+    if not len(table) or not len(rows):
+        return table if len(table) else rows
+    key = [*SETTING, "method", "request"]
+    known, wanted = (pd.MultiIndex.from_frame(pd.DataFrame(one[key])) for one in (table, rows))
+    new = pd.DataFrame(rows[~wanted.isin(known)])
+    return pd.concat([table, new], ignore_index=True)
 
 
 def _list_rows(
@@ -482,8 +507,7 @@ def compare_methods(
     budgets = Budgets(sorted(set(n_edges)), clip=True)
     if comparing.truth is not None and isinstance(nodes, str):
         complete_graph(model, nodes).keep(list(comparing.truth))
-    path = None if comparing.out is None else Path(comparing.out)
-    table, wanted = _open_table(path), []
+    table, wanted = _open_table(comparing.out), []
     dictionaries = None if isinstance(nodes, str) else nodes
     run, drawn = Run(progress=comparing.progress), {"found_on": found_on, "judged_on": judged_on}
     for seed in comparing.seeds:
@@ -495,8 +519,9 @@ def compare_methods(
             "dictionaries": dictionaries,
             "judging": Judging(n_boot=comparing.n_boot, seed=seed, run=run),
         }
+        hashes = [_hash_data(model, one) for one in (data, test)]
         for method, make in methods.items():
-            request = _hash_request(model, data, test, make, n_edges, comparing)
+            request = _hash_request(model, hashes, make, n_edges, comparing)
             rows = _list_rows(setting, comparing.rules, seed, method, request)
             wanted += rows
             missing = _list_missing(table, comparing.rules, rows)
@@ -509,5 +534,5 @@ def compare_methods(
             ranks = score_ranks(graph, n_all, comparing.truth, comparing.exact)
             for rule, row in missing:
                 curve = _judge(model, graph, test, replace(budgets, method=rule), **options)
-                table = _add_rows(table, curve.assign(**row, **cost, **ranks).round(5), path)
+                table = _add_rows(table, curve.assign(**row, **cost, **ranks).round(5), comparing.out)
     return _pick_rows(table, wanted)
