@@ -271,7 +271,7 @@ class EdgeConfig:
     n_steps: int = 60
     n_inputs: int = 4  # sequences or prompts of a step
     swap: float = 0.05  # largest share of the budget that is exchanged in a step
-    memory: float = 0.8  # weight of the past in the running mean of gains
+    momentum: float = 0.8  # weight of the past in the running mean of gains
     seed: int = 0  # of the inputs
 
     def __post_init__(self) -> None:
@@ -281,9 +281,9 @@ class EdgeConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.n_steps < 2:
             raise ValueError(f"n_steps must be at least 2, got {self.n_steps}")
-        if not 0 <= self.swap <= 1 or not 0 <= self.memory < 1:
+        if not 0 <= self.swap <= 1 or not 0 <= self.momentum < 1:
             raise ValueError(
-                f"swap must lie in [0, 1] and memory in [0, 1), got {self.swap} and {self.memory}"
+                f"swap must lie in [0, 1] and momentum in [0, 1), got {self.swap} and {self.momentum}"
             )
 
 
@@ -339,7 +339,7 @@ def search_edges(
         start = int(torch.randint(last_start + 1, (), generator=generator))
         loss, gain = read_gain(judge, candidates, mask, slice(start, start + n_inputs))
         bar.set_postfix(divergence=f"{loss:.3f}")
-        mean = config.memory * mean + (1 - config.memory) * gain
+        mean = config.momentum * mean + (1 - config.momentum) * gain
         if step < n_growing:
             n_new = n_edges * (step + 1) // n_growing - int(mask.sum())
             mask = add_edges(mask, mean, n_new)
