@@ -15,9 +15,8 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import FrozenInstanceError
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import igraph
 import networkx as nx
 import numpy as np
 import pandas as pd
@@ -35,6 +34,9 @@ from circuitgraph.graph.tables import (
 )
 from ..files import replace_file
 from .tables import save_tables
+
+if TYPE_CHECKING:  # it takes half a second to import
+    import igraph
 
 # %% ../../nbs/30_graph.ipynb #b662a438
 def _count_tokens(texts: list[dict[str, Any]]) -> int:
@@ -211,7 +213,7 @@ class Graph:
         "A networkx graph whose edge keys are ports."
         return to_networkx(self)
 
-    def to_igraph(self) -> igraph.Graph:
+    def to_igraph(self) -> "igraph.Graph":
         "A directed igraph graph."
         return to_igraph(self)
 
@@ -570,8 +572,10 @@ def to_networkx(graph: Graph) -> nx.MultiDiGraph:
     return converted
 
 # %% ../../nbs/30_graph.ipynb #a251147c
-def to_igraph(graph: Graph) -> igraph.Graph:
+def to_igraph(graph: Graph) -> "igraph.Graph":
     "A directed igraph graph: all columns as attributes, vertices in node order."
+    import igraph
+
     source, target = (graph.edges[end].cat.codes for end in ("source", "target"))
     converted = igraph.Graph(len(graph.nodes), list(zip(source, target, strict=True)), directed=True)
     for column in graph.nodes:

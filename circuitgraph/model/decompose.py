@@ -11,16 +11,18 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import is_dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
 
 from .blocks import HALF, HeadNorm
 from .blocks import Attention, Layer, MLP, Model, Norm, Rotary, run_block, run_logits
 from .modules import embed_tokens
+
+if TYPE_CHECKING:  # it takes seconds to import
+    from transformer_lens.model_bridge import TransformerBridge
 
 # %% ../../nbs/12_decompose.ipynb #c365c97e
 class UnsupportedModel(ValueError):
@@ -261,7 +263,7 @@ def _list_tensors(part: Norm | HeadNorm | Attention | MLP | Layer | None) -> lis
     return tensors
 
 # %% ../../nbs/12_decompose.ipynb #750aa325
-def _check_finite(bridge: TransformerBridge, name: str) -> None:
+def _check_finite(bridge: "TransformerBridge", name: str) -> None:
     for key, value in bridge.original_model.state_dict().items():
         if not value.is_floating_point() or not value.numel():
             continue
@@ -274,7 +276,7 @@ def _check_finite(bridge: TransformerBridge, name: str) -> None:
             )
 
 # %% ../../nbs/12_decompose.ipynb #01f0b26b
-def _read_layers(bridge: TransformerBridge) -> tuple[Layer, ...]:
+def _read_layers(bridge: "TransformerBridge") -> tuple[Layer, ...]:
     "All layers, once the components around them are known to be supported."
     cfg = bridge.cfg
     if not hasattr(bridge, "blocks"):
@@ -306,7 +308,7 @@ def _round(part: Any, dtype: torch.dtype) -> Any:
 
 # %% ../../nbs/12_decompose.ipynb #63da5a27
 def decompose(
-    bridge: TransformerBridge,  # any model that TransformerLens holds
+    bridge: "TransformerBridge",  # any model that TransformerLens holds
     name: str | None = None,  # name to go by; by default the bridge's own
     tokenizer: Any = None,  # tokenizer to go with it
 ) -> Model:

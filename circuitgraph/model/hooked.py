@@ -7,13 +7,14 @@ __all__ = ['is_hooked', 'bridge_hooked']
 
 # %% ../../nbs/13_hooked.ipynb #hk000004
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformer_lens.config import TransformerBridgeConfig
-from transformer_lens.model_bridge import TransformerBridge
 
 from .decompose import UnsupportedModel, check_logits
+
+if TYPE_CHECKING:  # it takes seconds to import
+    from transformer_lens.model_bridge import TransformerBridge
 
 # %% ../../nbs/13_hooked.ipynb #ld000017
 _HOOKED_EXTRAS = (
@@ -132,8 +133,11 @@ _SHARED = (
 )
 
 
-def _convert_hooked(source: Any) -> TransformerBridge:
+def _convert_hooked(source: Any) -> "TransformerBridge":
     "A bridge of TransformerLens's native model, with copies of the weights of a HookedTransformer."
+    from transformer_lens.config import TransformerBridgeConfig
+    from transformer_lens.model_bridge import TransformerBridge
+
     cfg = source.cfg
     settings = {name: getattr(cfg, name) for name in _SHARED} | {"act_fn": "gelu", "init_weights": False}
     with warnings.catch_warnings(action="ignore"):
@@ -164,7 +168,7 @@ def is_hooked(source: Any) -> bool:
 @torch.no_grad()
 def bridge_hooked(
     source: Any,  # a HookedTransformer; it is put into eval mode
-) -> TransformerBridge:
+) -> "TransformerBridge":
     """Make a bridge with the weights and the logits of a HookedTransformer.
 
         model = load_model(HookedTransformer(cfg))      # load_model calls it

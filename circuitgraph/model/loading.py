@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
@@ -29,13 +29,14 @@ from platformdirs import user_cache_dir
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformer_lens.config import TransformerBridgeConfig
-from transformer_lens.model_bridge import TransformerBridge
 
 from ..checks import check_arguments
 from .blocks import Model
 from .decompose import UnsupportedModel, check_decomposition, check_logits, decompose
 from .hooked import bridge_hooked, is_hooked
+
+if TYPE_CHECKING:  # it takes seconds to import
+    from transformer_lens.model_bridge import TransformerBridge
 
 # %% ../../nbs/14_loading.ipynb #ld000002
 def _check_config(config: Any, name: str) -> None:
@@ -133,8 +134,9 @@ def _check_pretrained(source: Any) -> None:
         raise ValueError(f"source, a {kind}, must have floating-point weights: load it without quantization")
 
 # %% ../../nbs/14_loading.ipynb #ld000015
-def _wrap_pretrained(source: Any, name: str, tokenizer: Any) -> TransformerBridge:
+def _wrap_pretrained(source: Any, name: str, tokenizer: Any) -> "TransformerBridge":
     "TransformerLens's bridge around a language model of transformers."
+    from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel
 
     config, named = source.config, source.config.architectures
@@ -153,7 +155,7 @@ def _wrap_pretrained(source: Any, name: str, tokenizer: Any) -> TransformerBridg
 
 
 @torch.no_grad()
-def _boot_pretrained(source: Any, tokenizer: Any, name: str | None = None) -> TransformerBridge:
+def _boot_pretrained(source: Any, tokenizer: Any, name: str | None = None) -> "TransformerBridge":
     "A bridge around a language model of transformers, with the same logits."
     _check_pretrained(source)
     source.eval()
@@ -199,8 +201,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 
 def _boot(
     source: str | Path, device: str, dtype: torch.dtype, revision: str | None = None
-) -> tuple[TransformerBridge, Any]:
+) -> tuple["TransformerBridge", Any]:
     "A bridge and its tokenizer (None if a folder has none) from a folder or a name."
+    from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
@@ -396,6 +399,8 @@ def _load_source(source: str | Path, device: str, dtype: torch.dtype, revision: 
 # %% ../../nbs/14_loading.ipynb #ld000029
 def _load_object(source: Any, tokenizer: Any) -> Model:
     "A model from an object of TransformerLens or of transformers."
+    from transformer_lens.model_bridge import TransformerBridge
+
     if isinstance(source, TransformerBridge):
         source.original_model.eval()
         return decompose(source, tokenizer=source.tokenizer)
@@ -420,16 +425,15 @@ def check_source(
     source: str | Path,  # a name or a folder, as in `load_model`
 ) -> None:
     "Make sure that a model may have this name, before anything is loaded. Raises ValueError."
+    name = str(source)
+    is_on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) is not None  # it may be; only the hub knows
+    if name in _PACKAGES or is_on_hub or Path(source).is_dir():
+        return
     from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 
-    name = str(source)
-    known = [
-        *_PACKAGES,
-        *OFFICIAL_MODEL_NAMES,
-        *(alias for names in MODEL_ALIASES.values() for alias in names),
-    ]
-    is_on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) is not None  # it may be; only the hub knows
-    if name in known or is_on_hub or Path(source).is_dir():
+    aliases = [alias for names in MODEL_ALIASES.values() for alias in names]
+    known = [*_PACKAGES, *OFFICIAL_MODEL_NAMES, *aliases]
+    if name in known:
         return
     closest = difflib.get_close_matches(name, known, n=3)
     advice = f"the closest are {', '.join(closest)}" if closest else f"such as {', '.join(_PACKAGES)}"
@@ -553,7 +557,7 @@ def _draw_order(parameter: tuple[str, Any]) -> tuple[bool, str]:
     return "head." in name and name.endswith("bias"), name
 
 
-def _randomise(bridge: TransformerBridge, seed: int) -> TransformerBridge:
+def _randomise(bridge: "TransformerBridge", seed: int) -> "TransformerBridge":
     "Draw weights: matrices keep their input's variance, biases and norm weights deviate by 0.3 from 0 and 1."
     draw = torch.Generator().manual_seed(seed)
     parameters = sorted(bridge.original_model.named_parameters(), key=_draw_order)
@@ -569,8 +573,11 @@ def _randomise(bridge: TransformerBridge, seed: int) -> TransformerBridge:
     return bridge
 
 # %% ../../nbs/14_loading.ipynb #59307af8
-def _boot_native(options: dict[str, Any], dtype: torch.dtype) -> TransformerBridge:
+def _boot_native(options: dict[str, Any], dtype: torch.dtype) -> "TransformerBridge":
     "A bridge of one of TransformerLens's own models."
+    from transformer_lens.config import TransformerBridgeConfig
+    from transformer_lens.model_bridge import TransformerBridge
+
     shape = {"n_layers": 2, "n_heads": 2, "d_model": 16, "d_head": 8, "d_mlp": 32, "n_ctx": 24, "d_vocab": 50}
     settings = {**shape, "act_fn": "gelu", **options}
     cfg = TransformerBridgeConfig(**settings)
@@ -580,7 +587,7 @@ def _boot_native(options: dict[str, Any], dtype: torch.dtype) -> TransformerBrid
 _CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 
 
-def _boot_family(family: str, options: dict[str, Any], dtype: torch.dtype) -> TransformerBridge:
+def _boot_family(family: str, options: dict[str, Any], dtype: torch.dtype) -> "TransformerBridge":
     "A bridge of a model of transformers."
     import transformers
 
