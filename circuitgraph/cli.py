@@ -766,11 +766,11 @@ def view(  # noqa: PLR0913
 
         check_options(locals())
         _check_file(out, force)
+        if dictionaries is not None and model is None:
+            raise ValueError("dictionaries need their model: give --model too")
         check_folder("dictionaries", dictionaries)
         if model is not None:
             check_model(model, "cpu")
-        if dictionaries is not None and model is None:
-            raise ValueError("dictionaries need their model: give --model too")
         if corpus is not None and model is None:
             raise ValueError("corpus needs the model that reads it: give --model too")
         sizes = {"n_tokens": n_tokens, "seq_len": 128, "seed": 1}

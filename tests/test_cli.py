@@ -274,7 +274,7 @@ def test_evaluate_is_the_curve_and_refuses_in_one_line(tmp_path, embedded):
     for options, words in {
         ("--task", "sums"): "source must be one of ioi",
         ("--value", "corrupted"): "give a Task",
-        ("--n-edges", "-1"): "n must lie in [0, ",
+        ("--n-edges", "-1"): "n_edges must be at least 0",
         ("--method", "best"): "method must be",
         ("--out", str(tmp_path / "no" / "c.csv")): "a folder that exists",
     }.items():
