@@ -7,8 +7,9 @@ SmolLM2's MLPs are cut into features by transcoders of 2,304 features, 32 of the
 Fine edges, from a feature to a feature, are found on one text and judged on another by the exact run: those
 that `search_edges` finds, those that bring most to their readers, and random candidates. Writes
 nbs/results/small_edges.csv, a row for each set of modules, rule and budget. A second run goes on after the
-rows that are there. CPU time on one core: 15 minutes for the transcoders, 10 minutes a search in four layers
-and 30 in all of them, 1 to 10 minutes a judged graph.
+rows that are there. The table has text in both sets of layers, in all layers with 30,000 edges alone, and
+greater-than in all layers with 30,000; other tasks and budgets were not run. CPU time on one core: 15 minutes
+for the transcoders, 10 minutes a search in four layers and 30 in all of them, 1 to 10 minutes a judged graph.
 """
 
 import argparse
@@ -114,8 +115,8 @@ def main() -> None:
     parser.add_argument("--data", nargs="*", default=["text", "ioi", "greater-than", "agreement"])
     parser.add_argument("--rules", nargs="*", default=["search", "largest", "random"])
     parser.add_argument("--budgets", type=int, nargs="*", default=list(BUDGETS))
-    parser.add_argument("--n-tokens", type=int, default=512, help="that are judged")
-    parser.add_argument("--n-steps", type=int, default=60)
+    parser.add_argument("--n-tokens", type=int, default=256, help="that are judged")
+    parser.add_argument("--n-steps", type=int, default=40)
     parser.add_argument("--out", type=Path, default=ROOT / "nbs/results/small_edges.csv")
     options = parser.parse_args()
     model = load_model("smollm2-135m")

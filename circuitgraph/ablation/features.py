@@ -512,7 +512,11 @@ class Rows:
     @cached_property
     def moved(self) -> dict[int, Bool[Tensor, " row"]]:
         "For each node, rows at which it differs from its ablated value."
-        return {i: (x != 0).any(1) for i, (x, _) in self.dense.items()}
+        moved = {}
+        for i, (x, _) in self.dense.items():
+            differs = x != 0
+            moved[i] = differs.any(1)
+        return moved
 
     def mix(
         self,
