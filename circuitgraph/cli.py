@@ -10,6 +10,7 @@ __all__ = ['HELP', 'app', 'ModelName', 'CorpusName', 'NodesName', 'SeqLen', 'Bat
 # %% ../nbs/90_cli.ipynb #5f4f8c90
 import math
 import os
+import re
 import resource
 import sys
 import time
@@ -22,6 +23,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from .names import GRAINS, check_options, check_task_source, check_text_name
+from .names import refuse_existing
 
 # %% ../nbs/90_cli.ipynb #8765719f
 HELP = "The whole graph of computation of a transformer."
@@ -110,20 +114,29 @@ def _check_parent(out: Path | None) -> None:
         raise ValueError(f"out must lie in a folder that exists, got {out}")
 
 
-def _check_file(out: Path | None, force: bool) -> None:
-    "Refuse a file that can't be written or, unless forced, exists."
+def _check_file(out: Path | None) -> None:
+    "Refuse a file that can't be written."
     from circuitgraph.files import check_output_file
-    from circuitgraph.refusals import refuse_existing
 
     if out is not None:
         check_output_file(out)
-    refuse_existing(out, force)
+
+
+def _check_saved(folder: Path, n_edges: list[int] | None = None) -> None:
+    "Refuse a folder that holds no graph, and budgets that its graph can't fill."
+    from circuitgraph.graph.tables import check_budgets
+
+    check_budgets(folder, n_edges or [])
 
 # %% ../nbs/90_cli.ipynb #c7eb3ed6
+def _read_grain(nodes: str) -> str:
+    'The grain of nodes, "feature" for a folder of dictionaries.'
+    return nodes if nodes in GRAINS else "feature"
+
+
 def _read_nodes(nodes: str, model: Any) -> Any:
     "The name of a grain, or the dictionaries in a folder."
     from circuitgraph.dictionary.store import load_dictionaries
-    from circuitgraph.model.modules import GRAINS
 
     return nodes if nodes in GRAINS else load_dictionaries(nodes, model)
 
@@ -179,13 +192,11 @@ def _say_faithfulness(graph: Any, cut: Any, text: Any, reference: Any, *, n_chec
     )
 
 # %% ../nbs/90_cli.ipynb #cli54
-def _check_graph_folder(out: Path, force: bool) -> Path:  # where unfinished work is kept
-    "Refuse a folder that can't be written or, unless forced, holds a graph."
+def _check_graph_folder(out: Path) -> Path:  # where unfinished work is kept
+    "Refuse a folder that can't be written."
     from circuitgraph.graph.tables import check_output_folder
-    from circuitgraph.refusals import refuse_existing
 
     check_output_folder(out)
-    refuse_existing(out, force)
     place = Path(os.path.abspath(out))  # it has a name where out is "."
     return place.with_name(f".{place.name}.partial")
 
@@ -225,20 +236,21 @@ def build(  # noqa: PLR0913
     Example: circuitgraph build --nodes head --n-tokens 4096 --out graphs/smollm2-head
     Example: circuitgraph build --task ioi --n-prompts 100 --out graphs/smollm2-ioi"""
     with _plain_errors(debug):
+        check_options(locals(), others=("layer", "head"))
+        partial = _check_graph_folder(out)
         from circuitgraph.build.build import build_graph, clear_checkpoint
         from circuitgraph.cut import cut_model
-        from circuitgraph.model.loading import load_model
+        from circuitgraph.model.loading import check_device, load_model
         from circuitgraph.options import Pruning, Run
-        from circuitgraph.refusals import check_data, check_model, check_nodes, check_options, read_rule
+        from circuitgraph.refusals import check_data, read_rule
 
-        check_options(locals(), others=("layer", "head"))
-        partial, target = _check_graph_folder(out, force), "node" if task is None else "metric"
+        target = "node" if task is None else "metric"
         options = {"norm": norm, "pattern": pattern, "ports": ports, "skip_first": skip_first}
-        rule = read_rule(attribution, n_steps, baseline, target=target, grain=check_nodes(nodes), **options)
+        rule = read_rule(attribution, n_steps, baseline, target=target, grain=_read_grain(nodes), **options)
         pruning, run = Pruning(keep, share, mass), Run(batch_size, memory, partial if task is None else None)
         sizes = {"n_tokens": n_tokens, "seq_len": seq_len, "seed": seed}
-        text = check_data(corpus, task, n_prompts=n_prompts, **sizes)
-        check_model(model, device)
+        text = check_data(corpus, n_prompts=n_prompts, **sizes)
+        check_device(device)
         if fresh:
             clear_checkpoint(partial)
         start, loaded = time.time(), load_model(model, device=device)
@@ -267,6 +279,31 @@ def _say_prompt(graph: Any, tokenizer: Any, folder: Path) -> None:
     for size, name in zip(top["size"], name_edges(top), strict=True):
         typer.echo(f"  {size:.4f}  {name}")
 
+
+def _check_views(page: Path | None, json: Path | None, *, force: bool, open_page: bool) -> None:
+    "Refuse files of other kinds, files that exist unless forced, and the opening of no page."
+    for name, file, ending in (("page", page, ".html"), ("json", json, ".json")):
+        if file is not None and file.suffix != ending:
+            raise ValueError(f"{name} must end in {ending}, got {file}")
+        _check_file(file)
+        refuse_existing(file, force, name)
+    if open_page and page is None:
+        raise ValueError("open needs a page: give --page too")
+
+
+def _write_views(graph: Any, model: Any, dictionaries: Any, *, page: Path | None, json: Path | None) -> None:
+    "Write the page of a prompt's graph, and the most influential part of it for Neuronpedia's viewer."
+    from circuitgraph.graph.explorer import explore
+    from circuitgraph.graph.prompt_view import prune_by_influence, save_attribution_graph
+
+    if page is not None:
+        explore(graph, page, model=model, dictionaries=dictionaries or None)
+        typer.echo(f"wrote {page}")
+    if json is not None:
+        slug = re.sub(r"[^\w.-]+", "-", json.stem)
+        save_attribution_graph(prune_by_influence(graph), model, json, slug=slug)
+        typer.echo(f"wrote {json}")
+
 # %% ../nbs/90_cli.ipynb #cli83
 @app.command()
 def prompt(  # noqa: PLR0913
@@ -280,33 +317,35 @@ def prompt(  # noqa: PLR0913
     n_steps: Annotated[int, typer.Option(help="Points on the path, for ig.")] = 8,
     n_logits: Annotated[int, typer.Option(help="Next tokens that are explained, at most.")] = 10,
     keep: Annotated[int, typer.Option(help="Edges kept for each reader, the largest.")] = 100,
+    page: Annotated[Path | None, typer.Option(help="An .html file: a page to ask the graph.")] = None,
+    json: Annotated[Path | None, typer.Option(help="A .json file for Neuronpedia's viewer.")] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     device: Device = "cpu",
     force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Build the graph of one prompt, position by position, and save it.
 
-    Example: circuitgraph prompt "The capital of France is" --out graphs/france"""
+    Example: circuitgraph prompt "The capital of France is" --out graphs/france --page france.html --open"""
     with _plain_errors(debug):
+        check_options(locals(), nodes=("layer", "head"))
+        _check_graph_folder(out)
+        _check_views(page, json, force=force, open_page=open_page)
         from circuitgraph.attribution.method import Attribution
         from circuitgraph.build.build import build_graph
         from circuitgraph.build.prompt import Prompt
         from circuitgraph.cut import cut_model
         from circuitgraph.data.prompts import read_prompt
         from circuitgraph.dictionary.store import load_dictionaries
-        from circuitgraph.model.loading import load_model
+        from circuitgraph.model.loading import check_device, load_model
         from circuitgraph.options import Pruning
-        from circuitgraph.refusals import check_folder, check_model, check_options
 
-        check_options(locals(), nodes=("layer", "head"))
-        _check_graph_folder(out, force)
-        check_folder("dictionaries", dictionaries)
         rule = Attribution(attribution, n_steps, pattern=pattern, skip_first=0)
         rule.method.check("node", "feature", positions_kept=True)
         pruning = Pruning(keep)
         if not text:
             raise ValueError("text must hold a prompt, got none")
-        check_model(model, device)
+        check_device(device)
         loaded = load_model(model, device=device)
         opened = {} if dictionaries is None else load_dictionaries(dictionaries, loaded)
         asked = Prompt(read_prompt(loaded, text), n_logits)
@@ -315,6 +354,9 @@ def prompt(  # noqa: PLR0913
         )
         graph.save(out)
         _say_prompt(graph, loaded.tokenizer, out)
+        _write_views(graph, loaded, opened, page=page, json=json)
+        if open_page:
+            typer.launch(str(page))
 
 # %% ../nbs/90_cli.ipynb #6dd35b43
 def _train(model: Any, tokens: Any, modules: str, out: Path, *, kind: str, settings: dict[str, Any]) -> Any:
@@ -383,18 +425,18 @@ def train(  # noqa: PLR0913
 
     Example: circuitgraph train --modules m10 --n-tokens 20000 --out dictionaries/smollm2"""
     with _plain_errors(debug):
+        check_options(locals())
         from circuitgraph.data.corpus import load_corpus
         from circuitgraph.dictionary.measure import measure_dictionaries
         from circuitgraph.dictionary.train import choose_settings
         from circuitgraph.files import replace_file
-        from circuitgraph.model.loading import load_model
-        from circuitgraph.refusals import check_data, check_model, check_options
+        from circuitgraph.model.loading import check_device, load_model
+        from circuitgraph.refusals import check_data
 
-        check_options(locals())
         given = {"k": k, "n_steps": n_steps, "batch_size": batch_size, "lr": lr, "n_tokens": n_tokens}
         _check_training(kind, preset, given | {"d_dict": d_dict, "sparsity": sparsity}, out, held_out)
         text = check_data(corpus, n_tokens=1 if n_tokens is None else n_tokens, seq_len=seq_len, seed=seed)
-        check_model(model, device)
+        check_device(device)
         loaded = load_model(model, device=device)
         settings = choose_settings(loaded, preset, d_dict=d_dict, **given)
         read = partial(load_corpus, model=loaded, seq_len=seq_len)
@@ -440,22 +482,22 @@ def evaluate(  # noqa: PLR0913
 
     Example: circuitgraph evaluate graphs/smollm2-head --task ioi --value corrupted --out curve.csv"""
     with _plain_errors(debug):
-        from circuitgraph.ablation.judge import ablation_curve
-        from circuitgraph.graph.graph import Graph
-        from circuitgraph.files import replace_file
-        from circuitgraph.model.loading import load_model
-        from circuitgraph.options import Budgets, Judging, Run
-        from circuitgraph.refusals import check_data, check_folder, check_judging, check_model, check_options
-
         check_options(locals())
-        _check_file(out, force)
+        _check_file(out)
+        _check_saved(graph, n_edges)
+        from circuitgraph.ablation.judge import ablation_curve
+        from circuitgraph.files import replace_file
+        from circuitgraph.graph.graph import Graph
+        from circuitgraph.model.loading import check_device, load_model
+        from circuitgraph.options import Budgets, Judging, Run
+        from circuitgraph.refusals import check_data, check_judging
+
         judged = Graph.load(graph)
-        check_judging(judged, n_edges, method, by, value=value, has_task=task is not None)
-        check_folder("dictionaries", dictionaries)
+        check_judging(judged, method, by, value=value, has_task=task is not None)
         judging = Judging(seed=seed, run=Run(batch_size))
         sizes = {"n_tokens": n_tokens, "seq_len": seq_len, "seed": seed}
-        text = check_data(corpus, task, n_prompts=n_prompts, **sizes)
-        check_model(model, device)
+        text = check_data(corpus, n_prompts=n_prompts, **sizes)
+        check_device(device)
         loaded = load_model(model, device=device)
         data = _load_data(task, text, loaded, n_prompts=n_prompts, sizes=sizes)
         opened = _open_dictionaries(dictionaries, loaded, judged)
@@ -483,13 +525,12 @@ def _choose_methods(names: str | None, available: dict[str, Any]) -> dict[str, A
     return {name: available[name] for name in chosen}
 
 # %% ../nbs/90_cli.ipynb #0230drac
-def _check_tasks(tasks: str, corpus: str, **sizes: int) -> list[str]:
+def _read_tasks(tasks: str) -> list[str]:
     "Tasks by name, with commas. Refuses those that there are not."
-    from circuitgraph.refusals import check_data
-
     names = [name.strip() for name in tasks.split(",")]
     for name in names:
-        check_data(corpus, None if name == "text" else name, **sizes)
+        if name != "text":
+            check_task_source(name)
     return names
 
 
@@ -594,17 +635,18 @@ def compare_methods(  # noqa: PLR0913
 
     Example: circuitgraph compare-methods --tasks ioi,text --methods "EAP;random" --out methods.csv"""
     with _plain_errors(debug):
-        from circuitgraph.methods.compare import Comparing, compare_methods, list_methods
-        from circuitgraph.model.loading import load_model
-        from circuitgraph.refusals import check_model, check_nodes, check_options
-
         check_options(locals())
-        of_features = check_nodes(nodes) == "feature"
+        names = _read_tasks(tasks)
+        from circuitgraph.methods.compare import Comparing, compare_methods, list_methods
+        from circuitgraph.model.loading import check_device, load_model
+        from circuitgraph.refusals import check_data
+
+        of_features = _read_grain(nodes) == "feature"
         available = list_methods("feature" if of_features else nodes, value)
         chosen = _choose_methods(methods, available)
         rules = _check_comparison(out, exact, selection, of_features=of_features)
-        names = _check_tasks(tasks, corpus, n_prompts=n_prompts, seq_len=seq_len, seed=seed)
-        check_model(model, device)
+        check_data(corpus, n_prompts=n_prompts, seq_len=seq_len, seed=seed)
+        check_device(device)
         loaded = load_model(model, device=device)
         grain, budgets = _read_nodes(nodes, loaded), n_edges or [100, 300, 1_000, 3_000, 10_000]
 
@@ -623,11 +665,16 @@ def compare_methods(  # noqa: PLR0913
         typer.echo(f"wrote {out}")
 
 # %% ../nbs/90_cli.ipynb #57add8b5
+_SEARCHES = ("layered", "co-active", "leiden", "infomap", "cpm", "signed")
+
+
 @app.command()
 def communities(
     graph: GraphFolder,
     out: Annotated[Path | None, typer.Option(help="Folder for the graph with each node's community.")] = None,
-    method: Annotated[str, typer.Option(help="layered, leiden, infomap, cpm or signed.")] = "layered",
+    method: Annotated[
+        str, typer.Option(help="layered, co-active, leiden, infomap, cpm or signed.")
+    ] = "layered",
     resolution: Annotated[float, typer.Option(help="More finds smaller communities.")] = 1.0,
     n_null: Annotated[int, typer.Option(help="Rewired graphs that they are compared with.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the search and of rewiring.")] = 0,
@@ -638,15 +685,15 @@ def communities(
 
     Example: circuitgraph communities graphs/smollm2-head --out graphs/smollm2-communities"""
     with _plain_errors(debug):
+        check_options(locals(), method=_SEARCHES)
+        _check_parent(out)
+        if out is not None:
+            _check_graph_folder(out)
+        _check_saved(graph)
         from circuitgraph.community.nulls import judge_communities
         from circuitgraph.community.search import find_communities
         from circuitgraph.graph.graph import Graph
-        from circuitgraph.refusals import check_options
 
-        check_options(locals())
-        _check_parent(out)
-        if out is not None:
-            _check_graph_folder(out, force)
         options = {"resolution": resolution, "seed": seed}
         grouped = find_communities(Graph.load(graph), method, **options)
         sizes = grouped.nodes.query("community >= 0")["community"].value_counts()
@@ -678,16 +725,17 @@ def compare(  # noqa: PLR0913
 
     Example: circuitgraph compare graphs/smollm2-head graphs/other-head --text book.txt --out matched.csv"""
     with _plain_errors(debug):
+        check_options(locals())
+        check_text_name(text)
+        _check_file(out)
+        _check_saved(graph)
+        _check_saved(other)
         from circuitgraph.compare.compare import compare_graphs
         from circuitgraph.graph.graph import Graph
         from circuitgraph.files import replace_file
         from circuitgraph.model.loading import load_model
-        from circuitgraph.refusals import check_data, check_folder, check_options
+        from circuitgraph.refusals import check_data
 
-        check_options(locals())
-        _check_file(out, force)
-        check_folder("dictionaries", dictionaries)
-        check_folder("other_dictionaries", other_dictionaries)
         check_data(text)
         graphs = [Graph.load(folder) for folder in (graph, other)]
         models = [load_model(one.meta["model"]["name"]) for one in graphs]
@@ -734,10 +782,12 @@ def report(
 
     Example: circuitgraph report graphs/smollm2-head --out report.html"""
     with _plain_errors(debug):
+        check_options(locals())
+        _check_file(out)
+        _check_saved(graph)
         from circuitgraph.graph.graph import Graph
         from circuitgraph.graph.viewer import write_report
 
-        _check_file(out, force)
         write_report(Graph.load(graph), out)
         typer.echo(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
@@ -759,22 +809,20 @@ def view(  # noqa: PLR0913
 
     Example: circuitgraph view graphs/smollm2-head --out explorer.html --open"""
     with _plain_errors(debug):
+        check_options(locals())
+        _check_file(out)
+        if dictionaries is not None and model is None:
+            raise ValueError("dictionaries need their model: give --model too")
+        if corpus is not None and model is None:
+            raise ValueError("corpus needs the model that reads it: give --model too")
+        _check_saved(graph)
         from circuitgraph.graph.explorer import explore
         from circuitgraph.graph.graph import Graph
         from circuitgraph.model.loading import load_model
-        from circuitgraph.refusals import check_data, check_folder, check_model, check_options
+        from circuitgraph.refusals import check_data
 
-        check_options(locals())
-        _check_file(out, force)
-        if dictionaries is not None and model is None:
-            raise ValueError("dictionaries need their model: give --model too")
-        check_folder("dictionaries", dictionaries)
-        if model is not None:
-            check_model(model, "cpu")
-        if corpus is not None and model is None:
-            raise ValueError("corpus needs the model that reads it: give --model too")
         sizes = {"n_tokens": n_tokens, "seq_len": 128, "seed": 1}
-        text = None if corpus is None else check_data(corpus, None, n_prompts=1, **sizes)
+        text = None if corpus is None else check_data(corpus, **sizes)
         loaded_graph = Graph.load(graph)
         loaded = None if model is None else load_model(model)
         opened = _open_dictionaries(dictionaries, loaded, loaded_graph)

@@ -28,8 +28,9 @@ from .dictionary.protocol import Dictionary, Structure, find_structure
 from .graph.graph import Graph
 from .model.blocks import Model, get_mlp, run_attention, run_mlp, write_heads
 from .model.decompose import hash_weights
-from .model.modules import GRAINS, Reader, Trace, embed_tokens, list_nodes, list_readers
+from .model.modules import Reader, Trace, embed_tokens, list_nodes, list_readers
 from .model.modules import sum_biases, trace_modules
+from .names import GRAINS
 from .options import Run
 
 # %% ../nbs/50_cut.ipynb #592c74be

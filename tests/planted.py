@@ -27,7 +27,7 @@ def make_graph(source, target, weight, level):
     }
     size = np.abs(weight)
     weights = {"weight": weight, "abs_weight": size, "rms_weight": size, "count": 1}
-    return Graph(nodes, pd.DataFrame({**ends, "port": "mlp", **weights}), {"nodes": "feature"})
+    return Graph(nodes, pd.DataFrame({**ends, "port": "mlp", **weights}), {"nodes": "head"})
 
 
 def draw_layered(
@@ -69,3 +69,26 @@ def draw_topics(n_positions=2_000, n_topics=5, width=50, seed=0):
     chance = np.where(likes[None] == topic[:, None], 0.15, 0.01)
     active = generator.random(chance.shape) < np.where(likes == n_topics, 0.05, chance)
     return sp.csr_array(active * generator.exponential(size=chance.shape)), topic, likes
+
+
+def draw_tokens(n_kinds=12, width=40, n_levels=6, strength=1.0, noise="tokens", seed=0):
+    """A graph of features that are each active on one kind of token; returns graph and group of each node.
+
+    Any two features of a kind and of different levels may be joined, and no others. A weight is a factor of
+    its source, times one of its target, times noise. Half of the features of each kind are a group, within
+    which weights are `strength` times as large; -1 marks the others. `noise` is "tokens" (log-normal),
+    "heavy" (its largest values are hundreds of times the median), "hubs" (a few sources and targets have most
+    of the weight), "normal" (many values near zero) or "none".
+    """
+    generator, n = np.random.default_rng(seed), n_kinds * width
+    kind, level = np.repeat(np.arange(n_kinds), width), np.tile(np.arange(n_levels), n)[:n]
+    order = np.argsort(level, kind="stable")
+    kind, level = kind[order], level[order]
+    group = np.where(generator.random(n) < 0.5, kind, -1)
+    source, target = np.nonzero((kind[:, None] == kind) & (level[:, None] < level))
+    sends, receives = np.exp((2.0 if noise == "hubs" else 0.5) * generator.normal(size=(2, n)))
+    normal, tail = generator.normal(size=len(source)), generator.standard_t(1.5, len(source))
+    kinds = {"heavy": np.abs(tail), "normal": np.abs(normal), "none": np.ones(len(source))}
+    weight = sends[source] * receives[target] * kinds.get(noise, np.exp(normal / 2))
+    weight[(group[source] == group[target]) & (group[source] >= 0)] *= strength
+    return make_graph(source, target, weight, level), group

@@ -13,7 +13,7 @@ import torch
 
 from circuitgraph.ablation.judge import area_between, bootstrap, faithfulness
 from circuitgraph.ablation.selection import draw_among_nodes, select
-from circuitgraph.ablation.values import VALUES, permute_rows
+from circuitgraph.ablation.values import permute_rows
 from circuitgraph.build.build import complete_graph
 from circuitgraph.cut import cut_model, open_cut
 from circuitgraph.data.corpus import Corpus, load_corpus
@@ -21,7 +21,8 @@ from circuitgraph.graph.graph import Graph
 from circuitgraph.graph.select import select_edges
 from circuitgraph.model.blocks import run_logits
 from circuitgraph.model.loading import TINY_MODELS, load_model, tiny_model
-from circuitgraph.model.modules import GRAINS, trace_modules
+from circuitgraph.model.modules import trace_modules
+from circuitgraph.names import GRAINS, VALUES
 from circuitgraph.data.task import Task
 from known import KNOWN
 from oracles import ablate_by_hand, mean_by_hand, random_tokens, written_tokens, writes_by_hand

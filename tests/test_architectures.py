@@ -11,7 +11,8 @@ import circuitgraph as cg
 from circuitgraph.model.blocks import run_logits
 from circuitgraph.model.decompose import UnsupportedModel, check_decomposition
 from circuitgraph.model.loading import load_model
-from circuitgraph.model.modules import GRAINS, trace_modules
+from circuitgraph.model.modules import trace_modules
+from circuitgraph.names import GRAINS
 from families import FAMILIES, GROUPED, N_POS, exact, hugging_face
 
 pytestmark = pytest.mark.filterwarnings("ignore", "error:::circuitgraph")

@@ -14,7 +14,8 @@ from circuitgraph.build.modules import list_edges, weigh_edges
 from circuitgraph.cut import trace_mean
 from circuitgraph.model.blocks import norm_scale, norm_vjp
 from circuitgraph.model.loading import TINY_MODELS, tiny_model
-from circuitgraph.model.modules import GRAINS, list_readers, trace_modules
+from circuitgraph.model.modules import list_readers, trace_modules
+from circuitgraph.names import GRAINS
 from circuitgraph.options import Run
 from oracles import autograd_weights, random_tokens, read_all, reader_values, run_by_hand, walk_by_hand
 from short import build_graph

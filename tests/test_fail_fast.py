@@ -1,5 +1,9 @@
 """The shell answers a slip in one line before a model is loaded, and overwrites nothing unasked."""
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,7 +20,8 @@ from circuitgraph.dictionary.protocol import Gate, LinearDictionary
 from circuitgraph.dictionary.store import save_dictionary
 from circuitgraph.graph.graph import Graph
 from circuitgraph.model.blocks import run_logits
-from circuitgraph.model.loading import check_device, check_source, load_model, tiny_model
+from circuitgraph.model.loading import check_device, load_model, tiny_model
+from circuitgraph.names import check_source
 from circuitgraph.options import Pruning, Run
 from oracles import random_tokens
 
@@ -143,11 +148,14 @@ def test_other_commands_refuse_before_a_model_is_loaded(tmp_path, saved):
         check_refusal(invoke(*compare, *options), *words)
     ask = ["prompt", "--out", tmp_path / "g"]
     bad = {
-        ("a prompt", "--nodes", "block"): ("nodes must be layer or head, got 'block'",),
+        ("a prompt", "--nodes", "block"): ("nodes must be one of 'layer', 'head', got 'block'",),
         ("a prompt", "--attribution", "lrp"): ("goes with attribution='ig'", "'lrp'"),
         ("a prompt", "--dictionaries", "none"): ("dictionaries must be a folder that exists",),
         ("a prompt", "--keep", 0): ("keep must be at least 1",),
         ("",): ("text must hold a prompt",),
+        ("a prompt", "--open"): ("open needs a page", "--page"),
+        ("a prompt", "--page", "page.htm"): ("page must end in .html, got page.htm",),
+        ("a prompt", "--json", saved / "meta.json"): ("json must be new", "meta.json exists", "--force"),
     }
     with_text = {("a prompt", *options): words for options, words in BAD_MODEL.items()}
     for options, words in (bad | with_text).items():
@@ -162,6 +170,44 @@ def test_sources_that_may_be_models_are_let_through(tmp_path):
     check_device("cpu")
     with pytest.raises(ValueError, match="device must be"):
         load_model("smollm2-135m", device="foo")
+
+
+# Ten slips, each answered before torch is imported, which alone takes more than a second
+
+SLIPS = {
+    ("build", "--attribution", "igg"): "'igg'",
+    ("build", "--model", "smollm2-153m"): "the closest are smollm2-135m",
+    ("build", "--device", "gpu"): "'gpu'",
+    ("build", "--nodes", "dictionaries/none"): "dictionaries/none",
+    ("build", "--task", "sums"): "'sums'",
+    ("build", "--corpus", "no-such.txt"): "no-such.txt",
+    ("build", "--n-tokens", 0): "n_tokens must be at least 1",
+    ("evaluate", "{graph}", "--n-edges", 200_000): "n must lie in [0, ",
+    ("report", "{folder}"): "is not a saved graph",
+    ("communities", "{graph}", "--method", "best"): "'best'",
+    ("communities", "{graph}", "--out", "{graph}"): "give --force",
+    ("biuld",): "Did you mean 'build'?",
+}
+ALONE = """
+import json, sys
+from typer.testing import CliRunner
+from circuitgraph.cli import app
+
+done = [CliRunner().invoke(app, options) for options in json.load(sys.stdin)]
+json.dump([(one.exit_code, one.output, "torch" in sys.modules) for one in done], sys.stdout)
+"""
+
+
+def test_slips_are_answered_without_torch(tmp_path, saved):
+    places = {"graph": saved, "folder": tmp_path, "out": tmp_path / "new"}
+    needs_out = {"build": ["--out", "{out}"]}
+    commands = [[*slip, *needs_out.get(slip[0], [])] for slip in SLIPS]
+    written = [[str(word).format(**places) for word in command] for command in commands]
+    options = {"input": json.dumps(written), "capture_output": True, "text": True, "check": True}
+    done = subprocess.run([sys.executable, "-c", ALONE], **options)
+    for words, (code, output, has_torch) in zip(SLIPS.values(), json.loads(done.stdout), strict=True):
+        assert code == 2 and words in output and not has_torch, output
+    assert not places["out"].exists()
 
 
 # Outputs
@@ -269,8 +315,13 @@ def test_the_prompt_command_saves_what_python_builds(tmp_path, monkeypatch, embe
     dictionary = LinearDictionary("m4", "output", *tensors, Gate("topk", k=3))
     save_dictionary(dictionary, tmp_path / "d" / "m4")
     options = ["--dictionaries", tmp_path / "d", "--attribution", "gradient", "--n-logits", 3]
-    done = invoke("prompt", "The capital of France is", "--out", tmp_path / "g", *options)
+    page, file = tmp_path / "france.html", tmp_path / "of France.json"
+    views = ["--page", page, "--json", file]
+    done = invoke("prompt", "The capital of France is", "--out", tmp_path / "g", *options, *views)
     assert done.exit_code == 0, done.output
+    assert page.read_text().startswith("<!doctype html>")
+    written = json.loads(file.read_text())
+    assert written["metadata"]["slug"] == "of-France" and len(written["links"]) > 10
     prompt = Prompt(read_prompt(embedded, "The capital of France is"), 3)
     built = build_graph(embedded, prompt, {"m4": dictionary}, attribution="gradient", run=QUIET)
     loaded = Graph.load(tmp_path / "g")

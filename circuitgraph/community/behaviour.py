@@ -34,8 +34,8 @@ from ..ablation.features import run_selections
 from ..ablation.selection import select
 from ..ablation.values import AblatedText, AblatedValue, FixedValues, read_value
 from ..checks import check_arguments, check_fields
-from .links import edge_codes, node_levels, share_weights
-from .nulls import communities_of, edge_blocks
+from .links import edge_blocks, edge_codes, node_levels, share_weights
+from .nulls import communities_of
 from ..cut import Cut, open_cut
 from ..data.corpus import Corpus, check_tokens
 from ..data.task import Task

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEARCHES', 'SearchLike', 'group_matrix', 'search_levels', 'search_leiden', 'search_activation', 'similar_pairs',
-           'search_infomap', 'search_signed', 'search_joint', 'SearchOptions', 'Search', 'find_search', 'consensus',
-           'rank_communities', 'find_communities']
+           'search_infomap', 'search_signed', 'search_joint', 'search_active', 'SearchOptions', 'Search',
+           'usual_search', 'find_search', 'consensus', 'rank_communities', 'find_communities']
 
 # %% ../../nbs/81_search.ipynb #c86dd982
 import random
@@ -24,7 +24,7 @@ from scipy.sparse.csgraph import connected_components
 
 from ..checks import check_arguments, check_fields
 from .links import Expected, Links, NULLS, Null, NullLike, add_history, expect_weight
-from .links import find_null, read_links
+from .links import find_null, fit_weights, read_links
 from ..graph.graph import Graph
 
 # %% ../../nbs/81_search.ipynb #1e691bd2
@@ -233,6 +233,22 @@ def _search_layers(n: int, layers: list[tuple], options: "SearchOptions") -> np.
     optimiser.optimise_partition_multiplex(partitions, layer_weights=layer_weights, n_iterations=-1)
     return np.array(partitions[0].membership)
 
+
+def search_active(links: Links, options: "SearchOptions") -> np.ndarray:
+    "Leiden on what edges weigh, minus what the co-active null expects of the same edges."
+    n_nodes = len(links.nodes)
+    expected = fit_weights(links, options.null)
+    graph = _igraph(n_nodes, links.source, links.target)
+    partitions = [
+        leidenalg.CPMVertexPartition(graph, weights=weight.tolist(), resolution_parameter=0)
+        for weight in (links.weight, expected)
+    ]
+    optimiser = leidenalg.Optimiser()
+    optimiser.set_rng_seed(options.seed)
+    weighed = [1.0, -options.resolution]
+    optimiser.optimise_partition_multiplex(partitions, layer_weights=weighed, n_iterations=-1)
+    return np.array(partitions[0].membership)
+
 # %% ../../nbs/81_search.ipynb #c8dc365b
 @dataclass(frozen=True)
 class SearchOptions:
@@ -293,6 +309,7 @@ SEARCHES = {
     for search in (
         Search("leiden", search_leiden),
         Search("layered", search_levels, NULLS["layered"], any_null=True),
+        Search("co-active", search_active, NULLS["co-active"]),
         Search("infomap", search_infomap),
         Search("cpm", partial(search_leiden, objective="CPM")),
         Search("signed", search_signed),
@@ -303,6 +320,11 @@ SEARCHES = {
 
 # %% ../../nbs/81_search.ipynb #cd7964cf
 SearchLike = str | Search | Callable[[Links, SearchOptions], np.ndarray]
+
+
+def usual_search(graph: Graph) -> str:
+    "The search for a graph of this grain: features that are never active together can't have an edge."
+    return "co-active" if graph.meta.get("nodes") == "feature" else "layered"
 
 
 def find_search(
@@ -322,6 +344,11 @@ def find_search(
         )
     if null is None or find_null(null) == search.null:
         return search
+    if find_null(null).keeps_pairs:
+        raise ValueError(
+            f"null={find_null(null).name!r} is one to compare with: leave null out here, and give it to "
+            "judge_communities or confirm_communities"
+        )
     if not search.any_null:
         raise ValueError(
             f"method={search.name!r} climbs no other null: use method='layered', or leave null out"

@@ -23,7 +23,8 @@ import pandas as pd
 
 from ..checks import check_arguments
 from .tables import EDGE_KEY, FORMAT_VERSION, GraphError, OF_THE_WHOLE
-from .tables import SETTINGS, WEIGHTS
+from .tables import SETTINGS
+from ..names import WEIGHTS
 from circuitgraph.graph.tables import (
     check_edges,
     check_meta,

@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float, Int
 from ..checks import check_arguments, check_fields
 from .graph import Graph, end_codes, keep_mask, magnitude
 from .influence import keeps_positions, measure_influence
-from .tables import PORTS, WEIGHTS
+from .tables import PORTS
+from ..names import WEIGHTS
 
 # %% ../../nbs/34_select.ipynb #e4f90c04
 @numba.njit(cache=True)

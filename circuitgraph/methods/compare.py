@@ -40,7 +40,6 @@ from ..dictionary.protocol import Dictionary
 from ..graph.graph import Graph, magnitude, merge_graphs
 from ..graph.select import SelectionRule, find_rule
 from ..files import check_output_file, hold_folder, replace_file
-from ..graph.tables import WEIGHTS
 from .feature_circuits import find_feature_circuit, random_features
 from .flow import trace_flow, trace_routes
 from .gates import search_gates
@@ -48,7 +47,7 @@ from .masks import integrate_masks, learn_masks, prune_greedily
 from .patch_free import trace_contributions
 from .patching import patch_edges, patch_nodes, random_graph
 from ..model.blocks import Model
-from ..model.modules import GRAINS
+from ..names import GRAINS, WEIGHTS
 from ..options import Budgets, Judging, Run
 
 # %% ../../nbs/77_compare.ipynb #74shape1

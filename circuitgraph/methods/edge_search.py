@@ -143,6 +143,30 @@ def read_codes(
     return places
 
 # %% ../../nbs/78_edge_search.ipynb #eg11
+def _rank_writers(
+    cut: FeatureCut,
+    part: Part,
+    changes: dict[str, Float[Tensor, "row feature"]],  # of the features before the part, by module
+    where: Float[Tensor, "row reader"],  # the norm's scale where a reader is active, else 0
+    n_parents: int,
+) -> tuple[Float[Tensor, "place reader"], Int[Tensor, "place reader"]]:  # sizes, from the largest; writers
+    "The features that bring most to each feature of a part."
+    encoder, first = maps_of(cut, part).W, 0
+    sizes, writers = [], []
+    for before in check_encoders(cut):
+        if before.module not in changes:
+            continue
+        change = changes[before.module]
+        brought = (change.mT @ where) * (directions(cut, before) @ encoder.mT)
+        top = brought.abs().topk(min(n_parents, len(brought)), 0)
+        sizes.append(top.values)
+        writers.append(first + top.indices)
+        first += len(brought)
+    size = torch.cat(sizes)
+    best = size.topk(min(n_parents, len(size)), 0)
+    return best.values, torch.cat(writers).gather(0, best.indices)
+
+
 @torch.no_grad()
 def list_candidates(
     judge: Judge,
@@ -153,39 +177,27 @@ def list_candidates(
     cut = judge.cut
     assert isinstance(cut, FeatureCut)
     parts, tokens = check_encoders(cut), judge.data.tokens[rows]
-    ablated = trace_ablated(judge, rows)
-    codes = read_codes(cut, parts, tokens)
-    changes = {}
+    ablated, codes = trace_ablated(judge, rows), read_codes(cut, parts, tokens)
+    candidates: dict[str, Candidates] = {}
+    changes: dict[str, Tensor] = {}
     for part in parts:
-        value = ablated.acts[part.module].expand(*tokens.shape, -1)[:, 1:]
-        changes[part.module] = codes[part.module][0] - value.flatten(0, 1)
-    candidates, first = {}, np.cumsum([0, *(part.n_nodes - 1 for part in parts)])
-    for j, part in enumerate(parts[1:], 1):
-        encoder, (code, scale) = maps_of(cut, part), codes[part.module]
-        where = (code != 0) * scale
-        best, writer = (
-            where.new_zeros(1, part.n_nodes - 1),
-            torch.zeros(1, part.n_nodes - 1, dtype=torch.long),
-        )
-        for before, start in zip(parts[:j], first, strict=False):
-            if before.first >= part.n_before:
-                continue
-            weights = directions(cut, before) @ encoder.W.mT
-            sizes = (changes[before.module].mT @ where * weights).abs()
-            top = sizes.topk(min(n_parents, len(sizes)), 0)
-            values, nodes = torch.cat([best, top.values]), torch.cat([writer, top.indices + int(start)])
-            kept = values.topk(min(n_parents, len(values)), 0)
-            best, writer = kept.values, nodes.gather(0, kept.indices)
-        found = (best > 0).nonzero()
-        candidates[part.module] = _weigh_candidates(cut, parts, part, writer, best, found)
+        code, scale = codes[part.module]
+        before = {
+            p.module: changes[p.module] for p in parts if p.module in changes and p.first < part.n_before
+        }
+        if before:
+            size, writer = _rank_writers(cut, part, before, (code != 0) * scale, n_parents)
+            candidates[part.module] = _weigh_candidates(cut, parts, part, writer, size)
+        cut_value = ablated.acts[part.module].expand(*tokens.shape, -1)[:, 1:]
+        changes[part.module] = code - cut_value.flatten(0, 1)
     return candidates
 
 
 def _weigh_candidates(
-    cut: FeatureCut, parts: Sequence[Part], part: Part, writer: Tensor, size: Tensor, found: Tensor
+    cut: FeatureCut, parts: Sequence[Part], part: Part, writer: Tensor, size: Tensor
 ) -> Candidates:
     "The candidates of a module with their virtual weights."
-    place, reader = found.unbind(1)
+    place, reader = (size > 0).nonzero().unbind(1)
     nodes, encoder = writer[place, reader], maps_of(cut, part).W
     table = torch.cat([directions(cut, before) for before in parts])
     weight = size.new_empty(len(nodes))
