@@ -237,14 +237,13 @@ def build(  # noqa: PLR0913
     Example: circuitgraph build --task ioi --n-prompts 100 --out graphs/smollm2-ioi"""
     with _plain_errors(debug):
         check_options(locals(), others=("layer", "head"))
-        partial = _check_graph_folder(out)
+        partial, target = _check_graph_folder(out), "node" if task is None else "metric"
         from circuitgraph.build.build import build_graph, clear_checkpoint
         from circuitgraph.cut import cut_model
         from circuitgraph.model.loading import check_device, load_model
         from circuitgraph.options import Pruning, Run
         from circuitgraph.refusals import check_data, read_rule
 
-        target = "node" if task is None else "metric"
         options = {"norm": norm, "pattern": pattern, "ports": ports, "skip_first": skip_first}
         rule = read_rule(attribution, n_steps, baseline, target=target, grain=_read_grain(nodes), **options)
         pruning, run = Pruning(keep, share, mass), Run(batch_size, memory, partial if task is None else None)

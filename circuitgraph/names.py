@@ -33,7 +33,7 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 # %% ../nbs/100_names.ipynb #nm08
 def _list_known_models() -> list[str]:
-    "The names that TransformerLens knows, from the file that lists them: its package takes seconds to import."
+    "The names that TransformerLens knows, from the file that lists them; its package takes seconds."
     package = importlib.util.find_spec("transformer_lens")
     if package is None or package.origin is None:
         return []

@@ -65,10 +65,8 @@ def find(kinds: dict[str, dict[str, Graph]], args) -> dict[str, pd.DataFrame]:
     "Nulls, resolutions, and what is found on one half and holds on the other, with hubs and without."
     resolutions = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)
     judged, profiles, confirmed = {}, {}, {}
-    nulls = [("layered", "layered"), ("leiden", "layered"), ("leiden", "configuration")]
-    nulls += [("layered", "co-active"), ("leiden", "co-active")]
     for kind, graphs in kinds.items():
-        for method, null in nulls:
+        for method, null in (("layered", "layered"), ("leiden", "layered"), ("leiden", "configuration")):
             key = kind, method, null
             judged[key] = judge_communities(graphs["all"], method, null=null, n_null=args.n_null)
         for method in ("layered", "leiden"):

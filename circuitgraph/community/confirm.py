@@ -47,7 +47,7 @@ def standardise_by_size(
     size: Int[np.ndarray, " community"],  # nodes
     excess: Float[np.ndarray, " community"],
     n_alike: int = 100,  # communities of the nearest sizes
-) -> Float[np.ndarray, " community"]:  # @eq-by-size
+) -> Float[np.ndarray, " community"]:  # in standard deviations
     "Excesses beyond the mean of communities of like size, in their standard deviations."
     order = np.argsort(size, kind="stable")
     n = len(order)
@@ -78,7 +78,7 @@ def confirm_communities(
     """Test communities on weights that did not make them.
 
     Columns: the number of `nodes`, the weights `within` and `expected` (shares of the other half's weight),
-    `excess`, `z` (the excess among those of like size, @eq-by-size), and `p`, which compares `z` with the
+    `excess`, `z` (the excess among those of like size), and `p`, which compares `z` with the
     largest of each random pair.
     Raises ValueError as `find_communities` does, and for graphs of other nodes.
     """
