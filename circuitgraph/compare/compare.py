@@ -9,15 +9,17 @@ __all__ = ['Dictionaries', 'Comparison', 'compare_graphs']
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from jaxtyping import Int
 from torch import Tensor
 
 from ..checks import check_arguments
 from ..data.corpus import check_tokens
-from .isomorphism import class_distance, permute_weights
+from .isomorphism import Sparse, class_distance, permute_weights
 from .match import match_communities, match_nodes, read_words, split_passages
 from .match import verify_edges
 from ..dictionary.protocol import Dictionary
@@ -27,16 +29,45 @@ from ..model.loading import load_model
 from ..options import Run
 
 # %% ../../nbs/892_two_graphs.ipynb #cp06
+_LEAST_SEEDS = 3  # pairs of models that differ in their seed alone, for a percentile of their distances
+
+
 @dataclass(frozen=True, eq=False)
 class Comparison:
     "What `compare_graphs` found."
 
+    graphs: tuple[Graph, Graph]
+    passages: tuple[str, ...]  # whose words, all but the first of each, the match was made on
+    activity: tuple[Sparse, Sparse]  # of both graphs, [word node]
     nodes: pd.DataFrame  # matched nodes: a, b, kind, correlation, p
     communities: pd.DataFrame | None  # matched communities, if both graphs have some
     edges: dict[str, Any]  # agreement of the edges between matched nodes, as of `verify_edges`
     distance: float  # d_h(K) of the two graphs
     null_distances: tuple[float, ...]  # of the first and the second with permuted weights
-    n_words: int  # that the match was made on
+    other_seeds: tuple[float, ...] = ()  # distances of pairs of models that differ in their seed alone
+
+    @property
+    def n_words(self) -> int:
+        return self.activity[0].shape[0]
+
+    def claim(self) -> str:
+        "What may be said of the distance."
+        n = len(self.other_seeds)
+        if n < _LEAST_SEEDS:
+            return f"none: it takes the distances of at least {_LEAST_SEEDS} pairs of other seeds, got {n}"
+        bound = float(np.quantile(self.other_seeds, 0.95))
+        is_near = self.distance < min(bound, *self.null_distances)
+        said = "isomorphic at this tolerance" if is_near else "none"
+        return f"{said}: 95 % of {n} pairs of other seeds are nearer than {bound:.3f}"
+
+    def save_page(
+        self,
+        path: str | Path,  # ends in .html
+    ) -> Path:
+        "Write one page with both graphs side by side. Raises OSError if it can't be written."
+        from circuitgraph.compare.sides import write_comparison
+
+        return write_comparison(self, path)
 
     def summary(self) -> pd.DataFrame:  # a row for each figure
         "The figures, each beside its null."
@@ -49,6 +80,7 @@ class Comparison:
         rows["edges, correlation"] = f"{edges['correlation']:.2f}", null
         between = f"{min(nulls):.3f} to {max(nulls):.3f}"
         rows["distance"] = f"{self.distance:.3f}", between
+        rows["claim"] = self.claim(), ""
         return pd.DataFrame.from_dict(rows, orient="index", columns=["found", "null"])
 
     def __repr__(self) -> str:
@@ -138,4 +170,5 @@ def compare_graphs(
     if "community" in graph.nodes and "community" in other.nodes:
         communities = match_communities(graph, other, activity, seed=seed)
     edges = verify_edges(graph, other, matches, seed=seed)
-    return Comparison(matches, communities, edges, found, nulls, words.shape[0])
+    given = ((graph, other), tuple(passages), activity)
+    return Comparison(*given, matches, communities, edges, found, nulls)
