@@ -110,13 +110,13 @@ def _check_parent(out: Path | None) -> None:
         raise ValueError(f"out must lie in a folder that exists, got {out}")
 
 
-def _check_file(out: Path | None, force: bool) -> None:
+def _check_file(out: Path | None, force: bool, name: str = "out") -> None:
     "Refuse a file that can't be written or, unless forced, exists."
     from circuitgraph.files import check_output_file
     from circuitgraph.refusals import refuse_existing
 
     if out is not None:
-        check_output_file(out)
+        check_output_file(out, name)
     refuse_existing(out, force)
 
 # %% ../nbs/90_cli.ipynb #c7eb3ed6
@@ -670,22 +670,27 @@ def compare(  # noqa: PLR0913
     other_dictionaries: Annotated[Path | None, typer.Option(help="By default the same ones.")] = None,
     n_classes: Annotated[int, typer.Option(help="Classes of nodes that the distance counts.")] = 40,
     seed: Annotated[int, typer.Option(help="Of clustering, shifts and permutations.")] = 0,
+    seed_distance: Annotated[
+        list[float] | None, typer.Option(help="Of a pair that differs in its seed alone; three or more.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A CSV file for the matched nodes.")] = None,
+    page: Annotated[Path | None, typer.Option(help="A page with both graphs side by side.")] = None,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Match the nodes of two graphs by activity, test the match by edges, and measure their distance.
 
-    Example: circuitgraph compare graphs/smollm2-head graphs/other-head --text book.txt --out matched.csv"""
+    Example: circuitgraph compare graphs/smollm2-head graphs/other-head --page compared.html"""
     with _plain_errors(debug):
-        from circuitgraph.compare.compare import compare_graphs
+        from circuitgraph.compare.compare import check_distances, compare_graphs
         from circuitgraph.graph.graph import Graph
-        from circuitgraph.files import replace_file
         from circuitgraph.model.loading import load_model
         from circuitgraph.refusals import check_data, check_folder, check_options
 
         check_options(locals())
+        check_distances(seed_distance or ())
         _check_file(out, force)
+        _check_page(page, force)
         check_folder("dictionaries", dictionaries)
         check_folder("other_dictionaries", other_dictionaries)
         check_data(text)
@@ -696,12 +701,10 @@ def compare(  # noqa: PLR0913
         read = _read_shared_text(text, models[0])
         options = {"dictionaries": opened, "n_classes": n_classes, "seed": seed}
         options |= {"models": tuple(models)}
-        result = compare_graphs(graphs[0], graphs[1], read, **options)
+        found = compare_graphs(graphs[0], graphs[1], read, **options)
+        result = replace(found, other_seeds=tuple(seed_distance or ()))
         typer.echo(repr(result))
-        if out is not None:
-            with replace_file(out) as partial_table:
-                result.nodes.to_csv(partial_table, index=False)
-            typer.echo(f"wrote {out}")
+        _keep_comparison(result, out, page)
 
 # %% ../nbs/90_cli.ipynb #cli64
 def _open_dictionaries(folder: Path | None, model: Any, graph: Any) -> Any:
@@ -712,6 +715,27 @@ def _open_dictionaries(folder: Path | None, model: Any, graph: Any) -> Any:
         return None
     known = graph.meta.get("dictionaries")
     return load_dictionaries(folder, model, modules=None if known is None else list(known))
+
+
+def _check_page(page: Path | None, force: bool) -> None:
+    "Refuse a page that can't be written or, unless forced, exists."
+    from circuitgraph.compare.sides import check_suffix
+
+    _check_file(page, force, "page")
+    if page is not None:
+        check_suffix(page, "page")
+
+
+def _keep_comparison(result: Any, out: Path | None, page: Path | None) -> None:
+    "Write the table and the page that were asked for."
+    from circuitgraph.files import replace_file
+
+    if out is not None:
+        with replace_file(out) as partial_table:
+            result.nodes.to_csv(partial_table, index=False)
+        typer.echo(f"wrote {out}")
+    if page is not None:
+        typer.echo(f"wrote {result.save_page(page)}")
 
 
 def _read_shared_text(text: str, model: Any) -> Any:
