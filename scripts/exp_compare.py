@@ -8,8 +8,8 @@ The graph of SmolLM2's heads on 2,048 tokens of documentation is compared with i
 on literature and on code, with permuted weights, with a model of shuffled weights, and with Gemma 3 270M.
 Nodes are matched on the words of --held-out. Then graphs of features: transcoders of the MLPs of layers 8 to
 11 from two seeds, and the first on other text. Writes nbs/results/compared.csv, a row for each pair, and
-compared_features.csv. For three models, compared_models.csv has the distances of a graph of heads from that
-on other documentation, and from its copies with permuted weights. A second run goes on after the rows and
+compared_features.csv. For Gemma and the largest of the family, compared_models.csv has the distances of a
+graph of heads from that on other documentation, and from its copies with permuted weights. A second run goes on after the rows and
 graphs that are there; --only names one table. CPU time on one core: 2 minutes a graph of heads, 5 for the
 transcoders of a seed, 2 for a graph of features, 2 minutes a comparison.
 """
@@ -43,8 +43,8 @@ from exp_small_nulls import shuffle_weights
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path.home() / ".cache/circuitgraph/dictionaries"
 MODULES = ["m8", "m9", "m10", "m11"]
-SAME = {"SmolLM2-135M": ("own", "other"), "Gemma 3 270M": ("gemma", "gemma-other")}
-SAME["4x192"] = ("4x192", "4x192-other")  # folders of a model's graphs on two texts
+# Folders of a model's graphs on two texts.
+SAME = {"Gemma 3 270M": ("gemma", "gemma-other"), "4x192": ("4x192", "4x192-other")}
 QUIET = Run(progress=False)
 Pair = tuple[Model, Graph]
 
@@ -152,10 +152,10 @@ def compare_features(args: argparse.Namespace, text: str) -> None:
 
 
 def compare_models(args: argparse.Namespace) -> None:
-    "Add the distances within three models."
-    sources = {"SmolLM2-135M": "smollm2-135m", "Gemma 3 270M": "gemma3-270m"}
-    if args.no_gemma:
-        sources.pop("Gemma 3 270M")
+    "Add the distances within two more models."
+    sources = {}
+    if not args.no_gemma:
+        sources["Gemma 3 270M"] = "gemma3-270m"
     largest = args.family / "4x192-0"
     if largest.exists():
         sources["4x192"] = str(largest)

@@ -125,6 +125,7 @@ class Subject:
     def __init__(self, name: str, args: argparse.Namespace, held_out: HeldOut):
         self.name, self.folder, self.held_out = name, args.folder, held_out
         self.family = args.family
+        self.cuts: dict[bytes, np.ndarray] = {}
 
     @cached_property
     def model(self) -> Model:
@@ -172,11 +173,14 @@ class Subject:
 
     def cut_communities(self, graph: Graph) -> np.ndarray:
         "How much each behaviour's loss rises when a community of neurons is cut, [community behaviour]."
-        members = graph.nodes[graph.nodes["community"] >= 0].groupby("community")["name"]
-        sets = [names.tolist() for _, names in members]
-        run = Run(batch_size=32, progress=False)
-        rise = measure_cuts(self.model, self.held_out.tokens, sets, self.neurons, run=run)
-        return self.average_behaviours(rise)
+        key = graph.nodes["community"].to_numpy().tobytes()
+        if key not in self.cuts:
+            members = graph.nodes[graph.nodes["community"] >= 0].groupby("community")["name"]
+            sets = [names.tolist() for _, names in members]
+            run = Run(batch_size=32, progress=False)
+            rise = measure_cuts(self.model, self.held_out.tokens, sets, self.neurons, run=run)
+            self.cuts[key] = self.average_behaviours(rise)
+        return self.cuts[key]
 
     def average_behaviours(self, rise: np.ndarray) -> np.ndarray:
         "The mean rise of the loss at the positions of each behaviour."
@@ -478,13 +482,16 @@ def add_neurons(pair: Pair, subject: Callable[[str], Subject], out: Path) -> Non
         return
     a, b = open_neurons(pair, subject)
     row = {"distance": class_distance(a[1], b[1])}
-    matched, sure = match_sure(a, b)
-    row |= matched
-    if len(sure) > 1:
-        found, table = compare_behaviour(a, b, sure)
-        row |= found
-        add_row(files[1], table.assign(**key)[[*key, *table]].round(4))
-    row |= search_jointly(a, b)
+    if pair.seed is None:
+        matched, sure = match_sure(a, b)
+        row |= matched
+        if len(sure) > 1:
+            found, table = compare_behaviour(a, b, sure)
+            row |= found
+            renamed = table.rename(columns={"a": "community_a", "b": "community_b"})
+            add_row(files[1], renamed.assign(**key)[[*key, *renamed]].round(4))
+    if pair.a != pair.b:  # a model's activity is its own
+        row |= search_jointly(a, b)
     add_row(files[0], pd.DataFrame([key | row]).round(4))
     print("neurons:", *key.values(), flush=True)
 
