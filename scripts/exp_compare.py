@@ -9,9 +9,10 @@ on literature and on code, with permuted weights, with a model of shuffled weigh
 Nodes are matched on the words of --held-out. Then graphs of features: transcoders of the MLPs of layers 8 to
 11 from two seeds, and the first on other text. Writes nbs/results/compared.csv, a row for each pair, and
 compared_features.csv. For Gemma and the largest of the family, compared_models.csv has the distances of a
-graph of heads from that on other documentation, and from its copies with permuted weights. A second run goes on after the rows and
-graphs that are there; --only names one table. CPU time on one core: 2 minutes a graph of heads, 5 for the
-transcoders of a seed, 2 for a graph of features, 2 minutes a comparison.
+graph of heads from that on other documentation, and from its copies with permuted weights.
+
+A second run goes on after the rows and graphs that are there; --only names one table. CPU time on one core: 2
+minutes a graph of heads, 5 for the transcoders of a seed, 2 for a graph of features, 2 minutes a comparison.
 """
 
 import argparse
