@@ -35,6 +35,7 @@ from circuitgraph.attribution.method import Attribution
 from circuitgraph.build.build import build_feature_graph, build_graph
 from circuitgraph.community.behaviour import ablation_losses, check_behaviours, class_behaviours
 from circuitgraph.community.links import leave_out
+from circuitgraph.community.patterns import compare_patterns, read_patterns
 from circuitgraph.community.search import find_communities
 from circuitgraph.compare.effects import compare_profiles, correlate_rows, count_verdicts, describe_sizes
 from circuitgraph.compare.effects import form_strata, measure_cuts, profile_classes, remove_sizes
@@ -59,7 +60,7 @@ QUIET = Run(progress=False)
 N_NULL = 99
 N_GRAPH, N_MATCH, N_CUT = 48, 96, 96  # sequences
 N_NEURONS = 16  # sequences that a graph of neurons weighs
-RESOLUTION = 3.0  # of communities of neurons
+RESOLUTION = 2.0  # of communities of neurons
 SHIFTS = 19  # of joint searches
 WITHIN = ("kind", "layer")
 
@@ -125,6 +126,7 @@ class Subject:
     def __init__(self, name: str, args: argparse.Namespace, held_out: HeldOut):
         self.name, self.folder, self.held_out = name, args.folder, held_out
         self.family = args.family
+        self.grouped: dict[str, Graph] = {}
         self.cuts: dict[bytes, np.ndarray] = {}
 
     @cached_property
@@ -155,7 +157,17 @@ class Subject:
         return {module: neuron_basis(self.model, module) for module in modules}
 
     def neuron_graph(self, text: str = "text") -> Graph:
-        "The graph of neurons over a part of the text, with communities; edges of other nodes are left out."
+        "The graph of neurons over a part of the text, with communities of neurons that are active together."
+        if text not in self.grouped:
+            graph, tokens = self.weigh_neurons(text), self.held_out.graphs[text]
+            activity = read_patterns(self.model, graph, tokens, self.neurons, run=QUIET)
+            similarity = compare_patterns(abs(activity), "correlation", least=0.2)
+            options = {"similarity": similarity, "resolution": RESOLUTION, "seed": 0}
+            self.grouped[text] = find_communities(graph, "activation", **options)
+        return self.grouped[text]
+
+    def weigh_neurons(self, text: str) -> Graph:
+        "The edges between neurons."
 
         def build() -> Graph:
             cut = cut_model(self.model, self.neurons)
@@ -163,7 +175,8 @@ class Subject:
             return build_feature_graph(cut, tokens, Attribution("gradient"), Pruning(n_edges=30), QUIET)
 
         made = keep_or_build(self.folder / f"{self.name}-neurons-{text.replace(' ', '-')}", build)
-        return group_neurons(made)
+        others = sorted(set(made.nodes["kind"]) - {"feature"})
+        return leave_out(made, others)
 
     @cached_property
     def neuron_words(self):
@@ -199,12 +212,6 @@ class Subject:
         touches = (source == node) | (target == node)
         rise = ablation_losses(self.model, graph, self.held_out.tokens, touches, run=QUIET)
         return self.average_behaviours(rise)
-
-
-def group_neurons(graph: Graph) -> Graph:
-    "Communities of the neurons of a graph."
-    others = sorted(set(graph.nodes["kind"]) - {"feature"})
-    return find_communities(leave_out(graph, others), "leiden", resolution=RESOLUTION, seed=0)
 
 
 # Behaviours
@@ -422,7 +429,7 @@ def open_neurons(pair: Pair, subject: Callable[[str], Subject]) -> tuple[Side, S
     one, other = subject(pair.a), subject(pair.b)
     graph = other.neuron_graph(pair.text)
     if pair.seed is not None:
-        graph = group_neurons(permute_weights(graph, WITHIN, seed=pair.seed))
+        graph = permute_weights(graph, WITHIN, seed=pair.seed)
     return (one, one.neuron_graph()), (other, graph)
 
 

@@ -257,8 +257,9 @@ def profile_classes(
 ) -> Float[np.ndarray, "class entry"]:
     "What the nodes of each class read from each class and give to each, on average."
     vectors = class_vectors(read_shares(graph), classes, n_classes)
-    means = pd.DataFrame(vectors).groupby(classes).mean()
-    return means.reindex(range(n_classes), fill_value=0.0).to_numpy()
+    is_member = classes == np.arange(n_classes)[:, None]
+    size = np.maximum(is_member.sum(1, keepdims=True), 1)
+    return is_member @ vectors / size
 
 
 def count_verdicts(

@@ -99,7 +99,7 @@ class JointCommunities:
     null_scores: np.ndarray  # the best score of each shift; -1 where no community was mixed
 
     def __repr__(self) -> str:
-        n_sure = int((self.mixed["p"] <= 0.05).sum())
+        n_sure = int((self.mixed["p"].to_numpy() <= 0.05).sum())
         best = self.null_scores.max()
         return (
             f"{len(self.mixed)} mixed communities, {n_sure} of them sure (best of shifted words: {best:.2f})"

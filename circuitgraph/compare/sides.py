@@ -68,7 +68,8 @@ def _choose_nodes(graphs: tuple[Graph, Graph], partner: Sequence[np.ndarray], n:
 def _find_partners(result: Comparison) -> tuple[np.ndarray, np.ndarray]:
     "The row of each node's partner in the other graph; -1 for none."
     names = [pd.Index(graph.nodes["name"]) for graph in result.graphs]
-    rows = names[0].get_indexer(result.nodes["a"]), names[1].get_indexer(result.nodes["b"])
+    ends = (result.nodes[end].to_numpy() for end in "ab")
+    rows = [index.get_indexer(end) for index, end in zip(names, ends, strict=True)]
     partner = np.full(len(names[0]), -1), np.full(len(names[1]), -1)
     partner[0][rows[0]] = rows[1]
     partner[1][rows[1]] = rows[0]
@@ -113,7 +114,7 @@ def _find_sure(result: Comparison) -> pd.DataFrame:
     table = result.communities
     if table is None:
         return pd.DataFrame(columns=["a", "b"])
-    return table[table["p"] < 0.05]
+    return table.loc[table["p"].to_numpy() < 0.05]
 
 
 def _read_members(result: Comparison, side: int) -> tuple[np.ndarray, np.ndarray]:
