@@ -40,7 +40,7 @@ from circuitgraph.community.search import find_communities
 from circuitgraph.compare.effects import compare_profiles, correlate_rows, count_verdicts, describe_sizes
 from circuitgraph.compare.effects import form_strata, measure_cuts, profile_classes, remove_sizes
 from circuitgraph.compare.isomorphism import class_distance, permute_weights, shuffle_within
-from circuitgraph.compare.joint import find_joint
+from circuitgraph.compare.joint import JointCommunities, find_joint
 from circuitgraph.compare.match import judge_match, match_communities, match_nodes
 from circuitgraph.compare.match import read_words, split_passages, verify_edges
 from circuitgraph.compare.quotients import inequitability, match_classes, quotient_distance
@@ -186,14 +186,19 @@ class Subject:
 
     def cut_communities(self, graph: Graph) -> np.ndarray:
         "How much each behaviour's loss rises when a community of neurons is cut, [community behaviour]."
-        key = graph.nodes["community"].to_numpy().tobytes()
+        classes = graph.nodes["community"].to_numpy(dtype=int)
+        key = classes.tobytes()
         if key not in self.cuts:
-            members = graph.nodes[graph.nodes["community"] >= 0].groupby("community")["name"]
-            sets = [names.tolist() for _, names in members]
-            run = Run(batch_size=32, progress=False)
-            rise = measure_cuts(self.model, self.held_out.tokens, sets, self.neurons, run=run)
-            self.cuts[key] = self.average_behaviours(rise)
+            self.cuts[key] = self.cut_classes(graph, classes)
         return self.cuts[key]
+
+    def cut_classes(self, graph: Graph, classes: np.ndarray) -> np.ndarray:
+        "How much each behaviour's loss rises when the neurons of a class are cut, [class behaviour]."
+        names = graph.nodes["name"].to_numpy()
+        sets = [names[classes == number].tolist() for number in range(classes.max() + 1)]
+        run = Run(batch_size=32, progress=False)
+        rise = measure_cuts(self.model, self.held_out.tokens, sets, self.neurons, run=run)
+        return self.average_behaviours(rise)
 
     def average_behaviours(self, rise: np.ndarray) -> np.ndarray:
         "The mean rise of the loss at the positions of each behaviour."
@@ -469,7 +474,7 @@ def compare_behaviour(a: Side, b: Side, sure: pd.DataFrame) -> tuple[dict[str, f
     return row | count_verdicts(alike, same), table
 
 
-def search_jointly(a: Side, b: Side, is_shuffled: bool = False) -> dict[str, float]:
+def search_jointly(a: Side, b: Side, is_shuffled: bool = False) -> tuple[dict[str, float], JointCommunities]:
     "What a joint search finds; of the second model the words may be shuffled."
     words = b[0].neuron_words
     if is_shuffled:
@@ -478,7 +483,24 @@ def search_jointly(a: Side, b: Side, is_shuffled: bool = False) -> dict[str, flo
     sure = found.mixed[found.mixed["p"] <= 0.05]
     row = {"n_mixed": len(found.mixed), "n_mixed_sure": len(sure)}
     row |= {"in_mixed": sure[["n_a", "n_b"]].to_numpy().sum() / sum(map(len, found.member))}
-    return row | {"mixed": sure["score"].median(), "mixed_null": found.null_scores.max()}
+    return row | {"mixed": sure["score"].median(), "mixed_null": found.null_scores.max()}, found
+
+
+def compare_mixed(a: Side, b: Side, found: JointCommunities) -> dict[str, float]:
+    "Whether the two parts of sure mixed communities do the same."
+    sure = found.mixed.loc[found.mixed["p"] <= 0.05, "community"].to_numpy()
+    if len(sure) < 4:
+        return {}
+    number = pd.Series(np.arange(len(sure)), index=sure)
+    effects, sizes = [], []
+    for (subject, graph), member in zip((a, b), found.member, strict=True):
+        classes = number.reindex(member).fillna(-1).to_numpy(dtype=int)
+        size = describe_sizes(graph, classes)
+        effects.append(remove_sizes(subject.cut_classes(graph, classes), size))
+        sizes.append(size)
+    does = compare_profiles(*effects, form_strata(sizes[1]))[1]
+    keys = {"mixed_effects": "correlation", "mixed_effects_null": "null_mean", "mixed_effects_p": "p"}
+    return {name: does[key] for name, key in keys.items()}
 
 
 def add_neurons(pair: Pair, subject: Callable[[str], Subject], out: Path) -> None:
@@ -493,12 +515,13 @@ def add_neurons(pair: Pair, subject: Callable[[str], Subject], out: Path) -> Non
         matched, sure = match_sure(a, b)
         row |= matched
         if len(sure) > 1:
-            found, table = compare_behaviour(a, b, sure)
-            row |= found
+            compared, table = compare_behaviour(a, b, sure)
+            row |= compared
             renamed = table.rename(columns={"a": "community_a", "b": "community_b"})
             add_row(files[1], renamed.assign(**key)[[*key, *renamed]].round(4))
     if pair.a != pair.b:  # a model's activity is its own
-        row |= search_jointly(a, b)
+        searched, found = search_jointly(a, b)
+        row |= searched | compare_mixed(a, b, found)
     add_row(files[0], pd.DataFrame([key | row]).round(4))
     print("neurons:", *key.values(), flush=True)
 
@@ -509,7 +532,7 @@ def add_shuffled(name: str, subject: Callable[[str], Subject], out: Path) -> Non
     if not has_row(file, **key):
         one = subject(name)
         side = one, one.neuron_graph()
-        row = {"size": name.partition("-")[0]} | search_jointly(side, side, is_shuffled=True)
+        row = {"size": name.partition("-")[0]} | search_jointly(side, side, is_shuffled=True)[0]
         add_row(file, pd.DataFrame([key | row]).round(4))
 
 
