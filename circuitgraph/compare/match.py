@@ -413,9 +413,10 @@ def match_communities(
     "Match communities by when they are active. Raises ValueError for graphs without communities."
     own, other = _read_communities(a), _read_communities(b)
     sides = zip(activity, (own, other), strict=True)
-    profiles = [sp.csr_array(average_classes(words, classes, classes.max() + 1)) for words, classes in sides]
+    profiles = [average_classes(words, classes, classes.max() + 1) for words, classes in sides]
     alike = [np.zeros(profile.shape[1]) for profile in profiles]
-    table = _match((profiles[0], profiles[1]), (alike[0], alike[1]), n_null, seed)
+    tables = sp.csr_array(profiles[0]), sp.csr_array(profiles[1])
+    table = _match(tables, (alike[0], alike[1]), n_null, seed)
     n_a, n_b = np.bincount(own[own >= 0]), np.bincount(other[other >= 0])
     table.insert(2, "n_a", n_a[table["a"]])
     table.insert(3, "n_b", n_b[table["b"]])
