@@ -15,7 +15,8 @@ has learned nothing. Writes to nbs/results:
 - ladder_communities.csv: a row for each pair of matched communities of neurons.
 
 Pairs whose models are not there are left out. A second run goes on after the rows that are there. CPU time on
-one core: TIMES.
+one core: 6 seconds a pair of graphs of heads of the two small sizes, with its graphs, and 15 of 4x128; 45
+seconds a pair of graphs of neurons.
 """
 
 import argparse

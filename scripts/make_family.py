@@ -10,10 +10,9 @@ is the package's own, of which the last tenth of each document is held out; --te
 
 Of each size there are three seeds (of 4x192 two), a twin that was trained on the same tokens in random order,
 and the weights that each began with. The models go to graphs/family, as folders that `load_model` reads, and
-a table of them to nbs/results/family.csv. Two of the smallest are kept in half precision in
-nbs/results/family, as examples for notebooks. A run that was stopped goes on from its last checkpoint, and
-gives the same files. CPU time on one core: 1.6 minutes a model of 2x64, 2.8 of 2x128, 4.5 of 4x128,
-and about 7 of 4x192, by its first steps.
+a table of them to nbs/results/family.csv. A run that was stopped goes on from its last checkpoint, and gives
+the same files. CPU time on one core: 1.6 minutes a model of 2x64, 2.8 of 2x128, 4.5 of 4x128, and about 7 of
+4x192, by its first steps.
 """
 
 import argparse
@@ -46,7 +45,6 @@ FOLDER = ROOT / "graphs/family"
 N_SEEDS = {"2x64": 3, "2x128": 3, "4x128": 3, "4x192": 2}
 SHUFFLED = 100  # the seed of a twin on shuffled text, which shares its initial weights with no other model
 N_VOCAB, SEQ_LEN, BATCH, D_HEAD = 2048, 64, 32, 16
-KEPT = ("2x64-0", "2x64-1")  # two seeds, which notebooks compare
 HELD_OUT = 0.1  # of each document
 REPEATED = 0.25  # of the sequences
 SAVE_STEPS = 100
@@ -236,14 +234,6 @@ def train_member(member: Member, tokenizer: Any, documents: list[Tensor], out: P
     shutil.rmtree(checkpoints)
 
 
-def keep_small(name: str, tokenizer: Any, out: Path, folder: Path) -> None:
-    "Write a model in half precision, unless it is there."
-    if not (folder / name).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        model = LlamaForCausalLM.from_pretrained(out / name)
-        save_model(model.half(), tokenizer, folder / name)
-
-
 # What was learned
 
 
@@ -317,7 +307,6 @@ def main() -> None:
     parser.add_argument("--n-steps", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--table", type=Path, default=ROOT / "nbs/results/family.csv")
-    parser.add_argument("--keep", type=Path, default=ROOT / "nbs/results/family")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the order of sums, and so the last digits of weights, depend on it
     known, held_out = read_documents(args.text)
@@ -334,8 +323,6 @@ def main() -> None:
             train_member(member, tokenizer, documents, args.out, args.n_steps)
             print(f"{member.name}: {time.process_time() - began:.0f} CPU-seconds", flush=True)
             add_rows(member, args.out, sequences, bigram, args.table)
-            if member.name in KEPT:
-                keep_small(member.name, tokenizer, args.out, args.keep)
 
 
 if __name__ == "__main__":
