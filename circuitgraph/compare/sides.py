@@ -86,9 +86,8 @@ def _list_edges(graph: Graph, chosen: Int[np.ndarray, " node"], n: int) -> list[
     order = np.argsort(-size, kind="stable")
     kept = order[is_inside[order]][:n]
     largest = size[kept].max(initial=1e-300)
-    columns = (place[source[kept]], place[target[kept]], weight[kept], size[kept] / largest)
-    names = ("source", "target", "weight", "width")
-    return [dict(zip(names, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)]
+    table = pd.DataFrame({"source": place[source[kept]], "target": place[target[kept]]})
+    return table.assign(weight=weight[kept], width=size[kept] / largest).to_dict("records")
 
 # %% ../../nbs/896_sides.ipynb #sd11
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288")
