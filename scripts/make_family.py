@@ -11,7 +11,8 @@ is the package's own, of which the last tenth of each document is held out; --te
 Of each size there are three seeds (of 4x192 two), a twin that was trained on the same tokens in random order,
 and the weights that each began with. The models go to graphs/family, as folders that `load_model` reads, and
 a table of them to nbs/results/family.csv. A run that was stopped goes on from its last checkpoint, and gives
-the same files. CPU time on one core: 1.6 minutes a model of 2x64, 3 of 2x128, about 6 of 4x128, 10 of 4x192.
+the same files. CPU time on one core: 1.6 minutes a model of 2x64, 2.8 of 2x128, 4.5 of 4x128, and about 7 of
+4x192, by its first steps.
 """
 
 import argparse

@@ -79,6 +79,8 @@ def prepare(home):
     exp_ladder.list_behaviours = list_behaviours
     exp_ladder.N_NULL = 6
     exp_ladder.N_GRAPH = exp_ladder.N_MATCH = exp_ladder.N_CUT = 4
+    exp_ladder.N_NEURONS = exp_ladder.SHIFTS = 2
+    exp_ladder.OF_NEURONS = ("other half",)
     make_models(home / "family")
     text = home / "text.txt"
     text.write_text("\n".join([" ".join(read_text())] * 3))

@@ -398,9 +398,14 @@ def test_two_graphs_are_compared_on_a_text(tmp_path, monkeypatch, embedded):
     text = tmp_path / "text.txt"
     text.write_text("The cat that the dogs saw was on the old mat. " * 20)
     call = ["compare", tmp_path / "g0", tmp_path / "g1", "--text", text, "--n-classes", 8]
-    done = invoke(*call, "--out", tmp_path / "matched.csv")
+    page, seeds = tmp_path / "compared.html", 3 * ["--seed-distance", 0.9]
+    done = invoke(*call, "--out", tmp_path / "matched.csv", "--page", page, *seeds)
     assert done.exit_code == 0, done.output
     assert "edges, correlation" in done.stdout and "distance" in done.stdout
+    assert "isomorphic at this tolerance: 95 % of 3 pairs of other seeds" in done.stdout
+    assert "side by side" in page.read_text() and str(page) in done.stdout
+    check_refusal(invoke(*call, "--page", tmp_path / "compared.txt"), "page must end in .html")
+    check_refusal(invoke(*call, "--seed-distance", 1.5), "seed_distance must lie in")
     matched = pd.read_csv(tmp_path / "matched.csv")
     assert (matched["a"] == matched["b"]).all() and len(matched) == 61
     check_refusal(invoke(*call[:3], "--text", tmp_path / "no.txt"), "no.txt")

@@ -1,30 +1,46 @@
 """Comparison against definitions: refinement, the distance of classes, matches, and bad input."""
 
+import copy
+import json
+import shutil
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from playwright.sync_api import sync_playwright
 from scipy.optimize import linprog
 from scipy.stats import kstest
+from sklearn.linear_model import LinearRegression
 from sklearn.metrics import adjusted_mutual_info_score
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from circuitgraph.build.build import build_graph
+from circuitgraph.build.prompt import Prompt
 from circuitgraph.community.links import add_history
 from circuitgraph.community.patterns import read_patterns
 from circuitgraph.community.search import find_communities
-from circuitgraph.compare.compare import compare_graphs
+from circuitgraph.compare.compare import Comparison, compare_graphs
+from circuitgraph.compare.effects import compare_profiles, describe_sizes, exchange_partners, form_strata
+from circuitgraph.compare.effects import measure_cuts, remove_sizes
 from circuitgraph.compare.isomorphism import are_fractionally_isomorphic, class_distance, class_vectors
 from circuitgraph.compare.isomorphism import compare_colours, permute_weights, read_shares, refine_colours
-from circuitgraph.compare.match import correlate_nodes, cover_words, match_communities, match_nodes
+from circuitgraph.compare.joint import find_joint, score_mixed
+from circuitgraph.compare.match import correlate_nodes, cover_words, judge_match, match_communities
+from circuitgraph.compare.match import match_nodes
 from circuitgraph.compare.match import read_words, split_passages, verify_edges
 from circuitgraph.compare.quotients import inequitability, match_classes, quotient_distance
+from circuitgraph.compare.sides import find_contexts, name_supernodes
 from circuitgraph.data.corpus import load_corpus
+from circuitgraph.dictionary.places import neuron_basis
 from circuitgraph.graph.graph import Graph
+from circuitgraph.graph.prompt_view import save_attribution_graph
 from circuitgraph.model.loading import load_model, tiny_model
-from circuitgraph.options import Run
+from circuitgraph.options import Pruning, Run
+from feature_oracles import all_dictionaries
 from oracles import random_tokens
 
 QUIET = Run(progress=False)
@@ -477,3 +493,324 @@ def test_one_model_on_two_texts_is_itself():
         compare_graphs(graphs[0], nothing, text, **options)
     with pytest.raises(ValueError, match="at least 40 words"):
         compare_graphs(*graphs, "too short", **options)
+
+
+# Calibration where nothing is shared
+
+
+def test_p_of_a_whole_match_and_of_its_best_layer_are_uniform_where_nothing_is_shared():
+    graph, other = named_graph(16), named_graph(24)
+    found = {"all nodes": [], "best layer": []}
+    for seed in range(200):
+        words = sp.csr_array(draw_profiles(80, 16, seed)), sp.csr_array(draw_profiles(80, 24, 500 + seed))
+        judged = judge_match(graph, other, words, n_null=19, seed=seed)
+        for row, p in found.items():
+            p.append(judged.loc[row, "p"])
+    assert all(kstest(p, "uniform").pvalue > 0.01 for p in found.values())
+
+
+def test_the_best_layer_is_that_of_its_definition():
+    graph, other = named_graph(12), named_graph(14)
+    words = draw_profiles(90, 12, 0), draw_profiles(90, 14, 1)
+    matches = match_nodes(graph, other, tuple(map(sp.csr_array, words)))
+    by_layer = matches.groupby(matches["a"].str[1])["correlation"].median()
+    judged = judge_match(graph, other, tuple(map(sp.csr_array, words)), n_null=3)
+    assert judged.loc["best layer", "correlation"] == pytest.approx(by_layer.max())
+    assert judged.loc["all nodes", "correlation"] == pytest.approx(matches["correlation"].median())
+
+
+def test_p_of_a_matched_community_is_uniform_where_nothing_is_shared():
+    a, b = (named_graph(n, community=np.arange(n) % 5) for n in (20, 30))
+    p = []
+    for seed in range(200):
+        words = sp.csr_array(draw_profiles(100, 20, seed)), sp.csr_array(draw_profiles(100, 30, 500 + seed))
+        matches = match_communities(a, b, words, n_null=10, seed=seed).set_index("a")
+        p.append(matches.loc[seed % 5, "p"])  # one of each draw, since those of a draw depend on each other
+    assert kstest(p, "uniform").pvalue > 0.01
+
+
+def test_p_of_exchanged_partners_is_uniform_where_profiles_share_nothing():
+    stratum = np.arange(15) // 5
+    p = []
+    for seed in range(200):
+        draw = np.random.default_rng(seed)
+        profiles = draw.normal(size=(15, 20)), draw.normal(size=(15, 20))
+        p.append(compare_profiles(*profiles, stratum, n_null=99, seed=seed)[1]["p"])
+    assert kstest(p, "uniform").pvalue > 0.01
+
+
+# Communities cut out
+
+
+@pytest.fixture(scope="module")
+def llama():
+    "A small model of transformers, and the same as a model of ours."
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(config).eval().double()
+    return theirs, load_model(copy.deepcopy(theirs))
+
+
+def losses_of(theirs, tokens):
+    logits = theirs(tokens).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")
+
+
+@torch.no_grad()
+def cut_by_hooks(theirs, tokens, columns):
+    "The rise of the loss with columns of the inputs of some linear layers held at their means."
+    before, seen, handles = losses_of(theirs, tokens), {}, []
+    for layer in columns:
+        keep = layer.register_forward_pre_hook(lambda layer, args: seen.update({layer: args[0]}))
+        handles.append(keep)
+    theirs(tokens)
+    [handle.remove() for handle in handles]
+    means = {layer: x[:, 1:].mean((0, 1)) for layer, x in seen.items()}
+
+    def replace_columns(layer, args):
+        x = args[0].clone()
+        x[..., columns[layer]] = means[layer][columns[layer]]
+        return (x,)
+
+    handles = [layer.register_forward_pre_hook(replace_columns) for layer in columns]
+    rise = losses_of(theirs, tokens) - before
+    [handle.remove() for handle in handles]
+    return rise.numpy()
+
+
+def test_cut_neurons_and_heads_are_those_of_hooks_in_transformers(llama):
+    theirs, model = llama
+    tokens = random_tokens(model, 6, 9)
+    neurons = {name: neuron_basis(model, name) for name in ("m0", "m1")}
+    sets = [["m0/3", "m0/7", "m1/2"], ["a0.h1", "a1.h0", "a1.h3"], ["m1/5", "a0.h2", "m1/err", "logits"]]
+    (first, second), head = theirs.model.layers, lambda i: list(range(4 * i, 4 * i + 4))
+    columns = [
+        {first.mlp.down_proj: [3, 7], second.mlp.down_proj: [2]},
+        {first.self_attn.o_proj: head(1), second.self_attn.o_proj: head(0) + head(3)},
+        {second.mlp.down_proj: [5], first.self_attn.o_proj: head(2)},
+    ]
+    rise = measure_cuts(model, tokens, sets, neurons, run=Run(batch_size=4, progress=False))
+    expected = [cut_by_hooks(theirs, tokens, one) for one in columns]
+    assert np.allclose(rise[:, :, :-1], expected, atol=1e-6) and np.isnan(rise[:, :, -1]).all()
+    assert np.abs(expected).max() > 1e-3
+
+
+def test_cuts_of_unknown_nodes_are_refused(llama):
+    _, model = llama
+    with pytest.raises(ValueError, match="dictionaries must hold those of the features, but 'm0' is missing"):
+        measure_cuts(model, random_tokens(model), [["m0/3"]], run=QUIET)
+    with pytest.raises(ValueError, match="no 'a7'"):
+        measure_cuts(model, random_tokens(model), [["a7"]], run=QUIET)
+
+
+def test_sizes_are_counted_edge_by_edge_and_fitted_by_least_squares(graphs):
+    graph = graphs[0]
+    classes = np.arange(len(graph.nodes)) % 4 - 1
+    found = describe_sizes(graph, classes)
+    name, edges = graph.nodes["name"].tolist(), graph.edges
+    for c in range(3):
+        members = {one for one, number in zip(name, classes, strict=True) if number == c}
+        ends = [*edges["source"], *edges["target"]]
+        frequency = graph.nodes.loc[classes == c, "frequency"].fillna(0).mean()
+        expected = [len(members), sum(end in members for end in ends), max(frequency, 1e-6)]
+        assert found[c] == pytest.approx(np.log(expected))
+    draw = np.random.default_rng(0)
+    sizes, effects = draw.normal(size=(12, 3)), draw.normal(size=(12, 7))
+    expected = effects - LinearRegression().fit(sizes, effects).predict(sizes)
+    assert np.allclose(remove_sizes(effects, sizes), expected)
+
+
+def test_partners_are_exchanged_within_strata_and_none_keeps_its_own():
+    sizes = np.random.default_rng(0).normal(size=(23, 3))
+    stratum = form_strata(sizes)
+    assert sorted(np.bincount(stratum)) == [5, 6, 6, 6]
+    score = ((sizes - sizes.mean(0)) / sizes.std(0)).mean(1)
+    ranges = [(score[stratum == s].min(), score[stratum == s].max()) for s in range(4)]
+    assert all(high < low for (_, high), (low, _) in pairwise(ranges))
+    for seed in range(20):
+        moved = exchange_partners(stratum, np.random.default_rng(seed))
+        assert sorted(moved) == list(range(23)) and (stratum[moved] == stratum).all()
+        assert (moved != np.arange(23)).all()
+    with pytest.raises(ValueError, match="at least two pairs, got 1 and 1"):
+        compare_profiles(np.ones((1, 3)), np.ones((1, 3)), np.zeros(1, dtype=int))
+
+
+# Joint communities
+
+
+def plant_topics(n_words, sides, seed):
+    "Activity of models whose nodes follow topics, of which the models share some, and the nodes' topics."
+    draw = np.random.default_rng(seed)
+    theme = draw.gamma(0.3, size=(n_words, 1 + max(max(topics) for topics, _ in sides)))
+    found = []
+    for topics, n in sides:
+        topic = np.concatenate([topics, topics, topics, draw.choice(topics, n)])
+        found.append((sp.csr_array(theme[:, topic] * draw.random((n_words, len(topic)))), topic))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_shared_topics_are_mixed_communities_and_own_ones_are_not(seed):
+    (a, topic), (b, other) = plant_topics(600, [(range(6), 30), ([0, 1, 2, 3, 6, 7, 8], 60)], seed)
+    joint = find_joint(a, b)
+    sure = joint.mixed[joint.mixed["p"] <= 0.05]
+    assert len(sure) == 4 and sure["score"].min() > 0.5
+    truth, member = np.concatenate([topic, other]), np.concatenate(joint.member)
+    assert adjusted_mutual_info_score(truth, member) > 0.95
+    of_sure = np.isin(member, sure["community"])
+    assert set(truth[of_sure]) == {0, 1, 2, 3}
+    # the same words in random order: each model keeps its communities, and none is shared
+    order = np.random.default_rng(seed).permutation(600)
+    assert not (find_joint(a, sp.csr_array(b[order])).mixed["p"] <= 0.05).any()
+
+
+def test_a_joint_search_of_strangers_is_rarely_sure():
+    n_sure = 0
+    for seed in range(40):
+        a, b = sp.csr_array(draw_profiles(200, 30, seed)), sp.csr_array(draw_profiles(200, 40, 900 + seed))
+        n_sure += (find_joint(a, b, least=0.1, seed=seed).mixed["p"] <= 0.05).any()
+    assert n_sure <= 6  # 2 expected; more than 6 in 14 of 10,000
+
+
+def test_a_score_is_the_correlation_of_mean_standard_scores():
+    a, b = draw_profiles(60, 5, 0), draw_profiles(60, 4, 1)
+    member = np.array([0, 0, 1, 1, 2, 0, 0, 2, 2])
+    scored = score_mixed((sp.csr_array(a), sp.csr_array(b)), member)
+    parts = [((x - x.mean(0)) / x.std(0))[:, :2].mean(1) for x in (a, b)]
+    assert scored["community"].tolist() == [0] and scored["n_b"].tolist() == [2]
+    assert scored["score"].iloc[0] == pytest.approx(np.corrcoef(*parts)[0, 1])
+
+
+def test_a_joint_search_refuses_what_it_cannot_use():
+    a = sp.csr_array(draw_profiles(120, 5, 0))
+    with pytest.raises(ValueError, match="same words, at least 100, got 120 and 60"):
+        find_joint(a, sp.csr_array(a[:60]))
+    for options in ({"n_null": 0}, {"n_neighbours": 0}, {"least": 0.0}):
+        with pytest.raises(ValueError, match="n_null and n_neighbours must be at least 1"):
+            find_joint(a, a, **options)
+
+
+# What may be claimed, and the page
+
+
+@pytest.fixture(scope="module")
+def compared(graphs):
+    "A comparison of a tiny model's graphs on two texts, by drawn activity."
+    grouped = tuple(find_communities(graph, "leiden", seed=0) for graph in graphs)
+    passages = ["zero one two three four", "five <b> seven eight nine"]
+    n_nodes = len(graphs[0].nodes)
+    words = sp.csr_array(draw_profiles(8, n_nodes, 0))
+    matches = match_nodes(*grouped, (words, words))
+    communities = match_communities(*grouped, (words, words)).assign(p=0.01)
+    edges = verify_edges(*grouped, matches)
+    return Comparison(grouped, tuple(passages), (words, words), matches, communities, edges, 0.02, (0.9, 0.8))
+
+
+@pytest.mark.parametrize(
+    ("seeds", "distance", "claim"),
+    [
+        ((), 0.0, "none: it takes the distances of at least 3 pairs"),
+        ((0.5, 0.5), 0.0, "none: it takes the distances of at least 3 pairs"),
+        ((0.01, 0.02, 0.05), 0.04, "isomorphic at this tolerance"),
+        ((0.01, 0.02, 0.05), 0.0471, "none: 95 % of 3 pairs"),
+        ((0.9, 0.95, 1.0), 0.85, "none: 95 % of 3 pairs"),  # no nearer than permuted weights
+    ],
+)
+def test_a_claim_needs_other_seeds_and_beats_95_percent_of_them(compared, seeds, distance, claim):
+    result = replace(compared, other_seeds=seeds, distance=distance)
+    assert result.claim().startswith(claim) and claim in repr(result)
+
+
+def test_contexts_are_the_words_of_largest_activity(compared):
+    activity = compared.activity[0].toarray()[:, 0]
+    words = [word for passage in compared.passages for word in passage.split()[1:]]
+    best = [words[i] for i in np.argsort(-activity)[:3]]
+    assert [context[1] for context in find_contexts(activity, compared.passages)] == best
+    assert find_contexts(np.zeros(8), compared.passages) == []
+
+
+@pytest.fixture
+def page(compared, tmp_path):
+    "The page in a browser; afterwards it must have said nothing and asked for nothing."
+    path = compared.save_page(tmp_path / "compared.html")
+    said, asked = [], []
+    with sync_playwright() as play:
+        chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(path.as_uri())
+        yield page
+        browser.close()
+    assert said == [] and all(url.startswith("file:") for url in asked)
+
+
+def test_a_click_on_a_node_shows_its_partner_and_both_contexts(compared, page):
+    row = compared.nodes.iloc[-1]
+    page.focus(f"#graph-0 circle[data-name='{row['a']}']")
+    page.keyboard.press("Enter")
+    assert f"{row['a']} and {row['b']}: correlation" in page.text_content("#match")
+    assert page.text_content("#card-0 h3") == row["a"] and page.text_content("#card-1 h3") == row["b"]
+    assert page.get_attribute("#graph-1 circle.chosen", "data-name") == row["b"]
+    marked = page.locator("#card-1 mark").all_text_contents()
+    column = compared.graphs[1].nodes["name"].tolist().index(row["b"])
+    activity = compared.activity[1].toarray()[:, column]
+    assert marked == [context[1] for context in find_contexts(activity, compared.passages)]
+
+
+def test_a_click_on_a_community_shows_its_nodes_in_both_graphs(compared, page):
+    page.locator("#communities button").first.click()
+    first = compared.communities.iloc[0]
+    members = [
+        (g.nodes["community"] == first[end]).sum() for g, end in zip(compared.graphs, "ab", strict=True)
+    ]
+    near = [page.locator(f"#graph-{side} circle:not(.far)") for side in (0, 1)]
+    assert [one.count() for one in near] == members
+    colours = {one.first.get_attribute("fill") for one in near}
+    assert len(colours) == 1 and "claim" in page.text_content("table")
+
+
+def test_a_page_has_the_suffix_of_one(compared, tmp_path):
+    with pytest.raises(ValueError, match="must end in .html"):
+        compared.save_page(tmp_path / "compared.txt")
+
+
+def test_matched_communities_are_supernodes_of_a_prompt_with_one_name_in_both_models(tmp_path):
+    model = tiny_model("llama")
+    dictionaries = all_dictionaries(model, d_dict=11, k=4)
+    pruning = Pruning(None)
+    fine = build_graph(model, random_tokens(model), dictionaries, pruning=pruning, run=QUIET)
+    fine = find_communities(fine, "leiden", seed=0)
+    words = sp.csr_array(draw_profiles(30, len(fine.nodes), 0))
+    matches = match_nodes(fine, fine, (words, words))
+    communities = match_communities(fine, fine, (words, words))
+    result = Comparison((fine, fine), (), (words, words), matches, communities, {}, 0.0, (1.0,))
+    prompt = Prompt(random_tokens(model, 1, 6), n_logits=3)
+    graph = build_graph(model, prompt, dictionaries, pruning=pruning, run=QUIET)
+    named = [name_supernodes(result, side, graph) for side in (0, 1)]
+    assert named[0].nodes["supernode"].equals(named[1].nodes["supernode"])
+    path = save_attribution_graph(named[0], model, tmp_path / "shared.json", slug="shared")
+    supernodes = json.loads(path.read_text())["qParams"]["supernodes"]
+    community = fine.nodes.set_index("name")["community"]
+    number = {c: i for i, c in enumerate(communities.loc[communities["p"] < 0.05, "a"])}
+    shared = graph.nodes["name"].str.partition("@")[0].map(community).map(number)
+    assert supernodes and {name for name, *_ in supernodes} <= {f"shared {i:g}" for i in shared.dropna()}
+    assert (
+        named[0].nodes["supernode"] == shared.map("shared {:.0f}".format, na_action="ignore").fillna("")
+    ).all()
+    with pytest.raises(ValueError, match="side must be 0 or 1"):
+        name_supernodes(result, 2)
+    with pytest.raises(ValueError, match="in a matched community"):
+        name_supernodes(replace(result, communities=communities.assign(p=1.0)), 0)
+    with pytest.raises(ValueError, match="of other weights"):
+        other = tiny_model("llama", seed=1)
+        name_supernodes(result, 0, build_graph(other, random_tokens(other), nodes="layer", run=QUIET))
