@@ -20,12 +20,13 @@ from circuitgraph.label.evidence import find_evidence, join_descriptions, name_f
 from circuitgraph.label.evidence import read_descriptions, score_descriptions
 from circuitgraph.label.fit import LabelConfig, Reader, data_bits, draw_positions, fit_threshold
 from circuitgraph.label.heads import RULES, label_heads, make_patterns, rule_patterns
-from circuitgraph.label.nodes import explain, label_nodes, list_parents, read_codes, read_programs, run_part
+from circuitgraph.label.nodes import explain, label_nodes, list_parents, read_programs, run_part
 from circuitgraph.label.nodes import score_programs, split_text, swap_codes
 from circuitgraph.label.programs import SELECTORS, Count, Positions, Program, Threshold, load_program
 from circuitgraph.label.programs import save_program
 from circuitgraph.label.replaced import choose_programs, judge_labelled, keep_read_edges, refit_program
 from circuitgraph.label.replaced import refit_programs, run_labelled, run_replaced
+from circuitgraph.label.summands import read_writes
 from circuitgraph.model.blocks import run_attention
 from circuitgraph.model.loading import load_model, tiny_model
 from circuitgraph.options import Judging, Pruning, Run
@@ -174,7 +175,8 @@ def test_a_module_is_run_on_its_changed_input(name, module):
     tokens = random_tokens(model, 2, 6)
     dictionaries = all_dictionaries(model, gate="relu")
     cut = cut_model(model, dictionaries)
-    codes, streams = read_codes(cut, tokens)
+    writes = read_writes(cut, tokens)
+    codes, streams = writes.codes, writes.streams
     part = next(part for part in cut.parts if part.module == module)
     before = {p.module: codes[p.module] for p in cut.parts if p.dictionary and p.first < part.n_before}
     swapped = swap_codes(before, 0.4, torch.Generator().manual_seed(0))
@@ -188,7 +190,8 @@ def test_a_module_is_run_on_its_changed_input(name, module):
     ports = ("mlp",) if module[0] == "m" else ("q", "k", "v")
     output = module_by_hand(model, module[0], 1, {port: x + change for port in ports})[0]
     expected = dictionaries[module].encode(output)
-    assert torch.allclose(run_part(cut, part, tokens, streams[1], change), expected, atol=1e-9)
+    code, read = run_part(cut, part, tokens, streams[1], change)
+    assert torch.allclose(code, expected, atol=1e-9) and torch.allclose(read, x + change, atol=1e-9)
 
 
 def test_swapped_codes_are_those_of_other_positions():
@@ -521,7 +524,7 @@ def test_evidence_lists_the_positions_of_each_case(logic, labelled):
     table = find_evidence(
         wrong, "m1/1", known.model, known.tokens, known.dictionaries, n=n, run=QUIET
     ).set_index(["sequence", "position"])
-    codes, _ = read_codes(cut_model(known.model, known.dictionaries), known.tokens)
+    codes = read_writes(cut_model(known.model, known.dictionaries), known.tokens).codes
     of_and, of_or = codes["m1"][..., 0], codes["m1"][..., 1]
     both, one = (of_and > 0) & (of_or > 0), (of_or > 0) & (of_and == 0)
     for case, expected in {"agrees": both, "missed": one}.items():
@@ -550,7 +553,7 @@ def test_short_names_hold_the_tokens_that_carry_enough(logic, labelled):
 
 def test_a_feature_that_is_never_active_is_not_named_by_tokens(logic, labelled):
     known, _, _ = logic
-    codes, _ = read_codes(cut_model(known.model, known.dictionaries), known.tokens)
+    codes = read_writes(cut_model(known.model, known.dictionaries), known.tokens).codes
     silent = (codes["m0"][:, 1:, 0] == 0).all(1)
     text = known.tokens[silent]
     assert len(text)
@@ -590,7 +593,7 @@ class OneWord:
 def test_a_description_that_quotes_tokens_takes_the_tests(logic, labelled):
     known, _, text = logic
     model = replace(known.model, tokenizer=OneWord())
-    codes, _ = read_codes(cut_model(known.model, known.dictionaries), text)
+    codes = read_writes(cut_model(known.model, known.dictionaries), text).codes
     fires = codes["m1"][:, 1:, 0] > 0  # the AND of the first pair
     when = sorted(set(text[:, 1:][fires].tolist()))
     described = join_descriptions(labelled, {"m1/0": f'the word "{when[0]}"', "m1/1": "an OR"})
@@ -598,7 +601,7 @@ def test_a_description_that_quotes_tokens_takes_the_tests(logic, labelled):
     assert scores.loc["m1/0", "n_tokens"] == 1 and np.isnan(scores.loc["m1/1", "r2"])
     # F1 by hand, on the same half
     _, rest = split_text(text)
-    codes, _ = read_codes(cut_model(known.model, known.dictionaries), rest)
+    codes = read_writes(cut_model(known.model, known.dictionaries), rest).codes
     own, said = codes["m1"][:, 1:, 0] > 0, rest[:, 1:] == when[0]
     assert scores.loc["m1/0", "f1"] == pytest.approx(2 * (own & said).sum() / (own.sum() + said.sum()))
     with pytest.raises(ValueError, match="must have descriptions"):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['N_BACK', 'SELECTORS', 'Function', 'FUNCTIONS', 'find_induction', 'Positions', 'Threshold', 'Count', 'Product', 'Tree',
-           'Program', 'save_program', 'load_program']
+           'is_feature', 'split_name', 'Program', 'save_program', 'load_program']
 
 # %% ../../nbs/880_programs.ipynb #pg03
 import json
@@ -245,6 +245,18 @@ class Tree:
 Function = Threshold | Count | Product | Tree
 FUNCTIONS = {function.__name__: function for function in (Threshold, Count, Product, Tree)}
 
+# %% ../../nbs/880_programs.ipynb #pg31
+def is_feature(node: str) -> bool:
+    "Whether a node's name is that of a feature: `m9/5`, but not `m9` or `m9/err`."
+    _, _, last = node.rpartition("/")
+    return last.isdigit() and node != last
+
+
+def split_name(feature: str) -> tuple[str, int]:
+    "The module and the number of a feature."
+    module, index = feature.split("/")
+    return module, int(index)
+
 # %% ../../nbs/880_programs.ipynb #pg23
 @dataclass(frozen=True)
 class Program:
@@ -270,6 +282,11 @@ class Program:
             raise ValueError(f"function must read the {n_given} inputs of the program, but reads {n_read}")
 
     @property
+    def whole(self) -> list[int]:
+        "Which parents are no features; they are read at the position itself, whatever the selector."
+        return [i for i, parent in enumerate(self.parents) if not is_feature(parent)]
+
+    @property
     def kind(self) -> str:
         '"tokens", "copy", "not", "threshold", "count", "product" or "tree".'
         function = self.function
@@ -289,6 +306,8 @@ class Program:
         "The activation that the program gives at each position."
         selector = self.selector
         x = text.select(acts, selector)
+        if selector != "same" and self.whole:
+            x[:, :, self.whole] = acts[:, :, self.whole]
         if self.tokens:
             is_listed = text.is_token(self.tokens, selector)
             column = is_listed[:, :, None]
@@ -298,7 +317,10 @@ class Program:
     def write(self, show: Callable[[int], str] = str) -> str:
         "The program as a line of text; `show` gives the text of a token."
         at = "" if self.selector == "same" else f"@{self.selector}"
-        inputs = [f"{parent}{at}" for parent in self.parents]
+        inputs = []
+        for parent in self.parents:
+            name = f"{parent}{at}" if is_feature(parent) else f"[{parent}]"
+            inputs.append(name)
         if self.tokens:
             listed = ", ".join(map(show, self.tokens))
             inputs.append(f"[token{at} in {{{listed}}}]")
