@@ -84,7 +84,8 @@ def find_evidence(
     if program is None:
         raise ValueError(f"node must be a feature with a program, got {node!r}")
     tokens = corpus.whole() if isinstance(corpus, Corpus) else corpus
-    activities = read_activities(model, graph, tokens, dictionaries, run)
+    writers = "all" if program.whole else "features"
+    activities = read_activities(model, graph, tokens, dictionaries, run, writers)
     reader = activities.read(node, program.parents)
     predicted = program.run(reader.parent_acts, reader.text).ravel()
     table = pd.DataFrame({"activation": reader.acts, "predicted": predicted})

@@ -92,7 +92,7 @@ class LabelConfig:
 
     Raises ValueError for numbers out of range."""
 
-    writers: str = "features"  # nodes that programs may read: "features", or "all", whole modules and errors too
+    writers: str = "features"  # that programs may read; "all": whole modules and errors too
     n_parents: int = 40  # largest parents of a reader in the graph that are tried
     n_used: int = 8  # parents that a program reads, at most
     n_tokens: int = 20  # tokens that a program lists, at most

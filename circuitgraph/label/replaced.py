@@ -27,7 +27,8 @@ from ..dictionary.places import visit_modules
 from ..dictionary.protocol import Dictionary, reconstruct
 from ..graph.graph import Graph
 from .fit import Reader, fit_threshold
-from .nodes import SKIP_FIRST, group_programs, list_parents, predict_codes
+from .nodes import SKIP_FIRST, Source, find_dictionaries, group_programs, list_parents
+from .nodes import predict_codes
 from .nodes import read_activities, read_programs
 from .programs import Positions, Program, save_program, split_name
 from .summands import Summands, Writes, encode_part, note_writes, read_added
@@ -146,7 +147,7 @@ def run_labelled(
     model: Model,
     graph: Graph,  # labelled
     tokens: Int[Tensor, "batch pos"],
-    dictionaries: Mapping[str, Dictionary],  # by module: those that the graph was built with
+    dictionaries: Source | None = None,  # by default from the folder that the graph names
     *,
     share: float = 1.0,  # of the graph's live features that are replaced, those whose programs save most bits
     error: bool = True,  # whether what the dictionaries miss is kept
@@ -154,11 +155,12 @@ def run_labelled(
     """Run the model with labels in the place of features, and give its logits.
 
         logits = run_labelled(model, labelled, tokens, dictionaries, share=0.25)
+        logits = run_labelled(model, labelled, tokens)     # if the labels were made with a folder
 
-    Raises ValueError for a graph without labels, other dictionaries, and a share out of range."""
+    Raises ValueError for a graph without labels, other dictionaries or none, and a share out of range."""
     check_arguments(run_labelled, locals())
     check_tokens(tokens, model)
-    cut = open_cut(model, graph, dictionaries)
+    cut = open_cut(model, graph, find_dictionaries(model, graph, dictionaries))
     assert isinstance(cut, FeatureCut)
     return run_replaced(cut, choose_programs(graph, share), tokens, error)
 
@@ -281,8 +283,11 @@ def refit_programs(
 ) -> Graph:  # the same features have programs
     "Put linear fits in the place of programs. Raises ValueError as `label_nodes`."
     tokens = corpus.whole() if isinstance(corpus, Corpus) else corpus
-    activities = read_activities(model, graph, tokens, dictionaries, run)
-    parents, programs = list_parents(graph, n_parents), read_programs(graph)
+    programs = read_programs(graph)
+    whole = {split_name(name)[0] for name, program in programs.items() if program.whole}
+    writers = "all" if whole else "features"
+    activities = read_activities(model, graph, tokens, dictionaries, run, writers)
+    parents = list_parents(graph, n_parents, whole)
     written = dict.fromkeys(graph.nodes["name"], "")
     for name in tqdm(programs, desc="refitted", unit="feature", disable=not run.progress):
         reader = activities.read(name, parents[name])
