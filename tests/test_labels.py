@@ -13,6 +13,7 @@ from scipy.optimize import nnls
 from circuitgraph.build.build import build_graph
 from circuitgraph.community.links import add_history
 from circuitgraph.cut import cut_model
+from circuitgraph.dictionary.store import save_dictionary
 from circuitgraph.files import hash_content
 from circuitgraph.graph.figures import plot_layers
 from circuitgraph.graph.viewer import list_choices
@@ -26,8 +27,8 @@ from circuitgraph.label.programs import SELECTORS, Count, Positions, Program, Th
 from circuitgraph.label.programs import save_program
 from circuitgraph.label.replaced import choose_programs, judge_labelled, keep_read_edges, refit_program
 from circuitgraph.label.replaced import refit_programs, run_labelled, run_replaced
-from circuitgraph.label.summands import read_writes
-from circuitgraph.model.blocks import run_attention
+from circuitgraph.label.summands import Summands, read_writes
+from circuitgraph.model.blocks import freeze_block, run_attention
 from circuitgraph.model.loading import load_model, tiny_model
 from circuitgraph.options import Judging, Pruning, Run
 from feature_oracles import all_dictionaries, draw, module_by_hand
@@ -205,6 +206,107 @@ def test_swapped_codes_are_those_of_other_positions():
     assert torch.equal(swap_codes(codes, 0.0, torch.Generator())["a1"], codes["a1"])
 
 
+# Parents that are no features
+
+
+def summand_by_hand(model, part, x, y):
+    "What a term y of the stream x adds to what an encoder reads: position by position, head by head."
+    block = model.layers[part.layer]
+    norm = block.ln1 if part.kind == "attn" else block.ln2
+    centred = x - x.mean(-1, keepdim=True) if norm.kind == "layer" else x
+    sigma = (centred.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+    own = y - y.mean(-1, keepdim=True) if norm.kind == "layer" else y
+    normed = own * sigma * norm.weight
+    if part.kind == "mlp":
+        return normed
+    attn, out = block.attn, torch.zeros_like(x)
+    pattern = freeze_block(model, part.layer, x)["pattern"]
+    group = model.n_heads // model.n_kv_heads
+    for s in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            for h in range(model.n_heads):
+                for u in range(t + 1):
+                    v = attn.W_V[h // group] @ normed[s, u]
+                    out[s, t] += pattern[s, h, t, u] * (attn.W_O[:, h] @ v)
+    return out
+
+
+@pytest.mark.parametrize("module", ["m1", "a1"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox"])
+@torch.no_grad()
+def test_a_summand_is_what_a_node_adds(name, module):
+    model = tiny_model(name, dtype=torch.float64)
+    reads = "normed" if module == "m1" else "output"
+    cut = cut_model(model, {module: draw(model, module, reads=reads, gate="relu")})
+    writes = read_writes(cut, random_tokens(model, 2, 6))
+    part = next(part for part in cut.parts if part.module == module)
+    summands = Summands(cut, writes)
+    for node in ("embed", "a0", "m0"):
+        by_hand = summand_by_hand(model, part, writes.reads[module], writes.whole[node])
+        assert torch.allclose(summands.carry(module, node), by_hand, atol=1e-9)
+        W_enc = part.dictionary.W_enc
+        assert torch.allclose(summands.add(module, node, [3, 1]), by_hand @ W_enc[:, [3, 1]], atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def transcoded():
+    "A transcoder whose features are sums of two nodes above 0, and a program for each that says so."
+    model = tiny_model("llama", dtype=torch.float64)
+    dictionary = draw(model, "m0", reads="normed", gate="relu")
+    programs = {}
+    b_enc = dictionary.b_enc if dictionary.b_in is None else dictionary.b_enc - dictionary.b_in @ dictionary.W_enc
+    for j in range(dictionary.d_dict):
+        programs[f"m0/{j}"] = Program(Threshold((1.0, 1.0), float(b_enc[j])), ("embed", "a0"))
+    return model, dictionary, programs
+
+
+def test_sums_over_nodes_pass_both_tests_and_stand_for_the_features(transcoded):
+    model, dictionary, programs = transcoded
+    cut, tokens = cut_model(model, {"m0": dictionary}), random_tokens(model, 12, 8)
+    for share in (0.0, 0.5):
+        scores = score_programs(cut, programs, tokens, share, writers="all", run=QUIET)
+        assert (scores["r2"] > 0.999).all() and (scores["f1"] > 0.999).all()
+    one = {name: replace(program, function=replace(program.function, weights=(1.0, 0.5))) for name, program in programs.items()}
+    assert (score_programs(cut, one, tokens, 0.5, writers="all", run=QUIET)["r2"] < 0.99).all()
+    assert torch.allclose(run_replaced(cut, programs, tokens), model(tokens), atol=1e-5)
+    assert (run_replaced(cut, one, tokens) - model(tokens)).abs().max() > 1e-3
+
+
+def test_whole_parents_are_found_and_can_be_left_out(transcoded):
+    model, dictionary, _ = transcoded
+    tokens, dictionaries = random_tokens(model, 60, 8), {"m0": dictionary}
+    graph = build_graph(model, tokens[:4], dictionaries, pruning=Pruning(None), run=QUIET)
+    config = LabelConfig(writers="all")
+    labelled = label_nodes(graph, model, tokens, dictionaries, config=config, run=QUIET)
+    nodes = labelled.nodes[labelled.nodes["program"] != ""]
+    assert len(nodes) > dictionary.d_dict / 2
+    assert (nodes["r2"] > 0.95).mean() > 0.9 and (nodes["r2_intervened"] > 0.95).mean() > 0.9
+    exact = [set(program.parents) == {"embed", "a0"} for program in read_programs(labelled).values()]
+    assert np.mean(exact) > 0.9
+    alone = label_nodes(graph, model, tokens, dictionaries, run=QUIET)
+    assert (alone.nodes.loc[alone.nodes["kind"] == "feature", "no_label"] == "no parents that are features").all()
+    evidence = find_evidence(labelled, nodes["name"].iloc[0], model, tokens[:8], dictionaries, run=QUIET)
+    agreeing = evidence[evidence["case"] == "agrees"]
+    assert np.allclose(agreeing["activation"], agreeing["predicted"], rtol=0.1)
+
+
+def test_a_graph_can_name_the_folder_of_its_dictionaries(transcoded, tmp_path):
+    model, dictionary, _ = transcoded
+    tokens, dictionaries = random_tokens(model, 60, 8), {"m0": dictionary}
+    save_dictionary(dictionary, tmp_path / "dictionaries/m0")
+    graph = build_graph(model, tokens[:4], dictionaries, pruning=Pruning(None), run=QUIET)
+    options = {"config": LabelConfig(writers="all"), "run": QUIET}
+    named = label_nodes(graph, model, tokens, tmp_path / "dictionaries", **options)
+    given = label_nodes(graph, model, tokens, dictionaries, **options)
+    assert read_programs(named) == read_programs(given)
+    named.save(tmp_path / "graph")
+    logits = run_labelled(model, type(named).load(tmp_path / "graph"), tokens[:2])
+    assert torch.equal(logits, run_labelled(model, given, tokens[:2], dictionaries))
+    assert not torch.allclose(logits, model(tokens[:2]), atol=1e-6)
+    with pytest.raises(ValueError, match="graph does not say where they are"):
+        run_labelled(model, given, tokens[:2])
+
+
 # The labelled model
 
 
@@ -345,6 +447,8 @@ def test_bad_requests_are_refused(logic, labelled):
         "n_used must be at most 10": lambda: LabelConfig(n_used=11),
         "min_saved must lie": lambda: LabelConfig(min_saved=1.0),
         "n_parents must be at least 1": lambda: LabelConfig(n_parents=0),
+        "writers must be one of features, all": lambda: LabelConfig(writers="modules"),
+        "graph must be one of": lambda: label_nodes(graph, tiny_model("llama"), text, dictionaries, run=QUIET),
     }
     for message, request in requests.items():
         with pytest.raises(ValueError, match=message):

@@ -526,7 +526,8 @@ def find_dictionaries(model: Model, graph: Graph, given: Source | None) -> Mappi
             "dictionaries must be given, since the graph does not say where they are: "
             'it does if its labels were made with a folder, label_nodes(graph, model, corpus, "dictionaries")'
         )
-    return load_dictionaries(source, model, modules=graph.meta.get("dictionaries"))
+    modules = list(graph.meta.get("dictionaries", []))
+    return load_dictionaries(source, model, modules=modules or None)
 
 # %% ../../nbs/883_labels.ipynb #lb24b
 def label_nodes(
