@@ -19,11 +19,12 @@ from circuitgraph.graph.figures import plot_layers
 from circuitgraph.graph.viewer import list_choices
 from circuitgraph.label.evidence import find_evidence, join_descriptions, name_features, quoted_tokens
 from circuitgraph.label.evidence import read_descriptions, score_descriptions
-from circuitgraph.label.fit import LabelConfig, Reader, data_bits, draw_positions, fit_threshold
+from circuitgraph.label.fit import LabelConfig, Reader, data_bits, draw_positions, fit_program, fit_threshold
 from circuitgraph.label.heads import RULES, label_heads, make_patterns, rule_patterns
 from circuitgraph.label.nodes import explain, label_nodes, list_parents, read_programs, run_part
 from circuitgraph.label.nodes import score_programs, split_text, swap_codes
-from circuitgraph.label.programs import SELECTORS, Count, Positions, Program, Threshold, load_program
+from circuitgraph.label.programs import MARKED, SELECTORS, Count, Positions, Program, Threshold
+from circuitgraph.label.programs import load_program
 from circuitgraph.label.programs import save_program
 from circuitgraph.label.replaced import choose_programs, judge_labelled, keep_read_edges, refit_program
 from circuitgraph.label.replaced import refit_programs, run_labelled, run_replaced
@@ -55,7 +56,7 @@ def labelled(logic):
 # Programs
 
 
-def select_by_hand(x, tokens, selector):
+def select_by_hand(x, tokens, selector, mark):
     "What a selector reads, position by position."
     out = np.zeros_like(x)
     for s, row in enumerate(tokens):
@@ -69,6 +70,9 @@ def select_by_hand(x, tokens, selector):
                 elif selector == "last active":
                     active = np.flatnonzero(column)
                     out[s, t, i] = column[active[-1]] if len(active) else 0
+                elif selector in MARKED:
+                    marked = [u for u in range(t + 1) if mark[s, u]]
+                    out[s, t, i] = x[s, marked[-1], i] if marked else 0
                 elif selector == "induction":
                     earlier = [u for u in range(t) if row[u] == row[t]]
                     out[s, t, i] = x[s, earlier[-1] + 1, i] if earlier else 0
@@ -84,11 +88,49 @@ def test_a_selector_reads_what_it_says(selector):
     tokens = generator.integers(4, size=(3, 12))
     x = generator.random((3, 12, 2)) * (generator.random((3, 12, 2)) < 0.4)
     text = Positions(tokens)
-    assert np.allclose(text.select(x, selector), select_by_hand(x, tokens, selector))
+    mark = generator.random((3, 12)) < 0.3 if selector in MARKED else None
+    assert np.allclose(text.select(x, selector, mark), select_by_hand(x, tokens, selector, mark))
     if selector not in ("mean", "last active"):
-        place, exists = text.flat_source(selector)
+        place, exists = text.flat_source(selector, mark)
         flat = x.reshape(-1, 2)[place] * exists[:, None]
-        assert np.array_equal(flat.reshape(x.shape), text.select(x, selector))
+        assert np.array_equal(flat.reshape(x.shape), text.select(x, selector, mark))
+
+
+def test_a_program_reads_where_it_looks():
+    tokens = np.array([[5, 1, 7, 2, 5, 3]])
+    acts = np.array([[[0.0, 0], [2, 0], [0, 3], [4, 0], [0, 0], [6, 5]]])  # of a parent, and of another feature
+    after = Program(Threshold((1.0, 0.5), 0.0), ("m0/1",), "last token", (1, 2))
+    assert after.run(acts[:, :, :1], Positions(tokens)).tolist() == [[0, 2.5, 2.5, 4.5, 4.5, 4.5]]
+    following = Program(Threshold((1.0,), 0.5), ("m0/1",), "following", follows="m0/2")
+    assert following.reads == ("m0/1", "m0/2")
+    assert following.run(acts, Positions(tokens)).tolist() == [[0.5, 0.5, 0.5, 0.5, 0.5, 6.5]]
+    assert load_program(save_program(following)) == following and "@last m0/2" in following.write()
+    with pytest.raises(ValueError, match="follows a feature if its selector"):
+        Program(Threshold((1.0,), 0.5), ("m0/1",), "same", follows="m0/2")
+    with pytest.raises(ValueError, match="needs tokens"):
+        Program(Threshold((1.0,), 0.5), ("m0/1",), "last token")
+
+
+@pytest.mark.parametrize("kind", MARKED)
+def test_where_a_reader_looks_is_found(kind):
+    "A reader copies a parent from the last of two tokens, or from the last position of another feature."
+    generator = np.random.default_rng(0)
+    shape = (500, 32)
+    tokens = generator.integers(60, size=shape)
+    parents = np.where(generator.random((*shape, 6)) < 0.3, generator.uniform(0.5, 1.5, (*shape, 6)), 0)
+    mark = np.isin(tokens, (7, 9)) if kind == "last token" else parents[:, :, 1] > 1.3
+    parents[:, :, 1] *= parents[:, :, 1] > 1.3
+    last = np.maximum.accumulate(np.where(mark, np.arange(32), -1), axis=1)
+    acts = np.take_along_axis(parents[:, :, 4], np.maximum(last, 0), 1) * (last >= 0)
+    names = tuple(f"m0/{i}" for i in range(6))
+    counted = np.tile(np.arange(32) > 0, 500)
+    reader = Reader(acts.ravel(), names, parents, Positions(tokens), counted)
+    program = fit_program(reader, SELECTORS, n_vocab=60).program
+    assert program.selector == kind and "m0/4" in program.parents
+    assert program.follows == ("m0/1" if kind == "following" else "")
+    assert kind == "following" or {7, 9} <= set(program.tokens)
+    predicted = program.run(parents[:, :, [names.index(name) for name in program.reads]], reader.text)
+    assert 1 - (predicted - acts).var() / acts.var() > 0.9
 
 
 def test_bad_programs_are_refused():

@@ -86,7 +86,7 @@ def find_evidence(
     tokens = corpus.whole() if isinstance(corpus, Corpus) else corpus
     writers = "all" if program.whole else "features"
     activities = read_activities(model, graph, tokens, dictionaries, run, writers)
-    reader = activities.read(node, program.parents)
+    reader = activities.read(node, program.reads)
     predicted = program.run(reader.parent_acts, reader.text).ravel()
     table = pd.DataFrame({"activation": reader.acts, "predicted": predicted})
     table["sequence"], table["position"] = np.divmod(np.arange(len(table)), tokens.shape[1])

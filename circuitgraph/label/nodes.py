@@ -312,8 +312,8 @@ def predict_codes(
     shape = text.tokens.shape
     predicted = np.zeros((*shape, len(programs)), dtype=np.float32)
     for i, (reader, program) in enumerate(programs.items()):
-        acts = np.zeros((*shape, len(program.parents)), dtype=np.float32)
-        for j, parent in enumerate(program.parents):
+        acts = np.zeros((*shape, len(program.reads)), dtype=np.float32)
+        for j, parent in enumerate(program.reads):
             if is_feature(parent):
                 module, index = split_name(parent)
                 acts[:, SKIP_FIRST:, j] = codes[module][:, SKIP_FIRST:, index].clip(0)

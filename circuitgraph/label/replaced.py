@@ -30,7 +30,7 @@ from .fit import Reader, fit_threshold
 from .nodes import SKIP_FIRST, Source, find_dictionaries, group_programs, list_parents
 from .nodes import predict_codes
 from .nodes import read_activities, read_programs
-from .programs import Positions, Program, save_program, split_name
+from .programs import MARKED, Positions, Program, save_program, split_name
 from .summands import Summands, Writes, encode_part, note_writes, read_added
 from ..model.blocks import Model, run_logits
 from ..model.modules import embed_tokens
@@ -254,7 +254,7 @@ def keep_read_edges(graph: Graph) -> Graph:
     programs = read_programs(graph)
     read = set()
     for name, program in programs.items():
-        read.update((parent, name) for parent in program.parents)
+        read.update((parent, name) for parent in program.reads)
     kept = []
     for writer, reader in zip(graph.edges["source"], graph.edges["target"], strict=True):
         stays = reader not in programs or (writer, reader) in read
@@ -291,7 +291,8 @@ def refit_programs(
     written = dict.fromkeys(graph.nodes["name"], "")
     for name in tqdm(programs, desc="refitted", unit="feature", disable=not run.progress):
         reader = activities.read(name, parents[name])
-        refitted = refit_program(reader, programs[name].selector)
+        selector = programs[name].selector
+        refitted = refit_program(reader, "last active" if selector in MARKED else selector)
         written[name] = save_program(refitted)
     return add_history(graph, "refit_programs", program=np.array(list(written.values()), dtype=object))
 
