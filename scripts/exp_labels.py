@@ -114,37 +114,66 @@ def swap_readers(graph: Graph, names: list[str], parents: dict[str, list[str]]) 
     return swapped
 
 
-def make_nulls(
-    model: Model,
-    graph: Graph,
+def draw_features(found: Activities, parents: Mapping[str, list[str]], n: int) -> list[str]:
+    "Some features at random, of those that have parents and fire often enough."
+    names = []
+    for name in parents:
+        reader = found.read(name, ())
+        n_fires = (reader.acts[reader.counted] > 0).sum()
+        if n_fires >= LabelConfig().min_active:
+            names.append(name)
+    drawn = np.random.default_rng(0).choice(names, n, replace=False)
+    return [str(name) for name in drawn]
+
+
+def score_with(
     cut: FeatureCut,
-    text: torch.Tensor,
-    dictionaries: dict[str, Dictionary],
-    n: int,
+    found: Activities,
+    tested_on: torch.Tensor,
+    parents: Mapping[str, list[str]],
+    config: LabelConfig,
+) -> pd.DataFrame:
+    "Both tests of programs with given parents; a row for each feature."
+    fits = fit_chunk(found, list(parents.items()), found.add(parents), config, cut.model.d_vocab)
+    found_programs = {name: fit.program for name, fit in zip(parents, fits, strict=True)}
+    programs = {name: program for name, program in found_programs.items() if program is not None}
+    options = {"writers": config.writers, "run": RUN}
+    swapped = score_programs(cut, programs, tested_on, SWAPPED, **options).add_suffix("_intervened")
+    table = score_programs(cut, programs, tested_on, **options).join(swapped)
+    reads = pd.Series({name: len(program.parents) for name, program in programs.items()})
+    return table.assign(n_parents=reads).reindex(list(parents)).rename_axis("name").reset_index()
+
+
+def make_nulls(
+    cut: FeatureCut, graph: Graph, text: torch.Tensor, config: LabelConfig, n: int
 ) -> pd.DataFrame:
     "Labels of some features with their own parents, with those of another feature, and by their tokens."
+    model, dictionaries = cut.model, cut.dictionaries
     found_on, tested_on = split_text(text)
-    found = read_activities(model, graph, found_on, dictionaries, Run())
-    tested = read_activities(model, graph, tested_on, dictionaries, Run())
-    parents = list_parents(graph, LabelConfig().n_parents)
-    tried = graph.nodes.loc[graph.nodes["bits"] > 0, "name"].astype(str).tolist()
-    generator = np.random.default_rng(0)
-    names = [str(name) for name in generator.choice(tried, n, replace=False)]
-    tables = [score_tokens(found, tested, names).assign(parents="table of tokens")]
-    for kind, given in (("its own", parents), ("of another feature", swap_readers(graph, names, parents))):
-        fits = {
-            name: fit_program(
-                found.read(name, given[name]), list_selectors(name), n_vocab=model.d_vocab
-            ).program
-            for name in names
-        }
-        programs = {name: program for name, program in fits.items() if program is not None}
-        swapped = score_programs(cut, programs, tested_on, SWAPPED).add_suffix("_intervened")
-        table = score_programs(cut, programs, tested_on).join(swapped)
-        reads = {name: len(program.parents) for name, program in programs.items()}
-        table = table.assign(n_parents=pd.Series(reads)).reindex(names).rename_axis("name").reset_index()
-        tables.append(table.assign(parents=kind))
-    return pd.concat(tables)
+    found = read_activities(model, graph, found_on, dictionaries, RUN, config.writers)
+    whole = [part.module for part in cut.parts[:-1] if config.writers == "all" and has_summands(part)]
+    parents = list_parents(graph, config.n_parents, whole)
+    names = draw_features(found, parents, n)
+    own = {name: parents[name] for name in names}
+    tables = [score_with(cut, found, tested_on, own, config).assign(parents="its own")]
+    other = swap_readers(graph, names, parents)
+    tables.append(score_with(cut, found, tested_on, other, config).assign(parents="of another feature"))
+    if config.writers == "features":
+        tested = read_activities(model, graph, tested_on, dictionaries, RUN)
+        tables.append(score_tokens(found, tested, names).assign(parents="table of tokens"))
+    return pd.concat(tables).assign(writers=config.writers)
+
+
+def draw_directions(dictionary: Dictionary, seed: int) -> LinearDictionary:
+    "A dictionary of the same kind with random directions, as long as those of the dictionary."
+    assert isinstance(dictionary, LinearDictionary)
+    generator = torch.Generator().manual_seed(seed)
+    W_enc = torch.randn(dictionary.W_enc.shape, generator=generator)
+    W_enc = W_enc / W_enc.norm(dim=0) * dictionary.W_enc.norm(dim=0)
+    W_dec = W_enc.mT if dictionary.reads == "output" else torch.randn(dictionary.W_dec.shape, generator=generator)
+    W_dec = W_dec / W_dec.norm(dim=1, keepdim=True) * dictionary.W_dec.norm(dim=1, keepdim=True)
+    zeros = torch.zeros_like(dictionary.b_enc)
+    return replace(dictionary, W_enc=W_enc, W_dec=W_dec.contiguous(), b_enc=zeros, meta={})
 
 
 def compare_three(

@@ -21,6 +21,7 @@ from circuitgraph.label.evidence import find_evidence, join_descriptions, name_f
 from circuitgraph.label.evidence import read_descriptions, score_descriptions
 from circuitgraph.label.fit import LabelConfig, Reader, data_bits, draw_positions, fit_program, fit_threshold
 from circuitgraph.label.heads import RULES, label_heads, make_patterns, rule_patterns
+from circuitgraph.label.moves import describe_moves
 from circuitgraph.label.nodes import explain, label_nodes, list_parents, read_programs, run_part
 from circuitgraph.label.nodes import score_programs, split_text, swap_codes
 from circuitgraph.label.programs import MARKED, SELECTORS, Count, Positions, Program, Threshold
@@ -29,7 +30,7 @@ from circuitgraph.label.programs import save_program
 from circuitgraph.label.replaced import choose_programs, judge_labelled, keep_read_edges, refit_program
 from circuitgraph.label.replaced import refit_programs, run_labelled, run_replaced
 from circuitgraph.label.summands import Summands, read_writes
-from circuitgraph.model.blocks import freeze_block, run_attention
+from circuitgraph.model.blocks import apply_norm, freeze_block, run_attention
 from circuitgraph.model.loading import load_model, tiny_model
 from circuitgraph.options import Judging, Pruning, Run
 from feature_oracles import all_dictionaries, draw, module_by_hand
@@ -609,6 +610,45 @@ def test_bad_requests_for_heads_are_refused():
         make_patterns(model, heads, ["a0.h0"], by="median")
     with pytest.raises(ValueError, match="corpus|tokens"):
         label_heads(model, tokens.float(), run=QUIET)
+
+
+# What heads move
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@torch.no_grad()
+def test_contents_are_tables_of_mean_values(name):
+    "Against loops over positions, heads and tokens."
+    model = replace(tiny_model(name, dtype=torch.float64), tokenizer=Words())
+    alike = [[0, 5], [1], [2, 4], [3], [2, 4], [0, 5]]  # tokens of the class of each token
+    tokens = torch.randint(6, (16, 7), generator=torch.Generator().manual_seed(0))
+    made_on, tried_on = split_text(tokens)
+    group, moved = model.n_heads // model.n_kv_heads, describe_moves(model, tokens, run=QUIET)
+    reads = {id(text): cut_model(model, "head").trace(text).reads for text in (made_on, tried_on)}
+    for row in moved.itertuples():
+        attn = model.layers[row.layer].attn
+
+        def values(text, h=row.head // group, layer=row.layer, attn=attn):
+            normed = apply_norm(model.layers[layer].ln1, reads[id(text)][f"a{layer}"])
+            return normed @ attn.W_V[h].T + (0 if attn.b_V is None else attn.b_V[h])
+
+        v, first = values(made_on), values(made_on)[:, 0].mean(0)
+        later = {token: v[:, 1:][made_on[:, 1:] == token] for token in range(6)}
+        mean = v[:, 1:].flatten(0, 1).mean(0)
+        tables = {"constant": dict.fromkeys(range(6), mean), "class": {}, "token": {}}
+        for t, found in later.items():
+            of_class = torch.cat([later[other] for other in alike[t]])
+            tables["class"][t] = (of_class.sum(0) + 4 * mean) / (len(of_class) + 4)
+            tables["token"][t] = (found.sum(0) + 4 * tables["class"][t]) / (len(found) + 4)
+        x = reads[id(tried_on)][f"a{row.layer}"]
+        pattern = freeze_block(model, row.layer, x)["pattern"][:, row.head]
+        own = (pattern @ values(tried_on))[:, 1:] @ attn.W_O[:, row.head].T
+        for by, table in tables.items():
+            rows = [[first if u == 0 else table[int(t)] for u, t in enumerate(text)] for text in tried_on]
+            given = torch.stack([torch.stack(one) for one in rows])
+            said = (pattern @ given)[:, 1:] @ attn.W_O[:, row.head].T
+            explained = 1 - float((own - said).square().sum() / own.square().sum())
+            assert getattr(row, by if by != "class" else "_5") == pytest.approx(explained, abs=1e-4)
 
 
 # Figures
