@@ -21,7 +21,7 @@ from circuitgraph.label.evidence import find_evidence, join_descriptions, name_f
 from circuitgraph.label.evidence import read_descriptions, score_descriptions
 from circuitgraph.label.fit import LabelConfig, Reader, data_bits, draw_positions, fit_program, fit_threshold
 from circuitgraph.label.heads import RULES, label_heads, make_patterns, rule_patterns
-from circuitgraph.label.moves import describe_moves
+from circuitgraph.label.moves import describe_moves, name_class
 from circuitgraph.label.nodes import explain, label_nodes, list_parents, read_programs, run_part
 from circuitgraph.label.nodes import score_programs, split_text, swap_codes
 from circuitgraph.label.programs import MARKED, SELECTORS, Count, Positions, Program, Threshold
@@ -29,6 +29,7 @@ from circuitgraph.label.programs import load_program
 from circuitgraph.label.programs import save_program
 from circuitgraph.label.replaced import choose_programs, judge_labelled, keep_read_edges, refit_program
 from circuitgraph.label.replaced import refit_programs, run_labelled, run_replaced
+from circuitgraph.label.scores import SCORES, ScoreConfig, score_heads, score_inputs
 from circuitgraph.label.summands import Summands, read_writes
 from circuitgraph.model.blocks import apply_norm, freeze_block, run_attention
 from circuitgraph.model.loading import load_model, tiny_model
@@ -99,7 +100,9 @@ def test_a_selector_reads_what_it_says(selector):
 
 def test_a_program_reads_where_it_looks():
     tokens = np.array([[5, 1, 7, 2, 5, 3]])
-    acts = np.array([[[0.0, 0], [2, 0], [0, 3], [4, 0], [0, 0], [6, 5]]])  # of a parent, and of another feature
+    acts = np.array(
+        [[[0.0, 0], [2, 0], [0, 3], [4, 0], [0, 0], [6, 5]]]
+    )  # of a parent, and of another feature
     after = Program(Threshold((1.0, 0.5), 0.0), ("m0/1",), "last token", (1, 2))
     assert after.run(acts[:, :, :1], Positions(tokens)).tolist() == [[0, 2.5, 2.5, 4.5, 4.5, 4.5]]
     following = Program(Threshold((1.0,), 0.5), ("m0/1",), "following", follows="m0/2")
@@ -297,7 +300,9 @@ def transcoded():
     model = tiny_model("llama", dtype=torch.float64)
     dictionary = draw(model, "m0", reads="normed", gate="relu")
     programs = {}
-    b_enc = dictionary.b_enc if dictionary.b_in is None else dictionary.b_enc - dictionary.b_in @ dictionary.W_enc
+    b_enc = (
+        dictionary.b_enc if dictionary.b_in is None else dictionary.b_enc - dictionary.b_in @ dictionary.W_enc
+    )
     for j in range(dictionary.d_dict):
         programs[f"m0/{j}"] = Program(Threshold((1.0, 1.0), float(b_enc[j])), ("embed", "a0"))
     return model, dictionary, programs
@@ -309,7 +314,10 @@ def test_sums_over_nodes_pass_both_tests_and_stand_for_the_features(transcoded):
     for share in (0.0, 0.5):
         scores = score_programs(cut, programs, tokens, share, writers="all", run=QUIET)
         assert (scores["r2"] > 0.999).all() and (scores["f1"] > 0.999).all()
-    one = {name: replace(program, function=replace(program.function, weights=(1.0, 0.5))) for name, program in programs.items()}
+    one = {
+        name: replace(program, function=replace(program.function, weights=(1.0, 0.5)))
+        for name, program in programs.items()
+    }
     assert (score_programs(cut, one, tokens, 0.5, writers="all", run=QUIET)["r2"] < 0.99).all()
     assert torch.allclose(run_replaced(cut, programs, tokens), model(tokens), atol=1e-5)
     assert (run_replaced(cut, one, tokens) - model(tokens)).abs().max() > 1e-3
@@ -327,7 +335,9 @@ def test_whole_parents_are_found_and_can_be_left_out(transcoded):
     exact = [set(program.parents) == {"embed", "a0"} for program in read_programs(labelled).values()]
     assert np.mean(exact) > 0.9
     alone = label_nodes(graph, model, tokens, dictionaries, run=QUIET)
-    assert (alone.nodes.loc[alone.nodes["kind"] == "feature", "no_label"] == "no parents that are features").all()
+    assert (
+        alone.nodes.loc[alone.nodes["kind"] == "feature", "no_label"] == "no parents that are features"
+    ).all()
     evidence = find_evidence(labelled, nodes["name"].iloc[0], model, tokens[:8], dictionaries, run=QUIET)
     agreeing = evidence[evidence["case"] == "agrees"]
     assert np.allclose(agreeing["activation"], agreeing["predicted"], rtol=0.1)
@@ -491,7 +501,9 @@ def test_bad_requests_are_refused(logic, labelled):
         "min_saved must lie": lambda: LabelConfig(min_saved=1.0),
         "n_parents must be at least 1": lambda: LabelConfig(n_parents=0),
         "writers must be one of features, all": lambda: LabelConfig(writers="modules"),
-        "graph must be one of": lambda: label_nodes(graph, tiny_model("llama"), text, dictionaries, run=QUIET),
+        "graph must be one of": lambda: label_nodes(
+            graph, tiny_model("llama"), text, dictionaries, run=QUIET
+        ),
     }
     for message, request in requests.items():
         with pytest.raises(ValueError, match=message):
@@ -649,6 +661,84 @@ def test_contents_are_tables_of_mean_values(name):
             said = (pattern @ given)[:, 1:] @ attn.W_O[:, row.head].T
             explained = 1 - float((own - said).square().sum() / own.square().sum())
             assert getattr(row, by if by != "class" else "_5") == pytest.approx(explained, abs=1e-4)
+
+
+# Scores
+
+
+def facts_by_hand(row, t, u, words):
+    "The scores of one position for one query; words are the texts of the tokens."
+    kinds = [name_class(words[token]) for token in row]
+    starts = [kind not in ("rest of a word", "capital", "number") for kind in kinds]
+    earlier = [s for s in range(t) if row[s] == row[t]]
+
+    def last(kind):
+        before = [s for s in range(t) if kinds[s] == kind]
+        return bool(before) and before[-1] == u
+
+    facts = {f"back {t - u}": t - u < 9, "first": u == 0, "repeat": u in earlier}
+    facts |= {"back 9 to 12": 9 <= t - u <= 12, "last repeat": u in earlier[-1:]}
+    facts |= {"induction": u > 0 and row[u - 1] == row[t], kinds[u]: True}
+    facts |= {"last line break": last("line break"), "last sign": last("sign")}
+    facts |= {"same word": u < t and not any(starts[u + 1 : t + 1]), f"first, from {kinds[t]}": u == 0}
+    return {name for name, holds in facts.items() if holds}
+
+
+def test_scores_hold_where_they_say():
+    model = replace(tiny_model("llama"), tokenizer=Words())
+    tokens = torch.randint(6, (3, 13), generator=torch.Generator().manual_seed(0))
+    inputs = score_inputs(model, tokens)
+    for s, row in enumerate(tokens.tolist()):
+        for t in range(len(row)):
+            for u in range(t + 1):
+                found = {SCORES[k] for k in inputs[s, t, u].nonzero().flatten().tolist()}
+                assert found == facts_by_hand(row, t, u, Words.words), (s, t, u)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox"])
+@torch.no_grad()
+def test_scored_heads_are_those_of_hooks(name):
+    model = tiny_model(name, dtype=torch.float64)
+    tokens = random_tokens(model, 3, 8)
+    with torch.enable_grad():
+        scored = score_heads(model, tokens, ScoreConfig(n_steps=5), run=QUIET)
+    layer, total = scored.layers[0], torch.zeros(3, 8, 8, dtype=torch.float64)
+    for k in range(len(SCORES)):
+        total += layer.weights[1, k] * score_inputs(model, tokens)[..., k]
+    pattern = total.masked_fill(torch.ones(8, 8).triu(1).bool(), -torch.inf).softmax(-1)
+
+    def set_pattern(given, hook):  # noqa: ARG001
+        given[:, 1, 1:] = pattern[:, 1:]
+        return given
+
+    def set_mix(z, hook):  # noqa: ARG001
+        z[:, 1:, 1] = z[:, 1:, 1] * layer.gain[1] + layer.constant[1]
+        return z
+
+    hooks = [("blocks.0.attn.hook_pattern", set_pattern), ("blocks.0.attn.hook_z", set_mix)]
+    expected = model.bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+    assert (expected - model.bridge(tokens)).abs().max() > 1e-3
+    assert torch.allclose(scored.choose(["a0.h1"]).run(model, tokens), expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_gain_and_constant_are_a_regression():
+    "Against least squares over what the head writes at every position."
+    model = tiny_model("llama", dtype=torch.float64)
+    tokens = random_tokens(model, 6, 8)
+    with torch.enable_grad():
+        scored = score_heads(model, tokens, ScoreConfig(n_steps=3), run=QUIET)
+    x = cut_model(model, "head").trace(tokens).reads["a1"]
+    pattern, W_O = scored.layers[1].pattern(score_inputs(model, tokens)), model.layers[1].attn.W_O
+    own, said = (run_attention(model, 1, x, x, x, pattern=p)[:, :, 1:] for p in (None, pattern))
+    for head, row in enumerate(scored.table.query("layer == 1").itertuples()):
+        y, y_hat = (z[:, head] @ W_O[:, head].T for z in (own, said))
+        constants = torch.eye(model.d_model, dtype=y.dtype).repeat(y.shape[0] * y.shape[1], 1)
+        design = torch.cat([y_hat.reshape(-1, 1), constants], 1)
+        solution = torch.linalg.lstsq(design, y.flatten()).solution
+        left = (y.flatten() - design @ solution).square().sum() / y.square().sum()
+        assert float(scored.layers[1].gain[head]) == pytest.approx(float(solution[0]), rel=1e-6)
+        assert row.explained == pytest.approx(1 - float(left), abs=1e-6)
 
 
 # Figures

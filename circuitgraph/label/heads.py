@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ONE', 'HALF_LIVES', 'MARKS', 'RULES', 'WAYS', 'rule_patterns', 'measure_heads', 'fit_rules', 'label_heads',
-           'HeadPatterns', 'make_patterns', 'judge_heads']
+           'HeadPatterns', 'make_patterns', 'Replaced', 'judge_runs', 'judge_heads']
 
 # %% ../../nbs/885_heads.ipynb #hd03
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -278,6 +278,37 @@ def make_patterns(
             weights[layer, head, RULES.index(rule)] = weight
     return HeadPatterns(weights, is_replaced)
 
+# %% ../../nbs/885_heads.ipynb #hd17b
+class Replaced(Protocol):
+    "A model in which some heads are replaced."
+
+    @property
+    def is_replaced(self) -> Bool[Tensor, "layer head"]:
+        "Which heads are."
+        ...
+
+    def run(self, model: Model, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+        "Its logits."
+        ...
+
+
+@torch.no_grad()
+def judge_runs(
+    model: Model,
+    runs: Mapping[tuple[float, str], Replaced],  # by share of heads and way to replace them; the first: none
+    tokens: Int[Tensor, "seq pos"],
+    judging: Judging,
+) -> pd.DataFrame:  # share, replaced_by, n_heads, ce, rise, rise_low, rise_high
+    "The cross-entropy of runs with heads replaced."
+    batches = tokens.split(judging.run.sequences_at_a_time(tokens))
+    losses = []
+    for batch in tqdm(batches, desc="labelled heads", unit="batch", disable=not judging.run.progress):
+        of_batch = [next_token_losses(patterns.run(model, batch), batch) for patterns in runs.values()]
+        losses.append(torch.stack(of_batch))
+    table = pd.DataFrame(list(runs), columns=["share", "replaced_by"])
+    table["n_heads"] = [int(patterns.is_replaced.sum()) for patterns in runs.values()]
+    return table.join(describe_losses(torch.cat(losses, 1), judging))
+
 # %% ../../nbs/885_heads.ipynb #hd18
 @torch.no_grad()
 def judge_heads(
@@ -304,11 +335,4 @@ def judge_heads(
         chosen = order[: round(share * len(order))]
         for by in WAYS:
             runs[share, by] = make_patterns(model, heads, chosen, by)
-    batches = tokens.split(judging.run.sequences_at_a_time(tokens))
-    losses = []
-    for batch in tqdm(batches, desc="labelled heads", unit="batch", disable=not judging.run.progress):
-        of_batch = [next_token_losses(patterns.run(model, batch), batch) for patterns in runs.values()]
-        losses.append(torch.stack(of_batch))
-    table = pd.DataFrame(list(runs), columns=["share", "replaced_by"])
-    table["n_heads"] = [int(patterns.is_replaced.sum()) for patterns in runs.values()]
-    return table.join(describe_losses(torch.cat(losses, 1), judging))
+    return judge_runs(model, runs, tokens, judging)

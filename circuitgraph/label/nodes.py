@@ -619,6 +619,9 @@ def explain(
         row = table.loc[name]
         indent = "    " * level
         program = programs.get(name)
+        if not is_feature(name):
+            yield f"{indent}[{name}]: no feature, read as what it adds to the reader"
+            return
         if program is None:
             yield f"{indent}{name}: no label ({row.no_label})"
             return
