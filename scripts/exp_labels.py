@@ -20,11 +20,9 @@ minutes to train, 5 for the graph, 25 for labels, 25 for the rest.
 """
 
 import argparse
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import joblib
 import numpy as np
@@ -35,23 +33,20 @@ from circuitgraph.attribution.method import Attribution
 from circuitgraph.build.build import build_feature_graph
 from circuitgraph.cut import FeatureCut, cut_model
 from circuitgraph.data.corpus import load_corpus
-from circuitgraph.dictionary.protocol import Dictionary, LinearDictionary
+from circuitgraph.dictionary.protocol import Dictionary
 from circuitgraph.dictionary.store import load_dictionaries
 from circuitgraph.dictionary.train import train_dictionaries
 from circuitgraph.dictionary.trainer import TrainConfig
 from circuitgraph.graph.graph import Graph
 from circuitgraph.files import replace_file
-from circuitgraph.label.fit import WRITERS, LabelConfig
-from circuitgraph.label.nodes import SWAPPED, Activities, fit_chunk, keep_tested, label_nodes, list_parents
-from circuitgraph.label.nodes import read_activities, score_programs, split_text
-from circuitgraph.label.programs import load_program
+from circuitgraph.label.fit import LabelConfig, fit_program
+from circuitgraph.label.nodes import SWAPPED, Activities, keep_tested, label_nodes, list_parents
+from circuitgraph.label.nodes import list_selectors, read_activities, score_programs, split_text
 from circuitgraph.label.replaced import compare_rulers, judge_labelled
-from circuitgraph.label.summands import has_summands
 from circuitgraph.model.blocks import Model
 from circuitgraph.model.loading import load_model
 from circuitgraph.options import Judging, Pruning, Run
 from exp_small_features import add_row, has_row
-from exp_small_nulls import shuffle_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path.home() / ".cache/circuitgraph/dictionaries"
@@ -59,12 +54,7 @@ LAYERS = range(8, 12)
 SHARES = (0.1, 0.25, 1.0)
 LEAST = (0.0, 0.3, 0.5)  # R2 of programs
 RULED = 8  # sequences for edge ablation, which runs each feature on an input of its own
-RUN = Run(batch_size=32)
-JUDGING = Judging(run=RUN)
-CONFIGS = {  # by what programs may read
-    "features": LabelConfig(),
-    "all": LabelConfig(writers="all", n_used=10),
-}
+JUDGING = Judging(run=Run(batch_size=32))
 TESTS = ["r2", "f1", "r2_intervened", "f1_intervened"]
 COLUMNS = ["name", "function", "bits", "saved", *TESTS]
 
@@ -124,68 +114,37 @@ def swap_readers(graph: Graph, names: list[str], parents: dict[str, list[str]]) 
     return swapped
 
 
-def draw_features(found: Activities, parents: Mapping[str, list[str]], n: int) -> list[str]:
-    "Some features at random, of those that have parents and fire often enough."
-    names = []
-    for name in parents:
-        reader = found.read(name, ())
-        n_fires = (reader.acts[reader.counted] > 0).sum()
-        if n_fires >= LabelConfig().min_active:
-            names.append(name)
-    drawn = np.random.default_rng(0).choice(names, n, replace=False)
-    return [str(name) for name in drawn]
-
-
-def score_with(
-    cut: FeatureCut,
-    found: Activities,
-    tested_on: torch.Tensor,
-    parents: Mapping[str, list[str]],
-    config: LabelConfig,
-) -> pd.DataFrame:
-    "Both tests of programs with given parents; a row for each feature."
-    fits = fit_chunk(found, list(parents.items()), found.add(parents), config, cut.model.d_vocab)
-    found_programs = {name: fit.program for name, fit in zip(parents, fits, strict=True)}
-    programs = {name: program for name, program in found_programs.items() if program is not None}
-    options = {"writers": config.writers, "run": RUN}
-    swapped = score_programs(cut, programs, tested_on, SWAPPED, **options).add_suffix("_intervened")
-    table = score_programs(cut, programs, tested_on, **options).join(swapped)
-    reads = pd.Series({name: len(program.parents) for name, program in programs.items()})
-    return table.assign(n_parents=reads).reindex(list(parents)).rename_axis("name").reset_index()
-
-
 def make_nulls(
-    cut: FeatureCut, graph: Graph, text: torch.Tensor, config: LabelConfig, n: int
+    model: Model,
+    graph: Graph,
+    cut: FeatureCut,
+    text: torch.Tensor,
+    dictionaries: dict[str, Dictionary],
+    n: int,
 ) -> pd.DataFrame:
     "Labels of some features with their own parents, with those of another feature, and by their tokens."
-    model, dictionaries = cut.model, cut.dictionaries
     found_on, tested_on = split_text(text)
-    found = read_activities(model, graph, found_on, dictionaries, RUN, config.writers)
-    whole = [part.module for part in cut.parts[:-1] if config.writers == "all" and has_summands(part)]
-    parents = list_parents(graph, config.n_parents, whole)
-    names = draw_features(found, parents, n)
-    own = {name: parents[name] for name in names}
-    tables = [score_with(cut, found, tested_on, own, config).assign(parents="its own")]
-    other = swap_readers(graph, names, parents)
-    tables.append(score_with(cut, found, tested_on, other, config).assign(parents="of another feature"))
-    if config.writers == "features":
-        tested = read_activities(model, graph, tested_on, dictionaries, RUN)
-        tables.append(score_tokens(found, tested, names).assign(parents="table of tokens"))
-    return pd.concat(tables).assign(writers=config.writers)
-
-
-def draw_directions(dictionary: Dictionary, seed: int) -> LinearDictionary:
-    "A dictionary of the same kind with random directions, as long as those of the dictionary."
-    assert isinstance(dictionary, LinearDictionary)
-    generator = torch.Generator().manual_seed(seed)
-    W_enc = torch.randn(dictionary.W_enc.shape, generator=generator)
-    W_enc = W_enc / W_enc.norm(dim=0) * dictionary.W_enc.norm(dim=0)
-    W_dec = (
-        W_enc.mT if dictionary.reads == "output" else torch.randn(dictionary.W_dec.shape, generator=generator)
-    )
-    W_dec = W_dec / W_dec.norm(dim=1, keepdim=True) * dictionary.W_dec.norm(dim=1, keepdim=True)
-    zeros = torch.zeros_like(dictionary.b_enc)
-    return replace(dictionary, W_enc=W_enc, W_dec=W_dec.contiguous(), b_enc=zeros, meta={})
+    found = read_activities(model, graph, found_on, dictionaries, Run())
+    tested = read_activities(model, graph, tested_on, dictionaries, Run())
+    parents = list_parents(graph, LabelConfig().n_parents)
+    tried = graph.nodes.loc[graph.nodes["bits"] > 0, "name"].astype(str).tolist()
+    generator = np.random.default_rng(0)
+    names = [str(name) for name in generator.choice(tried, n, replace=False)]
+    tables = [score_tokens(found, tested, names).assign(parents="table of tokens")]
+    for kind, given in (("its own", parents), ("of another feature", swap_readers(graph, names, parents))):
+        fits = {
+            name: fit_program(
+                found.read(name, given[name]), list_selectors(name), n_vocab=model.d_vocab
+            ).program
+            for name in names
+        }
+        programs = {name: program for name, program in fits.items() if program is not None}
+        swapped = score_programs(cut, programs, tested_on, SWAPPED).add_suffix("_intervened")
+        table = score_programs(cut, programs, tested_on).join(swapped)
+        reads = {name: len(program.parents) for name, program in programs.items()}
+        table = table.assign(n_parents=pd.Series(reads)).reindex(names).rename_axis("name").reset_index()
+        tables.append(table.assign(parents=kind))
+    return pd.concat(tables)
 
 
 def compare_three(
@@ -226,12 +185,12 @@ def list_tried(labelled: Graph) -> pd.DataFrame:
     is_feature = (nodes["kind"] == "feature") & nodes["bits"].notna()
     tried = nodes[is_feature & ~nodes["no_label"].str.startswith("active at")]
     saved = tried["bits_saved"] / tried["bits"]
-    tests = tried[TESTS].replace([np.inf, -np.inf], np.nan).round(3)
+    tests = tried[TESTS].replace(-np.inf, np.nan).round(3)
     function = tried["function"].replace("", "none")
     return tried.assign(saved=saved.round(3), bits=tried["bits"].round(), function=function, **tests)
 
 
-def count_passing(tried: pd.DataFrame, n_tokens: int, writers: str) -> pd.DataFrame:
+def count_passing(tried: pd.DataFrame, n_tokens: int) -> pd.DataFrame:
     "The part of each module's features with a program, and of those that pass the tests."
     held_out = (tried[["r2", "f1"]] >= 0.5).all(axis=1)
     flags = {"labelled": tried["function"] != "none", "held_out": held_out}
@@ -239,21 +198,11 @@ def count_passing(tried: pd.DataFrame, n_tokens: int, writers: str) -> pd.DataFr
     module = tried["name"].str.split("/").str[0]
     counts = pd.DataFrame(flags).groupby(module).sum().rename_axis("module").reset_index()
     tried_in = module.value_counts()
-    return counts.assign(tried=counts["module"].map(tried_in), n_tokens=n_tokens, writers=writers)
-
-
-def describe_programs(tried: pd.DataFrame, writers: str) -> pd.DataFrame:
-    "A row for each feature, with the kinds of nodes that its program reads."
-    programs = [load_program(text) if text else None for text in tried["program"]]
-    whole = [0 if one is None else len(one.whole) for one in programs]
-    parents = [0 if one is None else len(one.parents) for one in programs]
-    selectors = ["" if one is None else one.selector for one in programs]
-    described = tried[COLUMNS].assign(n_parents=parents, n_whole=whole, selector=selectors)
-    return described.assign(writers=writers)
+    return counts.assign(tried=counts["module"].map(tried_in), n_tokens=n_tokens)
 
 
 def roll_labels(
-    model: Model, labelled: Graph, dictionaries: Mapping[str, Dictionary], text: torch.Tensor
+    model: Model, labelled: Graph, dictionaries: dict[str, Dictionary], text: torch.Tensor
 ) -> pd.DataFrame:
     "Cross-entropy with programs in the place of features: of all modules together, and of each MLP alone."
     tables = []
@@ -269,7 +218,7 @@ def roll_labels(
 
 
 def roll_best(
-    model: Model, labelled: Graph, dictionaries: Mapping[str, Dictionary], text: torch.Tensor
+    model: Model, labelled: Graph, dictionaries: dict[str, Dictionary], text: torch.Tensor
 ) -> pd.DataFrame:
     "Cross-entropy with programs only that did well when they were tested."
     tables = []
@@ -278,60 +227,6 @@ def roll_best(
         table = judge_labelled(model, kept, text, dictionaries, shares=[1.0], judging=JUDGING)
         tables.append(table.assign(least=least))
     return pd.concat(tables).assign(n_seq=len(text))
-
-
-def add_new(file: Path, writers: str, make: Callable[[], pd.DataFrame], **row: object) -> None:
-    "Add the rows of one kind of programs to a table, unless it has them."
-    if not has_row(file, writers=writers, **row):
-        add_row(file, make().assign(writers=writers).round(5))
-
-
-def make_tables(
-    cut: FeatureCut, graph: Graph, config: LabelConfig, text: torch.Tensor, judged_on: torch.Tensor, args: Any
-) -> None:
-    "The tables of one kind of programs."
-    model, dictionaries, writers = cut.model, cut.dictionaries, config.writers
-    run = replace(RUN, checkpoint=args.folder / "unfinished")
-    label = partial(label_nodes, graph, model, text, dictionaries, config=config, run=run)
-    labelled = keep_or_build(args.folder / f"labelled-{writers}", label)
-    tried, out = list_tried(labelled), args.out
-    add_new(out / "labels_features.csv", writers, lambda: describe_programs(tried, writers))
-    count = partial(count_passing, tried, args.n_tokens, writers)
-    add_new(out / "labels_by_text.csv", writers, count, n_tokens=args.n_tokens)
-    best = tried[tried["function"] != "none"].sort_values("r2_intervened", ascending=False)
-    add_new(out / "labels_examples.csv", writers, lambda: best.head(40)[[*COLUMNS, "program"]])
-    add_new(
-        out / "labels_rolled.csv", writers, partial(roll_labels, model, labelled, dictionaries, judged_on)
-    )
-    add_new(out / "labels_best.csv", writers, partial(roll_best, model, labelled, dictionaries, judged_on))
-    add_new(out / "labels_nulls.csv", writers, partial(make_nulls, cut, graph, text, config, args.n_nulls))
-    if writers == "features":
-        compare = partial(compare_three, model, labelled, dictionaries, judged_on[:RULED])
-        add_new(out / "labels_rulers.csv", writers, compare)
-
-
-def make_random(
-    model: Model,
-    dictionaries: Mapping[str, Dictionary],
-    args: Any,
-    kind: str,
-) -> None:
-    "Labels of some features of dictionaries with random directions."
-    drawn = {name: draw_directions(one, seed) for seed, (name, one) in enumerate(dictionaries.items())}
-    cut = cut_model(model, drawn)
-    small = load_corpus("default", model, 1024, seq_len=128)
-    build = partial(build_feature_graph, cut, small, Attribution(), Pruning(n_edges=100), RUN)
-    graph = keep_or_build(args.folder / f"graph {kind}", build)
-    text = load_corpus("default", model, args.n_tokens, seq_len=128, seed=1)
-    for writers in WRITERS:
-        config = CONFIGS[writers]
-        found_on, tested_on = split_text(text)
-        found = read_activities(model, graph, found_on, drawn, RUN, writers)
-        whole = [part.module for part in cut.parts[:-1] if writers == "all" and has_summands(part)]
-        parents = list_parents(graph, config.n_parents, whole)
-        own = {name: parents[name] for name in draw_features(found, parents, args.n_nulls)}
-        table = score_with(cut, found, tested_on, own, config).assign(parents=kind, writers=writers)
-        add_row(args.out / "labels_nulls.csv", table.round(5))
 
 
 def main() -> None:
@@ -343,15 +238,30 @@ def main() -> None:
     build = partial(build_feature_graph, cut, small, Attribution(), Pruning(n_edges=100), Run())
     graph = keep_or_build(args.folder / "graph", build)
     text = load_corpus("default", model, args.n_tokens, seq_len=128, seed=1)
-    judged_on = load_corpus(args.held_out, model, args.n_judged * 64, seq_len=64)
+    run = Run(batch_size=32, checkpoint=args.folder / "unfinished")
+    label = partial(label_nodes, graph, model, text, dictionaries, run=run)
     with joblib.parallel_config(n_jobs=args.n_jobs):
-        for writers in WRITERS:
-            make_tables(cut, graph, CONFIGS[writers], text, judged_on, args)
-    nulls = args.out / "labels_nulls.csv"
-    if not has_row(nulls, parents="random directions"):
-        make_random(model, dictionaries, args, "random directions")
-    if not has_row(nulls, parents="random directions, shuffled model"):
-        make_random(shuffle_weights(0), dictionaries, args, "random directions, shuffled model")
+        labelled = keep_or_build(args.folder / "labelled", label)
+    tried = list_tried(labelled)
+    write_table(tried[COLUMNS], args.out / "labels_features.csv")
+    if not has_row(args.out / "labels_by_text.csv", n_tokens=args.n_tokens):
+        add_row(args.out / "labels_by_text.csv", count_passing(tried, args.n_tokens))
+    best = tried[tried["function"] != "none"].sort_values("r2_intervened", ascending=False)
+    write_table(best.head(40)[[*COLUMNS, "program"]], args.out / "labels_examples.csv")
+    judged_on = load_corpus(args.held_out, model, args.n_judged * 64, seq_len=64)
+    if not (args.out / "labels_rolled.csv").exists():
+        rolled = roll_labels(model, labelled, dictionaries, judged_on)
+        write_table(rolled.round(5), args.out / "labels_rolled.csv")
+    if not (args.out / "labels_best.csv").exists():
+        write_table(
+            roll_best(model, labelled, dictionaries, judged_on).round(5), args.out / "labels_best.csv"
+        )
+    if not (args.out / "labels_rulers.csv").exists():
+        rulers = compare_three(model, labelled, dictionaries, judged_on[:RULED])
+        write_table(rulers.round(5), args.out / "labels_rulers.csv")
+    if not (args.out / "labels_nulls.csv").exists():
+        nulls = make_nulls(model, labelled, cut, text, dictionaries, args.n_nulls)
+        write_table(nulls.round(4), args.out / "labels_nulls.csv")
 
 
 if __name__ == "__main__":

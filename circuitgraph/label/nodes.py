@@ -371,43 +371,59 @@ class _Test:
         self.groups = group_programs(programs)
         self.sums = {module: _Sums(len(of_module)) for module, of_module in self.groups.items()}
         self.parts = [part for part in cut.parts[:-1] if part.dictionary is not None]
+        self.place = {name: place for place, name in enumerate(cut.names)}
+        self.changes: dict[
+            str, Tensor
+        ] = {}  # of the stream in this batch, by module whose features are swapped
 
     def add(self, tokens: Int[Tensor, "batch pos"], generator: torch.Generator) -> None:
         "Test all programs on a batch."
         writes = read_writes(self.cut, tokens)
         text = Positions(tokens.cpu().numpy())
-        clean = Summands(self.cut, writes)
+        summands = Summands(self.cut, writes)
+        swapped = self.swap(writes, generator) if self.share else writes
+        self.changes = {}
         for part in self.parts:
-            if part.module not in self.groups:
-                continue
-            run, summands = writes, clean
-            if self.share:
-                run = self.swap(part, tokens, writes, generator)
+            run = writes
+            if self.share and part.module in self.groups:
+                run = self.run_swapped(part, tokens, writes, swapped)
                 summands = Summands(self.cut, run)
-            self.compare(part.module, run, summands, text)
+            if part.module in self.groups:
+                self.compare(part.module, run, summands, text)
 
-    def swap(
-        self, part: Part, tokens: Int[Tensor, "batch pos"], writes: Writes, generator: torch.Generator
-    ) -> Writes:
-        "A run in which some nodes before a part are swapped."
-        earlier = [p for p in self.cut.parts[:-1] if p.first < part.n_before]
-        codes = {p.module: writes.codes[p.module] for p in earlier if p.dictionary is not None}
-        swapped = swap_codes(codes, self.share, generator)
-        change = torch.zeros_like(writes.streams[part.layer])
-        for p in earlier:
-            if p.dictionary is not None:
-                decode = p.dictionary.decode
-                change = change + decode(swapped[p.module]) - decode(codes[p.module])
+    def swap(self, writes: Writes, generator: torch.Generator) -> Writes:
+        "What all nodes write, a share of them swapped."
+        codes = swap_codes(writes.codes, self.share, generator)
         whole = writes.whole
         if self.writers == "all":
-            inputs = [name for name in whole if name.endswith("embed")]
-            names = {*inputs, *(p.module for p in earlier), *(f"{p.module}/err" for p in earlier)}
-            before = {name: x for name, x in whole.items() if name in names}
-            new = swap_whole(before, self.share, generator)
-            change = change + sum(new[name] - x for name, x in before.items())
-            whole = {**whole, **new}
+            whole = swap_whole(writes.whole, self.share, generator)
+        return Writes(codes, whole, {}, {})
+
+    def run_swapped(
+        self, part: Part, tokens: Int[Tensor, "batch pos"], writes: Writes, swapped: Writes
+    ) -> Writes:
+        "A run of one part in which some nodes before it are swapped."
+        change = torch.zeros_like(writes.streams[part.layer])
+        before = {node: x for node, x in writes.whole.items() if self.place[node] < part.n_before}
+        for node, x in before.items():
+            if swapped.whole[node] is not x:
+                change = change + swapped.whole[node] - x
+        codes = {p.module: swapped.codes[p.module] for p in self.parts if p.first < part.n_before}
+        for p in self.parts:
+            if p.module in codes:
+                change = change + self.decode_change(p, writes, swapped)
         own, read = run_part(self.cut, part, tokens, writes.streams[part.layer], change)
-        return Writes({**swapped, part.module: own}, whole, {part.module: read}, {})
+        return Writes({**codes, part.module: own}, swapped.whole, {part.module: read}, {})
+
+    def decode_change(
+        self, part: Part, writes: Writes, swapped: Writes
+    ) -> Float[Tensor, "batch pos d_model"]:
+        "What swapping a part's features adds to the stream; kept for the parts after it."
+        assert part.dictionary is not None
+        module, decode = part.module, part.dictionary.decode
+        if module not in self.changes:
+            self.changes[module] = decode(swapped.codes[module]) - decode(writes.codes[module])
+        return self.changes[module]
 
     def compare(self, module: str, run: Writes, summands: Summands, text: Positions) -> None:
         "Compare a module's features with what programs say."
