@@ -11,7 +11,6 @@ __all__ = ['WRITERS', 'N_COUNTED', 'N_FOLLOWED', 'N_LOOKED', 'data_bits', 'progr
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from math import comb
 from typing import Any, NamedTuple
 
@@ -508,7 +507,7 @@ def _read_sample(
 # %% ../../nbs/881_fit.ipynb #ft33
 N_COUNTED = 5  # inputs of a count, at most
 N_FOLLOWED = 3  # parents, the largest, that a program may follow
-N_LOOKED = 12  # parents, the largest, by which selectors are compared
+N_LOOKED = 12  # parents that are features, the largest, by which selectors are compared
 
 
 def _make(sample: _Sample, parents: Sequence[str], inputs: Sequence[int], function: object) -> Program:
@@ -626,6 +625,7 @@ class _Search:
         self.reader, self.config, self.n_vocab = reader, config, n_vocab
         self.acts = reader.acts
         self.counted = reader.counted
+        self.features = [name for name in reader.parents if is_feature(name)]
         fires = self.acts[self.counted] > 0
         self.n_fires = int(fires.sum())
 
@@ -649,8 +649,7 @@ class _Search:
         fires = self.counted & (self.acts > 0)
         for selector in selectors:
             if selector == "following":
-                features = filter(is_feature, self.reader.parents)
-                for parent in islice(features, N_FOLLOWED):
+                for parent in self.features[:N_FOLLOWED]:
                     yield _Look(selector, follows=parent)
             elif selector == "last token":
                 before = self.reader.text.tokens_before
@@ -667,9 +666,12 @@ class _Search:
         drawn = draw_positions(fires, tokens, self.counted, config.n_fitted, config.seed)
         listing = partial(list_tokens, n_vocab=self.n_vocab, n=config.n_tokens)
         looks = list(self.looks(selectors))
+        if not self.features:
+            looks = looks[:1]  # what is no feature is read at the position itself
         if len(looks) > n:
-            parents = reader.parents[:N_LOOKED]
-            few = replace(reader, parents=parents, parent_acts=reader.parent_acts[:, :, : len(parents)])
+            parents = self.features[:N_LOOKED]
+            columns = [reader.parents.index(name) for name in parents]
+            few = replace(reader, parents=tuple(parents), parent_acts=reader.parent_acts[:, :, columns])
             explained = [_explain(_read_sample(few, look, *drawn, listing)) for look in looks]
             order = np.argsort(explained, kind="stable")[::-1]
             looks = [looks[i] for i in order[:n]]
