@@ -34,8 +34,8 @@ from circuitgraph.dictionary.places import visit_modules
 from circuitgraph.dictionary.protocol import Dictionary, LinearDictionary
 from circuitgraph.graph.graph import Graph
 from circuitgraph.label.fit import WRITERS, LabelConfig, fit_threshold
-from circuitgraph.label.nodes import SKIP_FIRST, SWAPPED, Activities, fit_chunk, label_nodes, list_parents
-from circuitgraph.label.nodes import read_activities, score_programs, split_text
+from circuitgraph.label.nodes import SKIP_FIRST, SWAPPED, Activities, fit_chunk, give_chunk, label_nodes
+from circuitgraph.label.nodes import list_parents, read_activities, score_programs, split_text
 from circuitgraph.label.programs import Program, Threshold
 from circuitgraph.label.replaced import judge_labelled
 from circuitgraph.label.summands import has_summands
@@ -48,13 +48,14 @@ from exp_small_nulls import shuffle_weights
 
 RUN = Run(batch_size=32)
 CONFIGS = {"all": LabelConfig(writers="all", n_used=10), "features": LabelConfig()}
+NULL_MODULES = ("a8", "m8", "m10")  # whose features are labelled with random directions
 CHUNK = 64  # features whose summands are computed together
 
 
-def build_graph(cut: FeatureCut, folder: Path) -> Graph:
+def build_graph(cut: FeatureCut, folder: Path, into: tuple[str, ...] | None = None) -> Graph:
     "The graph of some dictionaries."
     small = load_corpus("default", cut.model, 1024, seq_len=128)
-    build = partial(build_feature_graph, cut, small, Attribution(), Pruning(n_edges=100), RUN)
+    build = partial(build_feature_graph, cut, small, Attribution(), Pruning(n_edges=100), RUN, into=into)
     return keep_or_build(folder, build)
 
 
@@ -86,7 +87,7 @@ def fit_programs(
     every, programs = list(parents.items()), {}
     for start in range(0, len(every), CHUNK):
         chunk = every[start : start + CHUNK]
-        fits = fit_chunk(found, chunk, found.add(dict(chunk)), config, n_vocab)
+        fits = fit_chunk(found, chunk, give_chunk(found, chunk), config, n_vocab)
         for (name, _), fit in zip(chunk, fits, strict=True):
             if fit.program is not None:
                 programs[name] = fit.program
@@ -271,7 +272,8 @@ def main() -> None:
         drawn = {name: draw_directions(one, seed) for seed, (name, one) in enumerate(dictionaries.items())}
         random_cut = cut_model(other, drawn)
         assert isinstance(random_cut, FeatureCut)
-        random_graph = build_graph(random_cut, args.folder / kind.replace(", ", "-").replace(" ", "-"))
+        folder = args.folder / kind.replace(", ", "-").replace(" ", "-")
+        random_graph = build_graph(random_cut, folder, NULL_MODULES)
         make_rows(random_cut, random_graph, {kind: take_own}, args)
 
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Added', 'has_summands', 'Lens', 'Writes', 'encode_part', 'note_writes', 'read_writes', 'collect_writes', 'Summands',
-           'read_added']
+           'read_added', 'read_pre']
 
 # %% ../../nbs/882_summands.ipynb #sm03
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -82,6 +82,7 @@ class Writes:
     whole: dict[str, Float[Tensor, "batch pos d_model"]]  # by node that is no feature
     reads: dict[str, Float[Tensor, "batch pos d_model"]]  # by module: the stream
     streams: dict[int, Float[Tensor, "batch pos d_model"]]  # before each layer with dictionaries
+    inputs: dict[str, Float[Tensor, "batch pos d_in"]] = field(default_factory=dict)  # of encoders, by module
 
 
 def encode_part(
@@ -103,6 +104,8 @@ def note_writes(cut: FeatureCut, part: Part, places: Mapping[str, Tensor], write
     code = encode_part(cut, part, places)
     writes.codes[part.module] = code
     writes.whole[f"{part.module}/err"] = output - part.dictionary.decode(code)
+    if has_summands(part):
+        writes.inputs[part.module] = output if part.reads == "output" else places[part.reads]
     if part.kind != "embed":
         writes.reads[part.module] = places["input"]
     if part.kind == "attn":
@@ -133,15 +136,16 @@ def read_writes(cut: FeatureCut, tokens: Int[Tensor, "batch pos"]) -> Writes:
 def collect_writes(cut: FeatureCut, tokens: Int[Tensor, "seq pos"], run: Run = Run()) -> Writes:
     "What nodes that are no features write on a whole text, and what modules read; codes are left out."
     batches = tokens.split(run.sequences_at_a_time(tokens))
-    whole: dict[str, list[Tensor]] = {}
-    reads: dict[str, list[Tensor]] = {}
+    kept: dict[tuple[str, str], list[Tensor]] = {}  # by what it is, and by name
     for batch in tqdm(batches, desc="writes", unit="batch", disable=not run.progress):
         writes = read_writes(cut, batch)
-        for kept, found in ((whole, writes.whole), (reads, writes.reads)):
-            for name, x in found.items():
-                kept.setdefault(name, []).append(x)
-    of_whole, of_reads = ({name: torch.cat(rows) for name, rows in kept.items()} for kept in (whole, reads))
-    return Writes({}, of_whole, of_reads, {})
+        for what in ("whole", "reads", "inputs"):
+            for name, x in getattr(writes, what).items():
+                kept.setdefault((what, name), []).append(x)
+    joined = Writes({}, {}, {}, {})
+    for (what, name), rows in kept.items():
+        getattr(joined, what)[name] = torch.cat(rows)
+    return joined
 
 # %% ../../nbs/882_summands.ipynb #sm14
 class Summands:
@@ -180,6 +184,14 @@ class Summands:
         directions = structure.W_enc[:, list(index)]
         return self.carry(module, node) @ directions
 
+    @torch.no_grad()
+    def add_all(self, module: str, index: Sequence[int]) -> Float[Tensor, "batch pos reader"]:
+        "The pre-activations of some features: what all nodes and biases add."
+        structure = self.parts[module].structure
+        assert structure is not None and structure.W_enc is not None and structure.b_enc is not None
+        columns = list(index)
+        return self.writes.inputs[module] @ structure.W_enc[:, columns] + structure.b_enc[columns]
+
 # %% ../../nbs/882_summands.ipynb #sm15
 Added = dict[tuple[str, str], Float[np.ndarray, "seq pos"]]  # by reader and node
 
@@ -203,3 +215,19 @@ def read_added(
         for reader, row in zip(readers, values.contiguous().float().cpu().numpy(), strict=True):
             added[reader, node] = row
     return added
+
+
+def read_pre(
+    summands: Summands, readers: Sequence[str]
+) -> dict[str, Float[np.ndarray, "seq pos"]]:  # of readers whose module has summands
+    "The pre-activations of readers."
+    groups: dict[str, list[str]] = {}
+    for reader in readers:
+        groups.setdefault(split_name(reader)[0], []).append(reader)
+    found = {}
+    for module, names in groups.items():
+        if module in summands.writes.inputs:
+            index = [split_name(name)[1] for name in names]
+            values = summands.add_all(module, index).movedim(-1, 0).contiguous()
+            found.update(zip(names, values.float().cpu().numpy(), strict=True))
+    return found
