@@ -34,12 +34,11 @@ from circuitgraph.dictionary.places import visit_modules
 from circuitgraph.dictionary.protocol import Dictionary, LinearDictionary
 from circuitgraph.graph.graph import Graph
 from circuitgraph.label.fit import WRITERS, LabelConfig, fit_threshold
-from circuitgraph.label.nodes import SKIP_FIRST, SWAPPED, Activities, fit_chunk, give_chunk, label_nodes
-from circuitgraph.label.nodes import list_parents, read_activities, score_programs, split_text
+from circuitgraph.label.nodes import SKIP_FIRST, SWAPPED, Activities, fit_chunk, give_chunk, list_parents
+from circuitgraph.label.nodes import read_activities, score_programs, split_text
 from circuitgraph.label.programs import Program, Threshold
-from circuitgraph.label.replaced import judge_labelled
+from circuitgraph.label.replaced import describe_losses, next_token_losses, run_replaced
 from circuitgraph.label.summands import has_summands
-from circuitgraph.model.blocks import Model
 from circuitgraph.model.loading import load_model
 from circuitgraph.options import Judging, Pruning, Run
 from exp_labels import CACHE, ROOT, keep_or_build, open_dictionaries
@@ -217,25 +216,29 @@ def take_own(_: Activities, names: list[str], pool: Mapping[str, list[str]]) -> 
     return {name: pool[name] for name in names}
 
 
-def roll_module(
-    model: Model, graph: Graph, dictionaries: Mapping[str, Dictionary], args: argparse.Namespace
-) -> None:
+@torch.no_grad()
+def roll_module(cut: FeatureCut, graph: Graph, args: argparse.Namespace) -> None:
     "Programs in the place of all features of one module."
     file, module = args.out / "labels_module.csv", args.module
-    text = load_corpus("default", model, args.n_tokens, seq_len=128, seed=1)
-    judged_on = load_corpus(args.held_out, model, args.n_judged * 64, seq_len=64)
-    nodes = graph.nodes
-    of_module = (nodes["kind"] == "feature") & (nodes["module"] == module)
-    names = nodes.loc[of_module, "name"].tolist()
+    text = load_corpus("default", cut.model, args.n_tokens, seq_len=128, seed=1)
+    found_on, _ = split_text(text)
+    judged_on = load_corpus(args.held_out, cut.model, args.n_judged * 64, seq_len=64)
     for writers, config in CONFIGS.items():
         if has_row(file, writers=writers, module=module):
             continue
-        run = replace(RUN, checkpoint=args.folder / "unfinished")
-        label = partial(label_nodes, graph, model, text, dictionaries, config=config, nodes=names, run=run)
-        labelled = keep_or_build(args.folder / f"labelled-{module}-{writers}", label)
-        judging = Judging(run=RUN)
-        table = judge_labelled(model, labelled, judged_on, dictionaries, shares=[1.0], judging=judging)
-        add_row(file, table.assign(module=module, writers=writers, n_seq=len(judged_on)).round(5))
+        found = read_activities(cut.model, graph, found_on, cut.dictionaries, RUN, writers)
+        pool = list_pool(cut, graph, config)
+        of_module = {name: parents for name, parents in pool.items() if name.startswith(f"{module}/")}
+        programs = fit_programs(found, of_module, config, cut.model.d_vocab)
+        silence = dict.fromkeys(programs, 0.0)
+        every = {f"{module}/{i}": 0.0 for i in range(cut.dictionaries[module].d_dict)}
+        runs = {"nothing": {}, "program": programs, "silence": silence, "silence of all": every}
+        losses = [next_token_losses(run_replaced(cut, one, judged_on), judged_on) for one in runs.values()]
+        table = describe_losses(torch.stack(losses), Judging(run=RUN))
+        table.insert(0, "replaced_by", list(runs))
+        n_features = [len(one) for one in runs.values()]
+        described = table.assign(n_features=n_features, module=module, writers=writers, n_seq=len(judged_on))
+        add_row(file, described.round(5))
 
 
 def read_arguments() -> argparse.Namespace:
@@ -263,7 +266,7 @@ def main() -> None:
     assert isinstance(cut, FeatureCut)
     graph = build_graph(cut, args.folder / "graph")
     make_rows(cut, graph, {"its own": take_own, "of another feature": swap_parents_of}, args)
-    roll_module(model, graph, dictionaries, args)
+    roll_module(cut, graph, args)
     for kind, other in (("random directions", model), ("random directions, shuffled weights", None)):
         file = args.out / "labels_parents.csv"
         if all(has_row(file, parents=kind, writers=writers) for writers in WRITERS):
