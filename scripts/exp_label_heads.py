@@ -6,7 +6,7 @@ Each head of SmolLM2-135M gets a mixture of rules, a sum of scores, and tables o
 of the package. Then rules and scores take the place of the patterns of more and more heads, on the text of
 --held-out. Writes to nbs/results labels_heads.csv, labels_heads_rolled.csv, labels_scores.csv,
 labels_scores_rolled.csv and labels_moves.csv; what is there is left. CPU time on one core: 4 minutes for
-rules, 6 for scores, 2 for what heads move.
+rules, 3 for scores, 2 for what heads move.
 """
 
 import argparse
@@ -54,6 +54,7 @@ def main() -> None:
     )
     parser.add_argument("--held-out", required=True, help="a text file that nothing was found on")
     parser.add_argument("--n-tokens", type=int, default=4_096, help="to find labels on")
+    parser.add_argument("--n-scored", type=int, default=2_048, help="to find scores on")
     parser.add_argument("--n-moved", type=int, default=16_384, help="to make and try tables of values on")
     parser.add_argument("--n-judged", type=int, default=32, help="sequences of 64 tokens to judge on")
     parser.add_argument("--out", type=Path, default=ROOT / "nbs/results")
@@ -61,10 +62,11 @@ def main() -> None:
     model = load_model("smollm2-135m")
     text = load_corpus("default", model, args.n_tokens, seq_len=64)
     judged_on = load_corpus(args.held_out, model, args.n_judged * 64, seq_len=64)
+    scored = load_corpus("default", model, args.n_scored, seq_len=64)
     moved = load_corpus("default", model, args.n_moved, seq_len=64, seed=1)
     makers: dict[str, Callable[[], dict[str, pd.DataFrame]]] = {
         "labels_heads_rolled": partial(make_rules, model, text, judged_on),
-        "labels_scores_rolled": partial(make_scores, model, text, judged_on),
+        "labels_scores_rolled": partial(make_scores, model, scored, judged_on),
         "labels_moves": partial(make_moves, model, moved),
     }
     for name, make in makers.items():

@@ -75,8 +75,8 @@ def score_inputs(
 class ScoreConfig:
     "Say how scores are fitted. Raises ValueError for numbers out of range."
 
-    n_steps: int = 120  # of Adam
-    lr: float = 0.15  # of the first step; it falls to a tenth
+    n_steps: int = 60  # of Adam
+    lr: float = 0.25  # of the first step; it falls to a tenth
 
     def __post_init__(self) -> None:
         if self.n_steps < 1 or self.lr <= 0:
@@ -108,35 +108,34 @@ def score_pattern(
 
 
 class _Target:
-    "What a layer's heads mix and what they give, with the norm of what they write."
+    "What a layer's heads mix and what they give, in a basis in which lengths are those of what they write."
 
     def __init__(self, model: Model, layer: int, x: Float[Tensor, "seq pos d_model"]) -> None:
         here = torch.eye(x.shape[1]).to(x).expand(len(x), model.n_heads, -1, -1)
         self.values = run_attention(model, layer, x, x, x, pattern=here)
-        self.z = run_attention(model, layer, x, x, x)[:, :, 1:]
-        W_O = model.layers[layer].attn.W_O
-        self.squares = torch.einsum("dhe, dhf -> hef", W_O, W_O)
-        self.total = self.product(self.z, self.z)
+        z = run_attention(model, layer, x, x, x)[:, :, 1:]
+        W_O = model.layers[layer].attn.W_O.transpose(0, 1)  # [head d_model d_head]
+        self.basis = torch.linalg.qr(W_O).R.mT  # W_O of each head times any rotation keeps all lengths
+        self.average = z.mean((0, 2))
+        self.mixed = self.values @ self.basis
+        written = z @ self.basis
+        self.total = written.square().sum((0, 2, 3))
+        self.own = written - written.mean((0, 2), keepdim=True)
+        self.spread = self.own.square().sum((0, 2, 3))
 
-    def product(self, first: Tensor, second: Tensor) -> Float[Tensor, " head"]:
-        "The inner products of what heads write with two mixes of values."
-        return torch.einsum("bhqe, hef, bhqf -> h", first, self.squares, second)
+    def compare(self, pattern: Float[Tensor, "seq head query pos"]) -> tuple[Tensor, Tensor]:
+        "The gain, and the share of the squared norm that is left."
+        mixed = (pattern @ self.mixed)[:, :, 1:]
+        around = mixed - mixed.mean((0, 2), keepdim=True)
+        with_own = (around * self.own).sum((0, 2, 3))
+        square = around.square().sum((0, 2, 3)).clamp_min(1e-9)
+        left = self.spread - with_own**2 / square
+        return with_own / square, left / self.total.clamp_min(1e-9)
 
-    @property
-    def average(self) -> Float[Tensor, "head d_head"]:
-        "What the heads mix on average."
-        return self.z.mean((0, 2))
-
-    def judge(self, pattern: Float[Tensor, "seq head query pos"]) -> tuple[Tensor, Tensor, Tensor]:
-        "Gain, constant, and the share of the squared norm that is left."
+    def find_constant(self, pattern: Float[Tensor, "seq head query pos"], gain: Tensor) -> Tensor:
+        "The constant that makes the means equal."
         mixed = (pattern @ self.values)[:, :, 1:]
-        mean, own_mean = mixed.mean((0, 2)), self.average
-        around, own = mixed - mean[:, None], self.z - own_mean[:, None]
-        with_own, square = self.product(around, own), self.product(around, around).clamp_min(1e-9)
-        gain = with_own / square
-        left = self.product(own, own) - with_own**2 / square
-        constant = own_mean - gain[:, None] * mean
-        return gain, constant, left / self.total.clamp_min(1e-9)
+        return self.average - gain[:, None] * mixed.mean((0, 2))
 
 
 def fit_scores(
@@ -153,14 +152,16 @@ def fit_scores(
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, config.n_steps)
     for _ in range(config.n_steps):
         optimizer.zero_grad()
-        _, _, left = target.judge(score_pattern(weights, inputs))
+        _, left = target.compare(score_pattern(weights, inputs))
         loss = left.sum() + 1e-4 * weights.square().sum()
         loss.backward()
         optimizer.step()
         falling.step()
     with torch.no_grad():
         found = weights.detach()
-        gain, constant, left = target.judge(score_pattern(found, inputs))
+        pattern = score_pattern(found, inputs)
+        gain, left = target.compare(pattern)
+        constant = target.find_constant(pattern, gain)
     return ScoredLayer(found, gain, constant, target.average), left, target.total
 
 # %% ../../nbs/888_scores.ipynb #sc12
