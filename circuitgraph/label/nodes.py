@@ -278,7 +278,7 @@ def run_part(
 
 # %% ../../nbs/883_labels.ipynb #lb17
 class _Swap:
-    "Gives nodes the values of other positions, the same ones for all nodes (@eq-swapped); first positions stay."
+    "Gives nodes the values of other positions (@eq-swapped); first positions stay."
 
     def __init__(self, share: float, generator: torch.Generator) -> None:
         self.share, self.generator = share, generator
