@@ -7,9 +7,9 @@ The dictionaries, the graph and the text are those of `exp_labels.py`. Some feat
 random, get programs that read features alone, and programs that also read whole modules and error nodes.
 Writes to nbs/results:
 
-- labels_parents.csv: both tests of each feature; with its own parents, with those of another feature, with
-  dictionaries of random directions on SmolLM2 and on SmolLM2 with shuffled weights, and with the module's own
-  pre-activation above a fixed threshold, which no sum over parents can beat;
+- labels_parents.csv: both tests of each feature; with its own parents, with the module's own pre-activation
+  above a fixed threshold, which no sum over parents can beat, and, on half of the text, with dictionaries of
+  random directions, on SmolLM2 or (--shuffled) on SmolLM2 with shuffled weights;
 - labels_module.csv: cross-entropy with programs in the place of all features of one module, on --held-out.
 
 A second run goes on where the first was stopped. CPU time on one core: 5 minutes for the graph if there is
@@ -17,7 +17,7 @@ none, 20 for the rest.
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -109,20 +109,6 @@ def test_programs(
     return described.drop(columns=["n_active_intervened"]).reset_index().assign(writers=writers)
 
 
-def swap_parents_of(
-    found: Activities, names: list[str], pool: Mapping[str, list[str]]
-) -> dict[str, list[str]]:
-    "For each feature, the parents of another drawn one of its module that fires about as often."
-    n_fires = {name: int((found.read(name, ()).acts > 0).sum()) for name in names}
-    swapped = {}
-    for name in names:
-        module = name.split("/")[0]
-        others = [other for other in names if other.split("/")[0] == module and other != name]
-        nearest = min(others, key=lambda other: abs(n_fires[other] - n_fires[name]))
-        swapped[name] = pool[nearest]
-    return swapped
-
-
 def read_pre(cut: FeatureCut, text: torch.Tensor, names: list[str]) -> dict[str, np.ndarray]:
     "The pre-activations and activations `[position 2]` of some features."
     rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
@@ -189,12 +175,19 @@ def draw_directions(dictionary: Dictionary, seed: int) -> LinearDictionary:
     return replace(dictionary, W_enc=W_enc, W_dec=W_dec.contiguous(), b_enc=zeros, meta={})
 
 
-def make_rows(cut: FeatureCut, graph: Graph, kinds: Mapping[str, Callable], args: argparse.Namespace) -> None:
+def make_rows(
+    cut: FeatureCut,
+    graph: Graph,
+    kinds: Mapping[str, Callable],
+    args: argparse.Namespace,
+    programs_over: Sequence[str] = WRITERS,
+) -> None:
     "Rows of some kinds of parents for each kind of programs."
     text = load_corpus("default", cut.model, args.n_tokens, seq_len=128, seed=1)
     found_on, tested_on = split_text(text)
     n_vocab, file = cut.model.d_vocab, args.out / "labels_parents.csv"
-    for writers, config in CONFIGS.items():
+    for writers in programs_over:
+        config = CONFIGS[writers]
         missing = [kind for kind in kinds if not has_row(file, parents=kind, writers=writers)]
         if not missing:
             continue
@@ -217,28 +210,28 @@ def take_own(_: Activities, names: list[str], pool: Mapping[str, list[str]]) -> 
 
 
 @torch.no_grad()
-def roll_module(cut: FeatureCut, graph: Graph, args: argparse.Namespace) -> None:
+def roll_module(cut: FeatureCut, graph: Graph, module: str, args: argparse.Namespace) -> None:
     "Programs in the place of all features of one module."
-    file, module = args.out / "labels_module.csv", args.module
+    file = args.out / "labels_module.csv"
     text = load_corpus("default", cut.model, args.n_tokens, seq_len=128, seed=1)
     found_on, _ = split_text(text)
     judged_on = load_corpus(args.held_out, cut.model, args.n_judged * 64, seq_len=64)
-    for writers, config in CONFIGS.items():
-        if has_row(file, writers=writers, module=module):
-            continue
-        found = read_activities(cut.model, graph, found_on, cut.dictionaries, RUN, writers)
-        pool = list_pool(cut, graph, config)
-        of_module = {name: parents for name, parents in pool.items() if name.startswith(f"{module}/")}
-        programs = fit_programs(found, of_module, config, cut.model.d_vocab)
-        silence = dict.fromkeys(programs, 0.0)
-        every = {f"{module}/{i}": 0.0 for i in range(cut.dictionaries[module].d_dict)}
-        runs = {"nothing": {}, "program": programs, "silence": silence, "silence of all": every}
-        losses = [next_token_losses(run_replaced(cut, one, judged_on), judged_on) for one in runs.values()]
-        table = describe_losses(torch.stack(losses), Judging(run=RUN))
-        table.insert(0, "replaced_by", list(runs))
-        n_features = [len(one) for one in runs.values()]
-        described = table.assign(n_features=n_features, module=module, writers=writers, n_seq=len(judged_on))
-        add_row(file, described.round(5))
+    config, writers = CONFIGS["all"], "all"
+    if has_row(file, writers=writers, module=module):
+        return
+    found = read_activities(cut.model, graph, found_on, cut.dictionaries, RUN, writers)
+    pool = list_pool(cut, graph, config)
+    of_module = {name: parents for name, parents in pool.items() if name.startswith(f"{module}/")}
+    programs = fit_programs(found, of_module, config, cut.model.d_vocab)
+    silence = dict.fromkeys(programs, 0.0)
+    every = {f"{module}/{i}": 0.0 for i in range(cut.dictionaries[module].d_dict)}
+    runs = {"nothing": {}, "program": programs, "silence": silence, "silence of all": every}
+    losses = [next_token_losses(run_replaced(cut, one, judged_on), judged_on) for one in runs.values()]
+    table = describe_losses(torch.stack(losses), Judging(run=RUN))
+    table.insert(0, "replaced_by", list(runs))
+    n_features = [len(one) for one in runs.values()]
+    described = table.assign(n_features=n_features, module=module, writers=writers, n_seq=len(judged_on))
+    add_row(file, described.round(5))
 
 
 def read_arguments() -> argparse.Namespace:
@@ -252,7 +245,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=ROOT / "graphs/labels")
     parser.add_argument("--n-tokens", type=int, default=32_000, help="half to find programs, half to test")
     parser.add_argument("--n-features", type=int, default=120, help="of each module")
-    parser.add_argument("--module", default="m10", help="whose features are all replaced")
+    parser.add_argument("--modules", nargs="+", default=["m8", "m10"], help="whose features are all replaced")
+    parser.add_argument("--shuffled", action="store_true", help="random directions on shuffled weights too")
     parser.add_argument("--n-judged", type=int, default=32, help="sequences of 64 tokens to run labels on")
     parser.add_argument("--out", type=Path, default=ROOT / "nbs/results")
     return parser.parse_args()
@@ -265,19 +259,22 @@ def main() -> None:
     cut = cut_model(model, dictionaries)
     assert isinstance(cut, FeatureCut)
     graph = build_graph(cut, args.folder / "graph")
-    make_rows(cut, graph, {"its own": take_own, "of another feature": swap_parents_of}, args)
-    roll_module(cut, graph, args)
-    for kind, other in (("random directions", model), ("random directions, shuffled weights", None)):
-        file = args.out / "labels_parents.csv"
-        if all(has_row(file, parents=kind, writers=writers) for writers in WRITERS):
-            continue
-        other = other or shuffle_weights(0)
+    make_rows(cut, graph, {"its own": take_own}, args)
+    for module in args.modules:
+        roll_module(cut, graph, module, args)
+    others = {"random directions": model}
+    if args.shuffled:
+        others["random directions, shuffled weights"] = shuffle_weights(0)
+    half = argparse.Namespace(
+        **vars(args) | {"n_tokens": args.n_tokens // 2, "n_features": args.n_features // 2}
+    )
+    for kind, other in others.items():
         drawn = {name: draw_directions(one, seed) for seed, (name, one) in enumerate(dictionaries.items())}
         random_cut = cut_model(other, drawn)
         assert isinstance(random_cut, FeatureCut)
         folder = args.folder / kind.replace(", ", "-").replace(" ", "-")
         random_graph = build_graph(random_cut, folder, NULL_MODULES)
-        make_rows(random_cut, random_graph, {kind: take_own}, args)
+        make_rows(random_cut, random_graph, {kind: take_own}, half, ["all"])
 
 
 if __name__ == "__main__":
