@@ -13,20 +13,25 @@ from scipy.optimize import nnls
 from circuitgraph.build.build import build_graph
 from circuitgraph.community.links import add_history
 from circuitgraph.cut import cut_model
+from circuitgraph.dictionary.store import save_dictionary
 from circuitgraph.files import hash_content
 from circuitgraph.graph.figures import plot_layers
 from circuitgraph.graph.viewer import list_choices
 from circuitgraph.label.evidence import find_evidence, join_descriptions, name_features, quoted_tokens
 from circuitgraph.label.evidence import read_descriptions, score_descriptions
-from circuitgraph.label.fit import LabelConfig, Reader, data_bits, draw_positions, fit_threshold
+from circuitgraph.label.fit import LabelConfig, Reader, data_bits, draw_positions, fit_program, fit_threshold
 from circuitgraph.label.heads import RULES, label_heads, make_patterns, rule_patterns
-from circuitgraph.label.nodes import explain, label_nodes, list_parents, read_codes, read_programs, run_part
+from circuitgraph.label.moves import describe_moves, name_class
+from circuitgraph.label.nodes import explain, label_nodes, list_parents, read_programs, run_part
 from circuitgraph.label.nodes import score_programs, split_text, swap_codes
-from circuitgraph.label.programs import SELECTORS, Count, Positions, Program, Threshold, load_program
+from circuitgraph.label.programs import MARKED, SELECTORS, Count, Positions, Program, Threshold
+from circuitgraph.label.programs import load_program
 from circuitgraph.label.programs import save_program
 from circuitgraph.label.replaced import choose_programs, judge_labelled, keep_read_edges, refit_program
 from circuitgraph.label.replaced import refit_programs, run_labelled, run_replaced
-from circuitgraph.model.blocks import run_attention
+from circuitgraph.label.scores import SCORES, ScoreConfig, score_heads, score_inputs
+from circuitgraph.label.summands import Summands, read_writes
+from circuitgraph.model.blocks import apply_norm, freeze_block, run_attention
 from circuitgraph.model.loading import load_model, tiny_model
 from circuitgraph.options import Judging, Pruning, Run
 from feature_oracles import all_dictionaries, draw, module_by_hand
@@ -53,7 +58,7 @@ def labelled(logic):
 # Programs
 
 
-def select_by_hand(x, tokens, selector):
+def select_by_hand(x, tokens, selector, mark):
     "What a selector reads, position by position."
     out = np.zeros_like(x)
     for s, row in enumerate(tokens):
@@ -67,6 +72,9 @@ def select_by_hand(x, tokens, selector):
                 elif selector == "last active":
                     active = np.flatnonzero(column)
                     out[s, t, i] = column[active[-1]] if len(active) else 0
+                elif selector in MARKED:
+                    marked = [u for u in range(t + 1) if mark[s, u]]
+                    out[s, t, i] = x[s, marked[-1], i] if marked else 0
                 elif selector == "induction":
                     earlier = [u for u in range(t) if row[u] == row[t]]
                     out[s, t, i] = x[s, earlier[-1] + 1, i] if earlier else 0
@@ -82,11 +90,51 @@ def test_a_selector_reads_what_it_says(selector):
     tokens = generator.integers(4, size=(3, 12))
     x = generator.random((3, 12, 2)) * (generator.random((3, 12, 2)) < 0.4)
     text = Positions(tokens)
-    assert np.allclose(text.select(x, selector), select_by_hand(x, tokens, selector))
+    mark = generator.random((3, 12)) < 0.3 if selector in MARKED else None
+    assert np.allclose(text.select(x, selector, mark), select_by_hand(x, tokens, selector, mark))
     if selector not in ("mean", "last active"):
-        place, exists = text.flat_source(selector)
+        place, exists = text.flat_source(selector, mark)
         flat = x.reshape(-1, 2)[place] * exists[:, None]
-        assert np.array_equal(flat.reshape(x.shape), text.select(x, selector))
+        assert np.array_equal(flat.reshape(x.shape), text.select(x, selector, mark))
+
+
+def test_a_program_reads_where_it_looks():
+    tokens = np.array([[5, 1, 7, 2, 5, 3]])
+    acts = np.array(
+        [[[0.0, 0], [2, 0], [0, 3], [4, 0], [0, 0], [6, 5]]]
+    )  # of a parent, and of another feature
+    after = Program(Threshold((1.0, 0.5), 0.0), ("m0/1",), "last token", (1, 2))
+    assert after.run(acts[:, :, :1], Positions(tokens)).tolist() == [[0, 2.5, 2.5, 4.5, 4.5, 4.5]]
+    following = Program(Threshold((1.0,), 0.5), ("m0/1",), "following", follows="m0/2")
+    assert following.reads == ("m0/1", "m0/2")
+    assert following.run(acts, Positions(tokens)).tolist() == [[0.5, 0.5, 0.5, 0.5, 0.5, 6.5]]
+    assert load_program(save_program(following)) == following and "@last m0/2" in following.write()
+    with pytest.raises(ValueError, match="follows a feature if its selector"):
+        Program(Threshold((1.0,), 0.5), ("m0/1",), "same", follows="m0/2")
+    with pytest.raises(ValueError, match="needs tokens"):
+        Program(Threshold((1.0,), 0.5), ("m0/1",), "last token")
+
+
+@pytest.mark.parametrize("kind", MARKED)
+def test_where_a_reader_looks_is_found(kind):
+    "A reader copies a parent from the last of two tokens, or from the last position of another feature."
+    generator = np.random.default_rng(0)
+    shape = (500, 32)
+    tokens = generator.integers(60, size=shape)
+    parents = np.where(generator.random((*shape, 6)) < 0.3, generator.uniform(0.5, 1.5, (*shape, 6)), 0)
+    mark = np.isin(tokens, (7, 9)) if kind == "last token" else parents[:, :, 1] > 1.3
+    parents[:, :, 1] *= parents[:, :, 1] > 1.3
+    last = np.maximum.accumulate(np.where(mark, np.arange(32), -1), axis=1)
+    acts = np.take_along_axis(parents[:, :, 4], np.maximum(last, 0), 1) * (last >= 0)
+    names = tuple(f"m0/{i}" for i in range(6))
+    counted = np.tile(np.arange(32) > 0, 500)
+    reader = Reader(acts.ravel(), names, parents, Positions(tokens), counted)
+    program = fit_program(reader, SELECTORS, n_vocab=60).program
+    assert program.selector == kind and "m0/4" in program.parents
+    assert program.follows == ("m0/1" if kind == "following" else "")
+    assert kind == "following" or {7, 9} <= set(program.tokens)
+    predicted = program.run(parents[:, :, [names.index(name) for name in program.reads]], reader.text)
+    assert 1 - (predicted - acts).var() / acts.var() > 0.9
 
 
 def test_bad_programs_are_refused():
@@ -174,7 +222,8 @@ def test_a_module_is_run_on_its_changed_input(name, module):
     tokens = random_tokens(model, 2, 6)
     dictionaries = all_dictionaries(model, gate="relu")
     cut = cut_model(model, dictionaries)
-    codes, streams = read_codes(cut, tokens)
+    writes = read_writes(cut, tokens)
+    codes, streams = writes.codes, writes.streams
     part = next(part for part in cut.parts if part.module == module)
     before = {p.module: codes[p.module] for p in cut.parts if p.dictionary and p.first < part.n_before}
     swapped = swap_codes(before, 0.4, torch.Generator().manual_seed(0))
@@ -188,7 +237,8 @@ def test_a_module_is_run_on_its_changed_input(name, module):
     ports = ("mlp",) if module[0] == "m" else ("q", "k", "v")
     output = module_by_hand(model, module[0], 1, {port: x + change for port in ports})[0]
     expected = dictionaries[module].encode(output)
-    assert torch.allclose(run_part(cut, part, tokens, streams[1], change), expected, atol=1e-9)
+    code, read = run_part(cut, part, tokens, streams[1], change)
+    assert torch.allclose(code, expected, atol=1e-9) and torch.allclose(read, x + change, atol=1e-9)
 
 
 def test_swapped_codes_are_those_of_other_positions():
@@ -200,6 +250,116 @@ def test_swapped_codes_are_those_of_other_positions():
     for j in range(6):
         assert set(swapped["m0"][..., j].flatten().tolist()) == set(codes["m0"][..., j].flatten().tolist())
     assert torch.equal(swap_codes(codes, 0.0, torch.Generator())["a1"], codes["a1"])
+
+
+# Parents that are no features
+
+
+def summand_by_hand(model, part, x, y):
+    "What a term y of the stream x adds to what an encoder reads: position by position, head by head."
+    block = model.layers[part.layer]
+    norm = block.ln1 if part.kind == "attn" else block.ln2
+    centred = x - x.mean(-1, keepdim=True) if norm.kind == "layer" else x
+    sigma = (centred.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+    own = y - y.mean(-1, keepdim=True) if norm.kind == "layer" else y
+    normed = own * sigma * norm.weight
+    if part.kind == "mlp":
+        return normed
+    attn, out = block.attn, torch.zeros_like(x)
+    pattern = freeze_block(model, part.layer, x)["pattern"]
+    group = model.n_heads // model.n_kv_heads
+    for s in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            for h in range(model.n_heads):
+                for u in range(t + 1):
+                    v = attn.W_V[h // group] @ normed[s, u]
+                    out[s, t] += pattern[s, h, t, u] * (attn.W_O[:, h] @ v)
+    return out
+
+
+@pytest.mark.parametrize("module", ["m1", "a1"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox"])
+@torch.no_grad()
+def test_a_summand_is_what_a_node_adds(name, module):
+    model = tiny_model(name, dtype=torch.float64)
+    reads = "normed" if module == "m1" else "output"
+    cut = cut_model(model, {module: draw(model, module, reads=reads, gate="relu")})
+    writes = read_writes(cut, random_tokens(model, 2, 6))
+    part = next(part for part in cut.parts if part.module == module)
+    summands = Summands(cut, writes)
+    for node in ("embed", "a0", "m0"):
+        by_hand = summand_by_hand(model, part, writes.reads[module], writes.whole[node])
+        assert torch.allclose(summands.carry(module, node), by_hand, atol=1e-9)
+        W_enc = part.dictionary.W_enc
+        assert torch.allclose(summands.add(module, node, [3, 1]), by_hand @ W_enc[:, [3, 1]], atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def transcoded():
+    "A transcoder whose features are sums of two nodes above 0, and a program for each that says so."
+    model = tiny_model("llama", dtype=torch.float64)
+    dictionary = draw(model, "m0", reads="normed", gate="relu")
+    programs = {}
+    b_enc = (
+        dictionary.b_enc if dictionary.b_in is None else dictionary.b_enc - dictionary.b_in @ dictionary.W_enc
+    )
+    for j in range(dictionary.d_dict):
+        programs[f"m0/{j}"] = Program(Threshold((1.0, 1.0), float(b_enc[j])), ("embed", "a0"))
+    return model, dictionary, programs
+
+
+def test_sums_over_nodes_pass_both_tests_and_stand_for_the_features(transcoded):
+    model, dictionary, programs = transcoded
+    cut, tokens = cut_model(model, {"m0": dictionary}), random_tokens(model, 12, 8)
+    for share in (0.0, 0.5):
+        scores = score_programs(cut, programs, tokens, share, writers="all", run=QUIET)
+        assert (scores["r2"] > 0.999).all() and (scores["f1"] > 0.999).all()
+    one = {
+        name: replace(program, function=replace(program.function, weights=(1.0, 0.5)))
+        for name, program in programs.items()
+    }
+    assert (score_programs(cut, one, tokens, 0.5, writers="all", run=QUIET)["r2"] < 0.99).all()
+    assert torch.allclose(run_replaced(cut, programs, tokens), model(tokens), atol=1e-5)
+    assert (run_replaced(cut, one, tokens) - model(tokens)).abs().max() > 1e-3
+
+
+def test_whole_parents_are_found_and_can_be_left_out(transcoded):
+    model, dictionary, _ = transcoded
+    tokens, dictionaries = random_tokens(model, 60, 8), {"m0": dictionary}
+    graph = build_graph(model, tokens[:4], dictionaries, pruning=Pruning(None), run=QUIET)
+    config = LabelConfig(writers="all")
+    labelled = label_nodes(graph, model, tokens, dictionaries, config=config, run=QUIET)
+    nodes = labelled.nodes[labelled.nodes["program"] != ""]
+    assert len(nodes) > dictionary.d_dict / 2
+    assert (nodes[["r2", "r2_intervened"]] > 0.99).all(axis=None)
+    for program in read_programs(labelled).values():
+        assert set(program.parents) == {"embed", "a0"}
+        assert program.function.weights == pytest.approx((1.0, 1.0), abs=1e-3)
+    alone = label_nodes(graph, model, tokens, dictionaries, run=QUIET)
+    assert (
+        alone.nodes.loc[alone.nodes["kind"] == "feature", "no_label"] == "no parents that are features"
+    ).all()
+    evidence = find_evidence(labelled, nodes["name"].iloc[0], model, tokens[:8], dictionaries, run=QUIET)
+    agreeing = evidence[evidence["case"] == "agrees"]
+    assert np.allclose(agreeing["activation"], agreeing["predicted"], rtol=0.1)
+
+
+def test_a_graph_can_name_the_folder_of_its_dictionaries(transcoded, tmp_path):
+    model, dictionary, _ = transcoded
+    tokens, dictionaries = random_tokens(model, 60, 8), {"m0": dictionary}
+    save_dictionary(dictionary, tmp_path / "dictionaries/m0")
+    graph = build_graph(model, tokens[:4], dictionaries, pruning=Pruning(None), run=QUIET)
+    options = {"config": LabelConfig(writers="all"), "run": QUIET}
+    named = label_nodes(graph, model, tokens, tmp_path / "dictionaries", **options)
+    given = label_nodes(graph, model, tokens, dictionaries, **options)
+    assert read_programs(named) == read_programs(given)
+    named.save(tmp_path / "graph")
+    logits = run_labelled(model, type(named).load(tmp_path / "graph"), tokens[:2])
+    assert torch.equal(logits, run_labelled(model, given, tokens[:2], dictionaries))
+    assert len(read_programs(named)) > dictionary.d_dict / 2
+    assert torch.allclose(logits, model(tokens[:2]), atol=1e-6)  # the programs are exact
+    with pytest.raises(ValueError, match="graph does not say where they are"):
+        run_labelled(model, given, tokens[:2])
 
 
 # The labelled model
@@ -342,6 +502,10 @@ def test_bad_requests_are_refused(logic, labelled):
         "n_used must be at most 10": lambda: LabelConfig(n_used=11),
         "min_saved must lie": lambda: LabelConfig(min_saved=1.0),
         "n_parents must be at least 1": lambda: LabelConfig(n_parents=0),
+        "writers must be one of features, all": lambda: LabelConfig(writers="modules"),
+        "graph must be one of": lambda: label_nodes(
+            graph, tiny_model("llama"), text, dictionaries, run=QUIET
+        ),
     }
     for message, request in requests.items():
         with pytest.raises(ValueError, match=message):
@@ -462,6 +626,123 @@ def test_bad_requests_for_heads_are_refused():
         label_heads(model, tokens.float(), run=QUIET)
 
 
+# What heads move
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@torch.no_grad()
+def test_contents_are_tables_of_mean_values(name):
+    "Against loops over positions, heads and tokens."
+    model = replace(tiny_model(name, dtype=torch.float64), tokenizer=Words())
+    alike = [[0, 5], [1], [2, 4], [3], [2, 4], [0, 5]]  # tokens of the class of each token
+    tokens = torch.randint(6, (16, 7), generator=torch.Generator().manual_seed(0))
+    made_on, tried_on = split_text(tokens)
+    group, moved = model.n_heads // model.n_kv_heads, describe_moves(model, tokens, run=QUIET)
+    reads = {id(text): cut_model(model, "head").trace(text).reads for text in (made_on, tried_on)}
+    for row in moved.itertuples():
+        attn = model.layers[row.layer].attn
+
+        def values(text, h=row.head // group, layer=row.layer, attn=attn):
+            normed = apply_norm(model.layers[layer].ln1, reads[id(text)][f"a{layer}"])
+            return normed @ attn.W_V[h].T + (0 if attn.b_V is None else attn.b_V[h])
+
+        v, first = values(made_on), values(made_on)[:, 0].mean(0)
+        later = {token: v[:, 1:][made_on[:, 1:] == token] for token in range(6)}
+        mean = v[:, 1:].flatten(0, 1).mean(0)
+        tables = {"constant": dict.fromkeys(range(6), mean), "class": {}, "token": {}}
+        for t, found in later.items():
+            of_class = torch.cat([later[other] for other in alike[t]])
+            tables["class"][t] = (of_class.sum(0) + 4 * mean) / (len(of_class) + 4)
+            tables["token"][t] = (found.sum(0) + 4 * tables["class"][t]) / (len(found) + 4)
+        x = reads[id(tried_on)][f"a{row.layer}"]
+        pattern = freeze_block(model, row.layer, x)["pattern"][:, row.head]
+        own = (pattern @ values(tried_on))[:, 1:] @ attn.W_O[:, row.head].T
+        for by, table in tables.items():
+            rows = [[first if u == 0 else table[int(t)] for u, t in enumerate(text)] for text in tried_on]
+            given = torch.stack([torch.stack(one) for one in rows])
+            said = (pattern @ given)[:, 1:] @ attn.W_O[:, row.head].T
+            explained = 1 - float((own - said).square().sum() / own.square().sum())
+            assert getattr(row, by if by != "class" else "_5") == pytest.approx(explained, abs=1e-4)
+
+
+# Scores
+
+
+def facts_by_hand(row, t, u, words):
+    "The scores of one position for one query; words are the texts of the tokens."
+    kinds = [name_class(words[token]) for token in row]
+    starts = [kind not in ("rest of a word", "capital", "number") for kind in kinds]
+    earlier = [s for s in range(t) if row[s] == row[t]]
+
+    def last(kind):
+        before = [s for s in range(t) if kinds[s] == kind]
+        return bool(before) and before[-1] == u
+
+    facts = {f"back {t - u}": t - u < 9, "first": u == 0, "repeat": u in earlier}
+    facts |= {"back 9 to 12": 9 <= t - u <= 12, "last repeat": u in earlier[-1:]}
+    facts |= {"induction": u > 0 and row[u - 1] == row[t], kinds[u]: True}
+    facts |= {"last line break": last("line break"), "last sign": last("sign")}
+    facts |= {"same word": u < t and not any(starts[u + 1 : t + 1]), f"first, from {kinds[t]}": u == 0}
+    return {name for name, holds in facts.items() if holds}
+
+
+def test_scores_hold_where_they_say():
+    model = replace(tiny_model("llama"), tokenizer=Words())
+    tokens = torch.randint(6, (3, 13), generator=torch.Generator().manual_seed(0))
+    inputs = score_inputs(model, tokens)
+    for s, row in enumerate(tokens.tolist()):
+        for t in range(len(row)):
+            for u in range(t + 1):
+                found = {SCORES[k] for k in inputs[s, t, u].nonzero().flatten().tolist()}
+                assert found == facts_by_hand(row, t, u, Words.words), (s, t, u)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox"])
+@torch.no_grad()
+def test_scored_heads_are_those_of_hooks(name):
+    model = tiny_model(name, dtype=torch.float64)
+    tokens = random_tokens(model, 3, 8)
+    with torch.enable_grad():
+        scored = score_heads(model, tokens, ScoreConfig(n_steps=5), run=QUIET)
+    layer, total = scored.layers[0], torch.zeros(3, 8, 8, dtype=torch.float64)
+    for k in range(len(SCORES)):
+        total += layer.weights[1, k] * score_inputs(model, tokens)[..., k]
+    pattern = total.masked_fill(torch.ones(8, 8).triu(1).bool(), -torch.inf).softmax(-1)
+
+    def set_pattern(given, hook):  # noqa: ARG001
+        given[:, 1, 1:] = pattern[:, 1:]
+        return given
+
+    def set_mix(z, hook):  # noqa: ARG001
+        z[:, 1:, 1] = z[:, 1:, 1] * layer.gain[1] + layer.constant[1]
+        return z
+
+    hooks = [("blocks.0.attn.hook_pattern", set_pattern), ("blocks.0.attn.hook_z", set_mix)]
+    expected = model.bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+    assert (expected - model.bridge(tokens)).abs().max() > 1e-3
+    assert torch.allclose(scored.choose(["a0.h1"]).run(model, tokens), expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_gain_and_constant_are_a_regression():
+    "Against least squares over what the head writes at every position."
+    model = tiny_model("llama", dtype=torch.float64)
+    tokens = random_tokens(model, 6, 8)
+    with torch.enable_grad():
+        scored = score_heads(model, tokens, ScoreConfig(n_steps=3), run=QUIET)
+    x = cut_model(model, "head").trace(tokens).reads["a1"]
+    pattern, W_O = scored.layers[1].pattern(score_inputs(model, tokens)), model.layers[1].attn.W_O
+    own, said = (run_attention(model, 1, x, x, x, pattern=p)[:, :, 1:] for p in (None, pattern))
+    for head, row in enumerate(scored.table.query("layer == 1").itertuples()):
+        y, y_hat = (z[:, head] @ W_O[:, head].T for z in (own, said))
+        constants = torch.eye(model.d_model, dtype=y.dtype).repeat(y.shape[0] * y.shape[1], 1)
+        design = torch.cat([y_hat.reshape(-1, 1), constants], 1)
+        solution = torch.linalg.lstsq(design, y.flatten()).solution
+        left = (y.flatten() - design @ solution).square().sum() / y.square().sum()
+        assert float(scored.layers[1].gain[head]) == pytest.approx(float(solution[0]), rel=1e-6)
+        assert row.explained == pytest.approx(1 - float(left), abs=1e-6)
+
+
 # Figures
 
 
@@ -521,7 +802,7 @@ def test_evidence_lists_the_positions_of_each_case(logic, labelled):
     table = find_evidence(
         wrong, "m1/1", known.model, known.tokens, known.dictionaries, n=n, run=QUIET
     ).set_index(["sequence", "position"])
-    codes, _ = read_codes(cut_model(known.model, known.dictionaries), known.tokens)
+    codes = read_writes(cut_model(known.model, known.dictionaries), known.tokens).codes
     of_and, of_or = codes["m1"][..., 0], codes["m1"][..., 1]
     both, one = (of_and > 0) & (of_or > 0), (of_or > 0) & (of_and == 0)
     for case, expected in {"agrees": both, "missed": one}.items():
@@ -550,7 +831,7 @@ def test_short_names_hold_the_tokens_that_carry_enough(logic, labelled):
 
 def test_a_feature_that_is_never_active_is_not_named_by_tokens(logic, labelled):
     known, _, _ = logic
-    codes, _ = read_codes(cut_model(known.model, known.dictionaries), known.tokens)
+    codes = read_writes(cut_model(known.model, known.dictionaries), known.tokens).codes
     silent = (codes["m0"][:, 1:, 0] == 0).all(1)
     text = known.tokens[silent]
     assert len(text)
@@ -590,7 +871,7 @@ class OneWord:
 def test_a_description_that_quotes_tokens_takes_the_tests(logic, labelled):
     known, _, text = logic
     model = replace(known.model, tokenizer=OneWord())
-    codes, _ = read_codes(cut_model(known.model, known.dictionaries), text)
+    codes = read_writes(cut_model(known.model, known.dictionaries), text).codes
     fires = codes["m1"][:, 1:, 0] > 0  # the AND of the first pair
     when = sorted(set(text[:, 1:][fires].tolist()))
     described = join_descriptions(labelled, {"m1/0": f'the word "{when[0]}"', "m1/1": "an OR"})
@@ -598,7 +879,7 @@ def test_a_description_that_quotes_tokens_takes_the_tests(logic, labelled):
     assert scores.loc["m1/0", "n_tokens"] == 1 and np.isnan(scores.loc["m1/1", "r2"])
     # F1 by hand, on the same half
     _, rest = split_text(text)
-    codes, _ = read_codes(cut_model(known.model, known.dictionaries), rest)
+    codes = read_writes(cut_model(known.model, known.dictionaries), rest).codes
     own, said = codes["m1"][:, 1:, 0] > 0, rest[:, 1:] == when[0]
     assert scores.loc["m1/0", "f1"] == pytest.approx(2 * (own & said).sum() / (own.sum() + said.sum()))
     with pytest.raises(ValueError, match="must have descriptions"):

@@ -40,6 +40,7 @@ FEATURE_KEYS = ("dictionaries", "others", "keep", "share", "mass")  # where the 
 PROMPT_KEYS = ("positions", "n_logits", "logit_mass", "targets")  # where positions are kept
 SETTINGS = ("nodes", *ATTRIBUTION_KEYS, *FEATURE_KEYS, *PROMPT_KEYS)
 META_KEYS = ("format_version", "model", "corpus", "seed", "versions", "history", "mean_over", *SETTINGS)
+META_KEYS += ("dictionary_folder",)  # where labels were made with dictionaries of a folder
 FORMAT_VERSION = 1
 PORTS = ("q", "k", "v", "mlp", "logits", "in")
 FILES = ("nodes.parquet", "edges.parquet")
