@@ -12,8 +12,9 @@ from circuitgraph.build.build import complete_graph
 from circuitgraph.community.confirm import confirm_communities
 from circuitgraph.community.groupings import count_tokens, nest_communities, other_groupings
 from circuitgraph.community.groupings import profile_resolutions, read_directions
-from circuitgraph.community.links import Null, leave_out, node_levels, read_links, share_weights
-from circuitgraph.community.nulls import judge_communities, quality, rewire
+from circuitgraph.community.links import NULLS, Null, fit_weights, kept_sums, leave_out, node_levels
+from circuitgraph.community.links import read_links, share_weights
+from circuitgraph.community.nulls import fit_logs, judge_communities, quality, redraw, rewire
 from circuitgraph.community.patterns import MEASURES, cluster_patterns, compare_patterns, judge_patterns
 from circuitgraph.community.patterns import read_patterns, shuffle_patterns
 from circuitgraph.community.search import consensus, find_communities, find_search
@@ -26,7 +27,7 @@ from circuitgraph.model.modules import trace_modules
 from circuitgraph.options import Run
 from feature_oracles import all_dictionaries
 from oracles import random_tokens
-from planted import draw_layered, halve, make_graph
+from planted import draw_layered, draw_tokens, halve, make_graph
 from short import build_graph
 
 
@@ -310,6 +311,47 @@ def test_what_is_found_on_one_half_holds_on_the_other_only_if_it_was_planted():
     ).any()
     with pytest.raises(ValueError, match="nodes of graph"):
         confirm_communities(one, draw(n_levels=9)[0])
+
+
+def test_features_that_are_active_together_are_no_communities():
+    """Weights that are noise among features of one kind of token: rewiring calls them communities."""
+    many_kinds, _ = draw_tokens(n_kinds=12, width=24)
+    rewired = judge_communities(many_kinds, "layered", weight="abs_weight", n_null=4)
+    assert rewired["z"] > 10
+    smallest = []
+    for seed, noise in enumerate(["tokens", "heavy", "hubs"] * 4):
+        graph, _ = draw_tokens(n_kinds=5, width=20, noise=noise, seed=seed)
+        halves = halve(graph, seed)
+        tested = confirm_communities(*halves, "co-active", weight="abs_weight", n_null=9)
+        smallest.append(tested["p"].min())
+    assert np.sum(np.array(smallest) <= 0.1) <= 4  # of twelve, at a tenth each; more in one of 230 runs
+    graph, _ = draw_tokens(n_kinds=6, width=40, strength=16.0)
+    as_features = [Graph(half.nodes, half.edges, half.meta | {"nodes": "feature"}) for half in halve(graph)]
+    tested = confirm_communities(*as_features, weight="abs_weight", n_null=19)  # the search of features
+    assert (tested["p"] == 0.05).sum() >= 3
+
+
+def test_weights_change_places_and_pairs_stay():
+    graph, _ = draw_tokens(n_kinds=3, width=12)
+    one, two = (read_links(half, "abs_weight") for half in halve(graph))
+    two = two._replace(weight=np.where(np.arange(len(two.weight)) % 7 == 0, 0, two.weight))
+    null = NULLS["co-active"]
+    first, second = redraw([one, two], null, np.random.default_rng(0))
+    for before, after in ((one, first), (two, second)):
+        assert (before.source == after.source).all() and (before.target == after.target).all()
+        assert (before.weight == 0).sum() == (after.weight == 0).sum()
+    assert (first.weight != one.weight).mean() > 0.9
+    # the logarithms' fit by least squares, from a table of sources, targets and blocks
+    block = kept_sums(one, null)[2]
+    columns = [pd.get_dummies(x).to_numpy(float) for x in (one.source, one.target, block)]
+    table = np.concatenate(columns, axis=1)
+    solved = table @ np.linalg.lstsq(table, np.log(one.weight), rcond=None)[0]
+    assert np.allclose(fit_logs(one, null, n_rounds=3_000, tolerance=1e-12), solved, atol=1e-6)
+    fit = fit_weights(one, null)
+    for key in kept_sums(one, null):
+        assert np.allclose(np.bincount(key, fit), np.bincount(key, one.weight), rtol=1e-2)
+    with pytest.raises(ValueError, match="is one to compare with"):
+        find_communities(graph, "layered", null="co-active")
 
 
 def test_half_an_edge_list_in_each_half():

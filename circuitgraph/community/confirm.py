@@ -101,9 +101,10 @@ def confirm_communities(
         tables.append(find_and_test(*drawn))
     every = pd.concat(tables, keys=range(n_null + 1), names=["draw", "community"])
     every["z"] = standardise_by_size(every["nodes"].to_numpy(), every["excess"].to_numpy())
-    largest = every["z"].groupby("draw").max().to_numpy()[1:]
-    table = every.loc[0]
+    largest = np.asarray(every.groupby("draw")["z"].max())[1:]
+    table = tables[0].assign(z=every["z"].to_numpy()[: len(tables[0])]).rename_axis("community")
     total = halves[1].weight.sum()
-    p = (1 + (largest[:, None] >= table["z"].to_numpy()).sum(0)) / (1 + n_null)
+    is_reached = largest[:, None] >= np.asarray(table["z"])
+    p = (1 + is_reached.sum(0)) / (1 + n_null)
     scale = {"within": total, "expected": total, "excess": np.sqrt(total)}
     return table.assign(p=p, **{name: table[name] / by for name, by in scale.items()})
