@@ -114,20 +114,22 @@ def _check_parent(out: Path | None) -> None:
         raise ValueError(f"out must lie in a folder that exists, got {out}")
 
 
-def _check_file(out: Path | None, name: str = "out") -> None:
-    "Refuse a file that can't be written."
+def _check_file(out: Path | None, force: bool, name: str = "out") -> None:
+    "Refuse a file that can't be written and, unless forced, one that exists."
     from circuitgraph.files import check_output_file
 
     if out is not None:
         check_output_file(out, name)
+    refuse_existing(out, force, name)
 
 
 def _check_view(file: Path | None, name: str, ending: str, force: bool) -> None:
     "Refuse a file of another kind, one that can't be written and, unless forced, one that exists."
-    if file is not None and file.suffix != ending:
+    if file is None:
+        return
+    if file.suffix != ending:
         raise ValueError(f"{name} must end in {ending}, got {file}")
-    _check_file(file, name)
-    refuse_existing(file, force, name)
+    _check_file(file, force, name)
 
 
 def _check_saved(folder: Path, n_edges: list[int] | None = None) -> None:
@@ -200,11 +202,12 @@ def _say_faithfulness(graph: Any, cut: Any, text: Any, reference: Any, *, n_chec
     )
 
 # %% ../nbs/90_cli.ipynb #cli54
-def _check_graph_folder(out: Path) -> Path:  # where unfinished work is kept
-    "Refuse a folder that can't be written."
+def _check_graph_folder(out: Path, force: bool) -> Path:  # where unfinished work is kept
+    "Refuse a folder that can't be written and, unless forced, one that holds a graph."
     from circuitgraph.graph.tables import check_output_folder
 
     check_output_folder(out)
+    refuse_existing(out, force)
     place = Path(os.path.abspath(out))  # it has a name where out is "."
     return place.with_name(f".{place.name}.partial")
 
@@ -245,7 +248,7 @@ def build(  # noqa: PLR0913
     Example: circuitgraph build --task ioi --n-prompts 100 --out graphs/smollm2-ioi"""
     with _plain_errors(debug):
         check_options(locals(), others=("layer", "head"))
-        partial, target = _check_graph_folder(out), "node" if task is None else "metric"
+        partial, target = _check_graph_folder(out, force), "node" if task is None else "metric"
         from circuitgraph.build.build import build_graph, clear_checkpoint
         from circuitgraph.cut import cut_model
         from circuitgraph.model.loading import check_device, load_model
@@ -278,12 +281,14 @@ def _say_prompt(graph: Any, tokenizer: Any, folder: Path) -> None:
     from circuitgraph.graph.tables import name_edges
 
     typer.echo(f"\n{graph!r}, saved to {folder}\n\nnext tokens:")
-    for row in graph.nodes.query("kind == 'logits'").itertuples():
+    outputs = graph.nodes.query("kind == 'logits'")
+    for row in outputs.itertuples():
         text = repr(tokenizer.decode([row.token]))
         typer.echo(f"  {row.probability:.3f}  {text}  ({row.name})")
     typer.echo("\nedges of largest influence on them, the first position left out:")
     top = rank_edges(graph, 10, by="influence")
-    for size, name in zip(top["size"], name_edges(top), strict=True):
+    names = name_edges(top)
+    for size, name in zip(top["size"], names, strict=True):
         typer.echo(f"  {size:.4f}  {name}")
 
 
@@ -333,7 +338,7 @@ def prompt(  # noqa: PLR0913
     Example: circuitgraph prompt "The capital of France is" --out graphs/france --page france.html --open"""
     with _plain_errors(debug):
         check_options(locals(), nodes=("layer", "head"))
-        _check_graph_folder(out)
+        _check_graph_folder(out, force)
         _check_views(page, json, force=force, open_page=open_page)
         from circuitgraph.attribution.method import Attribution
         from circuitgraph.build.build import build_graph
@@ -487,7 +492,7 @@ def evaluate(  # noqa: PLR0913
     Example: circuitgraph evaluate graphs/smollm2-head --task ioi --value corrupted --out curve.csv"""
     with _plain_errors(debug):
         check_options(locals())
-        _check_file(out)
+        _check_file(out, force)
         _check_saved(graph, n_edges)
         from circuitgraph.ablation.judge import ablation_curve
         from circuitgraph.files import replace_file
@@ -692,7 +697,7 @@ def communities(
         check_options(locals(), method=_SEARCHES)
         _check_parent(out)
         if out is not None:
-            _check_graph_folder(out)
+            _check_graph_folder(out, force)
         _check_saved(graph)
         from circuitgraph.community.nulls import judge_communities
         from circuitgraph.community.search import find_communities
@@ -735,7 +740,7 @@ def compare(  # noqa: PLR0913
     with _plain_errors(debug):
         check_options(locals())
         check_text_name(text)
-        _check_file(out)
+        _check_file(out, force)
         _check_view(page, "page", ".html", force)
         _check_saved(graph)
         _check_saved(other)
@@ -802,7 +807,7 @@ def report(
     Example: circuitgraph report graphs/smollm2-head --out report.html"""
     with _plain_errors(debug):
         check_options(locals())
-        _check_file(out)
+        _check_file(out, force)
         _check_saved(graph)
         from circuitgraph.graph.graph import Graph
         from circuitgraph.graph.viewer import write_report
@@ -828,12 +833,12 @@ def view(  # noqa: PLR0913
 
     Example: circuitgraph view graphs/smollm2-head --out explorer.html --open"""
     with _plain_errors(debug):
-        check_options(locals())
-        _check_file(out)
         if dictionaries is not None and model is None:
             raise ValueError("dictionaries need their model: give --model too")
         if corpus is not None and model is None:
             raise ValueError("corpus needs the model that reads it: give --model too")
+        check_options(locals())
+        _check_file(out, force)
         _check_saved(graph)
         from circuitgraph.graph.explorer import explore
         from circuitgraph.graph.graph import Graph

@@ -37,9 +37,12 @@ def _list_known_models() -> list[str]:
     package = importlib.util.find_spec("transformer_lens")
     if package is None or package.origin is None:
         return []
-    listed = runpy.run_path(str(Path(package.origin).with_name("supported_models.py")))
-    aliases = [alias for names in listed["MODEL_ALIASES"].values() for alias in names]
-    return [*listed["OFFICIAL_MODEL_NAMES"], *aliases]
+    file = Path(package.origin).with_name("supported_models.py")
+    listed = runpy.run_path(str(file))
+    names = list(listed["OFFICIAL_MODEL_NAMES"])
+    for aliases in listed["MODEL_ALIASES"].values():
+        names.extend(aliases)
+    return names
 
 
 def check_source(
@@ -107,12 +110,14 @@ def check_device_name(
     kind = device.partition(":")[0]
     package = importlib.util.find_spec("torch")
     assert package is not None and package.origin is not None, "torch is a requirement"
-    built = runpy.run_path(str(Path(package.origin).with_name("version.py")))
-    has_cuda = bool(built.get("cuda") or built.get("hip"))
+    file = Path(package.origin).with_name("version.py")
+    built = runpy.run_path(str(file))
+    has_cuda = built.get("cuda") or built.get("hip")
     if kind == "cuda" and not has_cuda:
         raise ValueError(f"device must be 'cpu' (torch is built without CUDA here), got {device!r}")
     if kind not in DEVICES:
-        raise ValueError(f"device must be one of {', '.join(map(repr, DEVICES))}, got {device!r}")
+        allowed = ", ".join(map(repr, DEVICES))
+        raise ValueError(f"device must be one of {allowed}, got {device!r}")
 
 # %% ../nbs/100_names.ipynb #nm17
 def refuse_existing(
@@ -121,9 +126,12 @@ def refuse_existing(
     name: str = "out",  # of the option
 ) -> None:
     "Refuse to overwrite what is there. Raises ValueError."
-    if out is None or force or not out.exists():
+    if out is None or force:
         return
-    if out.is_dir() and not any(out.iterdir()):
+    if not out.exists():
+        return
+    is_folder = out.is_dir()
+    if is_folder and not any(out.iterdir()):
         return
     raise ValueError(f"{name} must be new, but {out} exists: name another, or give --force to replace it")
 
@@ -133,14 +141,18 @@ def check_folder(
     folder: Path | None,  # None for none
 ) -> None:
     "Refuse a folder that does not exist. Raises ValueError."
-    if folder is not None and not folder.exists():
+    if folder is None:
+        return
+    if not folder.exists():
         raise ValueError(f"{name} must be a folder that exists, got {folder}")
 
 # %% ../nbs/100_names.ipynb #nm21
 def _check_word(name: str, value: str, known: Sequence[str]) -> None:
     "Refuse what is none of the known words. Raises ValueError."
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    if value in known:
+        return
+    allowed = ", ".join(map(repr, known))
+    raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
 
 
 _WORDS = {"attribution": ATTRIBUTIONS, "baseline": BASELINES, "value": VALUES, "method": RULES, "by": WEIGHTS}
@@ -162,15 +174,20 @@ def check_options(
 
     Example: `check_options(locals(), others=("layer", "head"))`."""
     for name, value in given.items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                check_number(name, number)
+        _check_numbers(name, value)
         if isinstance(value, str):
             _check_text(name, value, choices)
-    if "force" in given:
-        refuse_existing(given["out"], given["force"])
     for name in ("dictionaries", "other_dictionaries"):
         check_folder(name, given.get(name))
+
+
+def _check_numbers(name: str, value: Any) -> None:
+    "Refuse a number, or one in a list, that is out of range. Raises ValueError."
+    numbers = value if isinstance(value, list) else [value]
+    for number in numbers:
+        is_number = isinstance(number, int | float)
+        if is_number and not isinstance(number, bool):
+            check_number(name, number)
 
 
 def _check_text(name: str, value: str, choices: Mapping[str, Sequence[str]]) -> None:

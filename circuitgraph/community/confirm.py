@@ -57,8 +57,9 @@ def standardise_by_size(
     mean, square = (np.r_[0.0, np.cumsum(ordered**power)] for power in (1, 2))
     count = stop - start
     center = (mean[stop] - mean[start]) / count
-    variance = (square[stop] - square[start]) / count - center**2
-    spread = np.sqrt(np.maximum(variance, 1e-12))
+    mean_square = (square[stop] - square[start]) / count
+    variance = np.maximum(mean_square - center**2, 1e-12)
+    spread = np.sqrt(variance)
     standard = np.empty(n)
     standard[order] = (ordered - center) / spread
     return standard

@@ -214,12 +214,16 @@ def permute_weights(
     "The same pairs, each with the residual of another; a weight of zero stays one."
     fit = fit_logs(links, null)
     source, target, _ = kept_sums(links, null)
-    lost = 1 / np.bincount(source)[source] + 1 / np.bincount(target)[target]
-    spread = np.sqrt(1 - np.minimum(lost, 0.95))
+    n_sent = np.bincount(source)[source]
+    n_received = np.bincount(target)[target]
+    lost = np.minimum(1 / n_sent + 1 / n_received, 0.95)
+    spread = np.sqrt(1 - lost)
     has_weight = links.weight > 0
-    residual = (np.log(np.where(has_weight, links.weight, 1)) - fit) / spread
+    logs = np.log(np.where(has_weight, links.weight, 1))
+    residual = (logs - fit) / spread
     factor = np.where(has_weight, np.exp(residual), 0)
-    return links._replace(weight=np.exp(fit) * factor[giver])
+    weight = np.exp(fit) * factor[giver]
+    return links._replace(weight=weight)
 
 # %% ../../nbs/82_nulls.ipynb #co08
 def _follow(first: Links, rows: np.ndarray, other: Links, null: Null) -> Links:
@@ -306,7 +310,8 @@ def judge_communities(
     usual = search.null if search.null.keeps_pairs else NULLS["layered"]
     kept = usual if null is None else find_null(null)
     links = read_links(graph, weight)
-    partitions = [search.find(links, resolution, seed + s) for s in range(n_seeds)]
+    seeds = range(seed, seed + n_seeds)
+    partitions = [search.find(links, resolution, s) for s in seeds]
     qualities = [links_quality(links, member, search.null, resolution) for member in partitions]
     chance = []
     for s in range(n_null):

@@ -193,11 +193,13 @@ def form_strata(
     "Divide classes into strata of like size."
     centred = sizes - sizes.mean(0)
     spread = centred.std(0)
-    standard = centred / np.where(spread > 0, spread, 1)
+    spread[spread == 0] = 1
+    standard = centred / spread
     order = np.argsort(standard.mean(1), kind="stable")
     n_strata = max(len(sizes) // n_alike, 1)
+    strata = np.array_split(order, n_strata)
     stratum = np.empty(len(sizes), dtype=np.int64)
-    for number, members in enumerate(np.array_split(order, n_strata)):
+    for number, members in enumerate(strata):
         stratum[members] = number
     return stratum
 

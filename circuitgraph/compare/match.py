@@ -209,7 +209,8 @@ def draw_shifts(n_words: int, n: int, seed: int) -> Int[np.ndarray, " shift"]:
     "Random shifts of a text by at least a quarter of its words."
     generator = np.random.default_rng(seed)
     quarter = n_words // 4
-    return generator.integers(quarter, n_words - quarter + 1, size=n)
+    largest = n_words - quarter
+    return generator.integers(quarter, largest + 1, size=n)
 
 
 def _shift_words(activity: Sparse, n: int, seed: int) -> Iterator[Sparse]:
@@ -227,8 +228,9 @@ def rank_among(
     "The share of false correlations that are at least as large as each one found, itself counted."
     ordered = np.sort(false)
     n_smaller = np.searchsorted(ordered, found - 1e-12)
-    n_larger = len(ordered) - n_smaller
-    return (n_larger + 1) / (len(ordered) + 1)
+    n_false = len(ordered)
+    n_larger = n_false - n_smaller
+    return (n_larger + 1) / (n_false + 1)
 
 # %% ../../nbs/891_match.ipynb #mt11b
 def _score_match(

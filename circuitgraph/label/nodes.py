@@ -137,6 +137,7 @@ def read_activities(
     column = dict(zip(names, range(len(names)), strict=True))
     n_seq, n_pos = tokens.shape
     position = np.tile(np.arange(n_pos), n_seq)
+    is_read = position >= SKIP_FIRST
     text = Positions(tokens.cpu().numpy())
     table = sp.csc_array(patterns)
     summands = None
@@ -144,7 +145,7 @@ def read_activities(
         cut = open_cut(model, graph, dictionaries)
         assert isinstance(cut, FeatureCut)
         summands = Summands(cut, collect_writes(cut, tokens, run))
-    return Activities(table, column, text, position >= SKIP_FIRST, summands)
+    return Activities(table, column, text, is_read, summands)
 
 # %% ../../nbs/883_labels.ipynb #lb13
 Chunk = list[tuple[str, list[str]]]  # readers with their parents

@@ -157,14 +157,16 @@ def _rank_writers(
         if before.module not in changes:
             continue
         change = changes[before.module]
-        brought = (change.mT @ where) * (directions(cut, before) @ encoder.mT)
+        weights = directions(cut, before) @ encoder.mT
+        brought = weights * (change.mT @ where)
         top = brought.abs().topk(min(n_parents, len(brought)), 0)
         sizes.append(top.values)
         writers.append(first + top.indices)
         first += len(brought)
-    size = torch.cat(sizes)
-    best = size.topk(min(n_parents, len(size)), 0)
-    return best.values, torch.cat(writers).gather(0, best.indices)
+    size, writer = torch.cat(sizes), torch.cat(writers)
+    n_kept = min(n_parents, len(size))
+    best = size.topk(n_kept, 0)
+    return best.values, writer.gather(0, best.indices)
 
 
 @torch.no_grad()
