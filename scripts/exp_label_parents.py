@@ -41,7 +41,7 @@ from circuitgraph.label.replaced import describe_losses, next_token_losses, run_
 from circuitgraph.label.summands import has_summands
 from circuitgraph.model.loading import load_model
 from circuitgraph.options import Judging, Pruning, Run
-from exp_labels import CACHE, ROOT, keep_or_build, open_dictionaries
+from exp_labels import CACHE, ROOT, keep_or_build, open_dictionaries, open_parser
 from exp_small_features import add_row, has_row
 from exp_small_nulls import shuffle_weights
 
@@ -236,13 +236,7 @@ def roll_module(cut: FeatureCut, graph: Graph, module: str, args: argparse.Names
 
 def read_arguments() -> argparse.Namespace:
     "The options of the command."
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--held-out", required=True, help="a text file that nothing was found on")
-    parser.add_argument("--dictionaries", type=Path, default=CACHE / "smollm2-135m-layers-8-11")
-    parser.add_argument("--transcoders", type=Path, default=CACHE / "smollm2-135m-transcoders")
-    parser.add_argument("--folder", type=Path, default=ROOT / "graphs/labels")
+    parser = open_parser(__doc__)
     parser.add_argument("--n-tokens", type=int, default=32_000, help="half to find programs, half to test")
     parser.add_argument("--n-features", type=int, default=120, help="of each module")
     parser.add_argument("--modules", nargs="+", default=["m8", "m10"], help="whose features are all replaced")

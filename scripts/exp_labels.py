@@ -160,15 +160,20 @@ def compare_three(
     return pd.concat(tables).assign(n_seq=len(text))
 
 
-def read_arguments() -> argparse.Namespace:
-    "The options of the command."
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def open_parser(description: str | None) -> argparse.ArgumentParser:
+    "The options of all commands that label features."
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
     parser.add_argument("--held-out", required=True, help="a text file that nothing was found on")
     parser.add_argument("--dictionaries", type=Path, default=CACHE / "smollm2-135m-layers-8-11")
     parser.add_argument("--transcoders", type=Path, default=CACHE / "smollm2-135m-transcoders")
     parser.add_argument("--folder", type=Path, default=ROOT / "graphs/labels")
+    return parser
+
+
+def read_arguments() -> argparse.Namespace:
+    "The options of the command."
+    parser = open_parser(__doc__)
     parser.add_argument(
         "--n-tokens", type=int, default=32_000, help="half to find programs, half to test them"
     )

@@ -51,6 +51,7 @@ class Comparison:
 
     @property
     def n_words(self) -> int:
+        "Words on which both graphs were compared."
         return self.activity[0].shape[0]
 
     def claim(self) -> str:
