@@ -41,7 +41,7 @@ from circuitgraph.label.replaced import describe_losses, next_token_losses, run_
 from circuitgraph.label.summands import has_summands
 from circuitgraph.model.loading import load_model
 from circuitgraph.options import Judging, Pruning, Run
-from exp_labels import CACHE, ROOT, keep_or_build, open_dictionaries, open_parser
+from exp_labels import ROOT, keep_or_build, open_dictionaries, open_parser
 from exp_small_features import add_row, has_row
 from exp_small_nulls import shuffle_weights
 
